@@ -1,0 +1,92 @@
+// The log-sum-exp of one row, read once from memory: the only such loop on the CPU, shared by every op that needs one.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace fastppo::FASTPPO_ISA {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr int64_t kSoftmaxBlock = 1024;  // 4 KiB of fp32: the second look at a block comes from L1
+
+// Divided, not multiplied by a rounded 1 / temperature: at z = 20 that alone would cost p twenty times fp32's epsilon.
+template <bool kSoftcap>
+FASTPPO_INLINE vfloat apply_transform(const vfloat& x, const LogitTransform& t) {
+  vfloat z = x * t.scale;
+  if (kSoftcap) z = t.softcap * vtanh(z / t.softcap);
+  return t.temperature == 1.0f ? z : z / t.temperature;
+}
+
+FASTPPO_INLINE float transform_scalar(float x, const LogitTransform& t) {
+  return t.softcap > 0 ? apply_transform<true>(x, t)[0] : apply_transform<false>(x, t)[0];
+}
+
+struct SoftmaxStats {
+  float max;       // m, the largest z
+  double sum;      // sum exp(z - m)
+  double weighted; // sum exp(z - m) * (z - m), for the entropy
+  double log_sum() const { return std::log(sum); }
+  float entropy() const { return static_cast<float>(log_sum() - weighted / sum); }
+};
+
+// Transforms `size` <= kSoftmaxBlock elements into z and returns their largest. NaN may hide from the maximum, never from the sums.
+template <class Storage, bool kSoftcap>
+FASTPPO_INLINE float load_block(const typename Storage::type* x, int size, const LogitTransform& t, vfloat* z) {
+  vfloat block_max = -kInfinity;
+  const int whole = size / kLanes, rest = size % kLanes;
+  for (int i = 0; i < whole; ++i) {
+    z[i] = apply_transform<kSoftcap>(Storage::load(x + i * kLanes), t);
+    block_max = vmax(block_max, z[i]);
+  }
+  if (rest) {
+    // The tail's spare lanes become -inf after the transform: exp(-inf) = 0 adds nothing, whatever the width.
+    z[whole] = apply_transform<kSoftcap>(load_tail<Storage>(x + whole * kLanes, rest, 0), t);
+    for (int lane = rest; lane < kLanes; ++lane) z[whole].set(lane, -kInfinity);
+    block_max = vmax(block_max, z[whole]);
+  }
+  return max_lanes(block_max);
+}
+
+// Online form (Milakov and Gimelshein 2018) over blocks: block maximum, one rescale when it rises, then the block's sums.
+template <class Storage, bool kEntropy, bool kSoftcap>
+FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t) {
+  SoftmaxStats stats{-kInfinity, 0.0, 0.0};
+  vfloat z[kSoftmaxBlock / kLanes];
+  for (int64_t begin = 0; begin < width; begin += kSoftmaxBlock) {
+    const int size = static_cast<int>(width - begin < kSoftmaxBlock ? width - begin : kSoftmaxBlock);
+    const int vectors = (size + kLanes - 1) / kLanes;
+    const float top = load_block<Storage, kSoftcap>(row + begin, size, t, z);
+    if (top > stats.max) {
+      const double shift = static_cast<double>(stats.max) - top;
+      const double factor = stats.max == -kInfinity ? 0.0 : std::exp(shift);
+      stats.weighted = factor == 0.0 ? 0.0 : factor * (stats.weighted + shift * stats.sum);
+      stats.sum *= factor;
+      stats.max = top;
+    }
+    // While all is -inf, any finite shift keeps -inf - shift = -inf: a block of -inf adds 0, and a NaN still shows.
+    const float shift = stats.max == -kInfinity ? 0 : stats.max;
+    vfloat sum = 0.0f, weighted = 0.0f;
+    const auto* next = row + begin + kSoftmaxBlock;  // fetched while this block's exponentials keep the cores busy
+    for (int i = 0; i < vectors; ++i) {
+      __builtin_prefetch(next + i * kLanes);
+      const vfloat shifted = z[i] - shift;
+      const vfloat e = vexp_nonpositive(shifted);
+      sum += e;
+      if (kEntropy) weighted += select(e == 0.0f, vfloat(0.0f), e * shifted);  // 0 * -inf is 0 here
+    }
+    stats.sum += sum_lanes(sum);
+    if (kEntropy) stats.weighted += sum_lanes(weighted);
+  }
+  // As in torch: NaN anywhere, a +inf, or nothing but -inf leaves no distribution.
+  if (stats.max == kInfinity || stats.max == -kInfinity) stats.sum = stats.weighted = __builtin_nan("");
+  return stats;
+}
+
+template <class Storage>
+FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t, bool entropy) {
+  if (t.softcap > 0) return row_softmax<Storage, true, true>(row, width, t);
+  return entropy ? row_softmax<Storage, true, false>(row, width, t) : row_softmax<Storage, false, false>(row, width, t);
+}
+
+}  // namespace fastppo::FASTPPO_ISA

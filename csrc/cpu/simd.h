@@ -1,0 +1,303 @@
+// Sixteen-lane vectors for the CPU kernels, written once for every instruction set.
+//
+// A vector is one AVX-512, two AVX2 or four SSE/NEON registers. Because the logical width is always 16 and the build switches floating-point
+// contraction off, every instruction set gives the same bits: a sample or a loss does not depend on which machine computed it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../ops.h"
+
+#define FASTPPO_INLINE static inline __attribute__((always_inline))
+#define FASTPPO_MEMBER inline __attribute__((always_inline))
+
+namespace fastppo::FASTPPO_ISA {
+
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+// Sixteen elements of a 4-byte type T in as many registers as that takes. GCC's own 64-byte vectors would do, but it splits their comparisons
+// into scalars where the machine has narrower registers.
+template <class T>
+struct Vec {
+  static constexpr int kParts = 64 / kRegisterBytes;
+  typedef T Register __attribute__((vector_size(kRegisterBytes)));
+  Register part[kParts];
+
+  Vec() = default;
+  FASTPPO_MEMBER Vec(T x) {  // implicit: a scalar stands for sixteen of itself
+    for (Register& r : part) r = Register{} + x;
+  }
+  FASTPPO_MEMBER T operator[](int lane) const {
+    T x;
+    std::memcpy(&x, reinterpret_cast<const char*>(part) + lane * sizeof(T), sizeof(T));
+    return x;
+  }
+  FASTPPO_MEMBER void set(int lane, T x) { std::memcpy(reinterpret_cast<char*>(part) + lane * sizeof(T), &x, sizeof(T)); }
+  FASTPPO_MEMBER Vec operator-() const {
+    Vec out;
+    for (int i = 0; i < kParts; ++i) out.part[i] = -part[i];
+    return out;
+  }
+};
+
+using vfloat = Vec<float>;
+using vint = Vec<int32_t>;
+using vuint = Vec<uint32_t>;
+
+#define FASTPPO_BINARY(op)                                                                     \
+  template <class T>                                                                           \
+  FASTPPO_INLINE Vec<T> operator op(const Vec<T>& a, const Vec<T>& b) {                        \
+    Vec<T> out;                                                                                \
+    for (int i = 0; i < Vec<T>::kParts; ++i) out.part[i] = a.part[i] op b.part[i];             \
+    return out;                                                                                \
+  }                                                                                            \
+  template <class T>                                                                           \
+  FASTPPO_INLINE Vec<T> operator op(const Vec<T>& a, decltype(T{}) b) {                        \
+    return a op Vec<T>(b);                                                                     \
+  }                                                                                            \
+  template <class T>                                                                           \
+  FASTPPO_INLINE Vec<T> operator op(decltype(T{}) a, const Vec<T>& b) {                        \
+    return Vec<T>(a) op b;                                                                     \
+  }                                                                                            \
+  template <class T, class U>                                                                  \
+  FASTPPO_INLINE Vec<T>& operator op##=(Vec<T>& a, const U& b) {                               \
+    return a = a op b;                                                                         \
+  }
+FASTPPO_BINARY(+)
+FASTPPO_BINARY(-)
+FASTPPO_BINARY(*)
+FASTPPO_BINARY(/)
+FASTPPO_BINARY(&)
+FASTPPO_BINARY(|)
+FASTPPO_BINARY(^)
+#undef FASTPPO_BINARY
+
+// Comparisons give masks: all bits of a lane set where true.
+#define FASTPPO_COMPARE(op)                                                                                  \
+  template <class T>                                                                                         \
+  FASTPPO_INLINE vint operator op(const Vec<T>& a, const Vec<T>& b) {                                        \
+    vint out;                                                                                                \
+    for (int i = 0; i < vint::kParts; ++i) out.part[i] = reinterpret_cast<vint::Register>(a.part[i] op b.part[i]); \
+    return out;                                                                                              \
+  }                                                                                                          \
+  template <class T>                                                                                         \
+  FASTPPO_INLINE vint operator op(const Vec<T>& a, decltype(T{}) b) {                                        \
+    return a op Vec<T>(b);                                                                                   \
+  }
+FASTPPO_COMPARE(<)
+FASTPPO_COMPARE(<=)
+FASTPPO_COMPARE(>)
+FASTPPO_COMPARE(>=)
+FASTPPO_COMPARE(==)
+FASTPPO_COMPARE(!=)
+#undef FASTPPO_COMPARE
+
+template <class T>
+FASTPPO_INLINE Vec<T> operator<<(const Vec<T>& a, int bits) {
+  Vec<T> out;
+  for (int i = 0; i < Vec<T>::kParts; ++i) out.part[i] = a.part[i] << bits;
+  return out;
+}
+
+template <class T>
+FASTPPO_INLINE Vec<T> operator>>(const Vec<T>& a, int bits) {
+  Vec<T> out;
+  for (int i = 0; i < Vec<T>::kParts; ++i) out.part[i] = a.part[i] >> bits;
+  return out;
+}
+
+template <class T>
+FASTPPO_INLINE Vec<T> select(const vint& mask, const Vec<T>& yes, const Vec<T>& no) {
+  Vec<T> out;
+  for (int i = 0; i < Vec<T>::kParts; ++i) out.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
+  return out;
+}
+
+// The same bits under another type.
+template <class To, class From>
+FASTPPO_INLINE Vec<To> bit_cast(const Vec<From>& a) {
+  Vec<To> out;
+  for (int i = 0; i < Vec<To>::kParts; ++i) out.part[i] = reinterpret_cast<typename Vec<To>::Register>(a.part[i]);
+  return out;
+}
+
+// The larger (smaller) of two; where one is NaN, b.
+FASTPPO_INLINE vfloat vmax(const vfloat& a, const vfloat& b) { return select(a > b, a, b); }
+FASTPPO_INLINE vfloat vmin(const vfloat& a, const vfloat& b) { return select(a < b, a, b); }
+
+FASTPPO_INLINE float half_to_float(uint16_t h) {
+  _Float16 x;
+  std::memcpy(&x, &h, sizeof x);
+  return static_cast<float>(x);
+}
+
+FASTPPO_INLINE uint16_t float_to_half(float f) {
+  _Float16 x = static_cast<_Float16>(f);
+  uint16_t h;
+  std::memcpy(&h, &x, sizeof h);
+  return h;
+}
+
+// One storage type each: how 16 consecutive elements become floats and back (round to nearest even).
+struct F32 {
+  using type = float;
+  FASTPPO_INLINE vfloat load(const float* p) {
+    vfloat v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  FASTPPO_INLINE void store(float* p, const vfloat& v) { std::memcpy(p, &v, sizeof v); }
+};
+
+struct BF16 {
+  using type = uint16_t;
+  typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2)));  // as many elements as one register of floats
+  FASTPPO_INLINE vfloat load(const uint16_t* p) {
+    vuint bits;
+    for (int i = 0; i < vuint::kParts; ++i) {
+      Half h;
+      std::memcpy(&h, p + i * (kRegisterBytes / 4), sizeof h);
+      bits.part[i] = __builtin_convertvector(h, vuint::Register);
+    }
+    return bit_cast<float>(bits << 16);
+  }
+  FASTPPO_INLINE void store(uint16_t* p, const vfloat& v) {
+    const vuint bits = bit_cast<uint32_t>(v);
+    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const vuint out = select(v != v, (bits >> 16) | 0x40u, rounded);  // a NaN stays a quiet NaN
+    for (int i = 0; i < vuint::kParts; ++i) {
+      const Half h = __builtin_convertvector(out.part[i], Half);
+      std::memcpy(p + i * (kRegisterBytes / 4), &h, sizeof h);
+    }
+  }
+};
+
+struct F16 {
+  using type = uint16_t;
+  FASTPPO_INLINE vfloat load(const uint16_t* p) {
+    vfloat v;
+#if defined(__F16C__)
+    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+    std::memcpy(&v, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
+#else
+    for (int i = 0; i < kLanes; ++i) v.set(i, half_to_float(p[i]));
+#endif
+    return v;
+  }
+  FASTPPO_INLINE void store(uint16_t* p, const vfloat& v) {
+#if defined(__F16C__)
+    __m256 low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+#endif
+  }
+};
+
+// Calls body(storage) with the storage type that `dtype` names.
+template <class Body>
+FASTPPO_INLINE void with_storage(DType dtype, const Body& body) {
+  if (dtype == kFloat32) body(F32{});
+  else if (dtype == kBFloat16) body(BF16{});
+  else body(F16{});
+}
+
+// The last `count` < 16 elements of a row: lanes beyond hold `fill`, and memory beyond is neither read nor written.
+template <class Storage>
+FASTPPO_INLINE vfloat load_tail(const typename Storage::type* p, int count, float fill) {
+  typename Storage::type buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof *p);
+  vfloat v = Storage::load(buffer);
+  for (int i = count; i < kLanes; ++i) v.set(i, fill);
+  return v;
+}
+
+template <class Storage>
+FASTPPO_INLINE void store_tail(typename Storage::type* p, int count, const vfloat& v) {
+  typename Storage::type buffer[kLanes];
+  Storage::store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof *p);
+}
+
+// Lanes always fold in halves, so the order of additions is fixed.
+FASTPPO_INLINE float sum_lanes(const vfloat& v) {
+  float x[kLanes];
+  std::memcpy(x, &v, sizeof v);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+FASTPPO_INLINE float max_lanes(const vfloat& v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// exp(r) for |r| <= ln 2 / 2: Cephes' degree-6 polynomial.
+FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) {
+  vfloat poly = vfloat(1.9875691500e-4f) * r + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  return (poly * (r * r) + r) + 1.0f;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite): n * kLn2High is exact
+constexpr float kShifter = 12582912.0f;                              // 1.5 * 2^23: adding it rounds to the nearest integer
+
+// exp(x) within 1.2 ulp: x = n ln 2 + r, exp(x) = 2^n exp(r), with 2^n in two factors so that results reach the denormals.
+// exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
+FASTPPO_INLINE vfloat vexp(const vfloat& x) {
+  const vfloat clamped = vmin(vfloat(89.0f), vmax(vfloat(-104.0f), x));
+  const vfloat shifted = clamped * kLog2E + kShifter;
+  const vfloat n = shifted - kShifter;
+  const vfloat r = (clamped - n * kLn2High) - n * kLn2Low;
+  const vint exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(vfloat(kShifter));
+  const vint half = exponent >> 1;
+  const vfloat scale_low = bit_cast<float>((half + 127) << 23);
+  const vfloat scale_high = bit_cast<float>((exponent - half + 127) << 23);
+  const vfloat result = exp_polynomial(r) * scale_low * scale_high;
+  return select(x != x, x, select(x < -104.0f, vfloat(0.0f), result));
+}
+
+// exp(x) for x <= 0, as softmax needs it: results below 2^-126 become 0. NaN stays NaN. vexp's digits for about half its work.
+FASTPPO_INLINE vfloat vexp_nonpositive(const vfloat& x) {
+  const vfloat shifted = x * kLog2E + kShifter;
+  const vfloat n = shifted - kShifter;
+  const vfloat r = (x - n * kLn2High) - n * kLn2Low;
+  const vint exponent = bit_cast<int32_t>(shifted) << 23;  // the shifter's own bits leave at the top
+  const vfloat result = bit_cast<float>(bit_cast<int32_t>(exp_polynomial(r)) + exponent);
+  return select(x < -87.3f, vfloat(0.0f), result);
+}
+
+// tanh(x) within 3 ulp: a Taylor series to x^9 near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.
+FASTPPO_INLINE vfloat vtanh(const vfloat& x) {
+  const vfloat a = select(x < 0.0f, -x, x);
+  const vfloat large = 1.0f - 2.0f / (vexp(a + a) + 1.0f);
+  const vfloat s = x * x;
+  const vfloat series = -0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f));
+  const vfloat magnitude = select(a < 0.1875f, a + a * s * series, large);
+  return select(x != x, x, select(x < 0.0f, -magnitude, magnitude));
+}
+
+}  // namespace fastppo::FASTPPO_ISA

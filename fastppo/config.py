@@ -1,0 +1,212 @@
+"""Every setting of a run, as plain dataclasses. A recipe file (YAML) maps one to one on `Recipe`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+Count = Annotated[int, Field(ge=1)]
+OptionalCount = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=STRICT)
+class PPOConfig:
+    """Settings of one PPO run.
+
+    Defaults suit a small instruct model on one device. Symbols follow Schulman et al. 2017 (PPO) and 2016 (GAE).
+    A *step* is one rollout of `prompts_per_step * samples_per_prompt` completions and the updates made from it.
+    """
+
+    # Run
+    output_dir: str = "runs/ppo"
+    """Folder that receives config, metrics, samples, curve and checkpoints."""
+    total_steps: Count = 100
+    """Number of rollout-and-update steps."""
+    seed: OptionalCount = 0
+    """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
+    device: str = "auto"
+    """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    # Rollout
+    prompts_per_step: Count = 32
+    """Prompts drawn for each step."""
+    samples_per_prompt: Count = 1
+    """Completions sampled for each prompt."""
+    max_new_tokens: Count = 256
+    """Longest completion; a completion that reaches it is truncated, not terminated."""
+    min_new_tokens: OptionalCount = 0
+    """End-of-sequence is banned before this many tokens."""
+    temperature: Positive = 1.0
+    """Divides the logits of the policy *and* of the reference."""
+    top_k: OptionalCount = 0
+    """Sample from the k most likely tokens; 0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling mass; 1 is off."""
+    min_p: Share = 0.0
+    """Drop tokens less likely than this times the most likely one; 0 is off."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion besides the model's own end-of-sequence ids."""
+    stop_strings: tuple[str, ...] = ()
+    """Strings that end a completion as soon as its text contains one of them."""
+    rollout_batch_size: Count = 64
+    """Sequences that are decoded side by side."""
+
+    # Reward
+    reward_timeout: Positive | None = 60.0
+    """Seconds a reward function may take for one batch before its process is killed; `None` calls it in-process."""
+    reward_retries: OptionalCount = 1
+    """Further attempts after a reward function failed."""
+    max_reward_failure_rate: Share = 0.5
+    """The run stops when more than this share of a step's scores is invalid. Invalid samples are never trained on."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a completion that did not finish by itself."""
+    kl_coef: NonNegative = 0.0
+    """Coefficient of the KL penalty to the frozen reference inside the reward; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Per-token KL estimator of the penalty (Schulman, "Approximating KL divergence")."""
+    whiten_rewards: bool = False
+    """Divide the shaped rewards by their standard deviation (the mean is kept)."""
+
+    # Advantages
+    gamma: Share = 1.0
+    """Discount factor."""
+    gae_lambda: Share = 0.95
+    """GAE's λ for the policy's advantages."""
+    bootstrap_truncated: bool = False
+    """Bootstrap a truncated completion with the critic's value of its last state (instead of 0)."""
+    whiten_advantages: bool = True
+    """Normalise the advantages to mean 0, variance 1 over the whole batch."""
+
+    # Update
+    ppo_epochs: Count = 2
+    """Passes over a rollout."""
+    num_minibatches: Count = 4
+    """Optimizer steps in each pass."""
+    tokens_per_microbatch: Count = 8192
+    """Most tokens in one forward/backward; gradients accumulate over the micro-batches of a minibatch and do not depend on
+    the split. A single longer sequence makes a micro-batch of its own."""
+    clip_low: Share = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high ("clip-higher": a larger value than `clip_low`)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound c > 1 on the loss of a negative advantage (Ye et al. 2020); `None` is off."""
+    value_clip: Positive | None = 0.2
+    """Clip range of the value around the rollout's value; `None` is off."""
+    vf_coef: NonNegative = 0.1
+    """Weight of the value loss. With a separate critic it only scales that critic's gradient before clipping."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    loss_aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    """How token losses become one number; denominators are those of the whole minibatch."""
+    critic: Literal["separate", "shared"] = "separate"
+    """A critic with its own trunk, or a value head on the policy's trunk."""
+    critic_warmup_steps: OptionalCount = 0
+    """First steps in which only the critic learns."""
+
+    # Optimizer
+    lr: NonNegative = 1e-6
+    """Peak learning rate of the policy."""
+    critic_lr: NonNegative = 5e-6
+    """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` end at `min_lr_ratio`."""
+    lr_warmup_steps: OptionalCount = 0
+    """Steps in which the learning rates rise linearly from 0."""
+    min_lr_ratio: Share = 0.0
+    """Final learning rate as a share of the peak."""
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    adam_eps: Positive = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay (matrices only)."""
+    max_grad_norm: Positive = 1.0
+    """Gradients of actor and critic are clipped, each for itself, to this norm."""
+    max_skipped_updates: Count = 5
+    """The run stops after this many non-finite updates in a row; each is skipped and counted."""
+
+    # Evaluation, records
+    eval_every: OptionalCount = 0
+    """Steps between evaluations on the held-out prompts; 0 evaluates only before and after training."""
+    eval_temperature: NonNegative = 0.0
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    save_every: OptionalCount = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    num_logged_samples: OptionalCount = 4
+    """Completions written to `samples.jsonl` at each step."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> PPOConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
+
+
+@dataclass(config=STRICT)
+class ModelConfig:
+    """Which model a recipe trains."""
+
+    name: str = ""
+    """Folder in Transformers' format, or a hub name."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; the model's own when not given."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weight type; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+
+
+@dataclass(config=STRICT)
+class DataConfig:
+    """Which prompts a recipe trains on."""
+
+    path: str = ""
+    """JSON Lines, JSON, Parquet or CSV file (also gzipped), or a hub name of a data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    eval_path: str | None = None
+    """Held-out prompts, same format; when not given, `eval_size` rows are taken off the end of `path`."""
+    eval_size: OptionalCount = 0
+    """Number of held-out prompts to evaluate on; 0 evaluates on none."""
+    prompt_template: str = "{prompt}"
+    """Python format string over a row's columns that makes the prompt's text."""
+    system_prompt: str | None = None
+    """First message of the conversation, where the tokenizer has a chat template."""
+    chat: bool | None = None
+    """Apply the tokenizer's chat template; by default when it has one."""
+    max_prompt_tokens: Count | None = None
+    """Longest prompt; longer ones are an error unless `drop_long_prompts` is set."""
+    drop_long_prompts: bool = False
+    """Leave longer prompts out (their number is printed) instead of stopping."""
+
+
+@dataclass(config=STRICT)
+class RewardConfig:
+    """Which reward a recipe maximises."""
+
+    function: str = ""
+    """`package.module:function`, or `path/to/file.py:function` (relative to the recipe)."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments bound to the function for every call."""
+
+
+@dataclass(config=STRICT)
+class Recipe:
+    """A whole run: `fastppo train RECIPE.yaml section.key=value ...`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -1,0 +1,6 @@
+"""The public ops: fused kernels with a plain-PyTorch reference behind each."""
+
+from fastppo.ops._backends import use_backend
+from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
+
+__all__ = ["TokenLogprobs", "token_logprobs", "use_backend"]

@@ -1,0 +1,108 @@
+"""Which implementation serves an op: what exists, what works here, what was asked for.
+
+`FASTPPO_BACKEND=reference|cpu|cuda|triton` (read at import) forces one for every op; `use_backend` does so for a block of code.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo import native
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+# The fast backends of each op, besides the reference that every op has: at most one a device type.
+FAST_BACKENDS: dict[str, tuple[str, ...]] = {
+    "token_logprobs": ("cpu",),
+    "linear_token_logprobs": ("cpu",),
+    "linear_ppo_loss": ("cpu",),
+    "gae": ("cpu",),
+    "masked_whiten": ("cpu",),
+    "approx_kl": ("cpu",),
+    "ppo_loss": ("cpu",),
+    "sample_tokens": ("cpu",),
+}
+
+FAST_DTYPES = tuple(native.DTYPE_CODES)
+
+
+def _check_name(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_forced = _check_name(os.environ.get("FASTPPO_BACKEND") or None, "FASTPPO_BACKEND")
+_noticed: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force backend `name` for every op called inside the block; `None` restores the automatic choice."""
+    global _forced
+    previous, _forced = _forced, _check_name(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def why_not(op: str, backend: str, device_type: str) -> str | None:
+    """Reason why `backend` cannot serve `op` on tensors of `device_type`; None when it can."""
+    if backend == "reference":
+        return None
+    if backend not in FAST_BACKENDS[op]:
+        return f"{op} has no {backend} kernel"
+    if backend == "cpu":
+        return native.unavailable_reason if device_type == "cpu" else f"the tensors are on {device_type}"
+    return None if device_type == "cuda" else f"the tensors are on {device_type}"
+
+
+def choose(op: str, *tensors: Tensor) -> str:
+    """The backend for `op` on these tensors. fp64 and unknown dtypes go to the reference; a missing kernel is said once."""
+    if any(tensor.is_floating_point() and tensor.dtype not in FAST_DTYPES for tensor in tensors):
+        return "reference"
+    device_type = tensors[0].device.type
+    if _forced is not None:
+        reason = why_not(op, _forced, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} was asked for, but {reason}")
+        return _forced
+    for backend in FAST_BACKENDS[op]:
+        if why_not(op, backend, device_type) is None:
+            return backend
+    if not torch.compiler.is_compiling():
+        _notice(op, device_type)
+    return "reference"
+
+
+def _notice(op: str, device_type: str) -> None:
+    if (op, device_type) not in _noticed:
+        _noticed.add((op, device_type))
+        reasons = "; ".join(filter(None, (why_not(op, backend, device_type) for backend in FAST_BACKENDS[op])))
+        warnings.warn(f"fastppo.{op} runs in plain PyTorch on {device_type}: {reasons}", stacklevel=4)
+
+
+class OpStatus(NamedTuple):
+    op: str
+    backend: str
+    reasons: dict[str, str]
+
+
+def describe(device_type: str = "cpu") -> list[OpStatus]:
+    """For each op: the backend that serves it on `device_type`, and why each other backend does not."""
+    statuses = []
+    for op in FAST_BACKENDS:
+        reasons = {backend: why_not(op, backend, device_type) for backend in BACKENDS[1:]}
+        usable = [backend for backend, reason in reasons.items() if reason is None]
+        chosen = _forced or (usable[0] if usable else "reference")
+        others = {backend: reason for backend, reason in reasons.items() if reason is not None}
+        statuses.append(OpStatus(op, chosen, others))
+    return statuses

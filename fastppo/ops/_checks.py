@@ -1,0 +1,65 @@
+"""Argument errors, in one wording: which argument, what it was, what it should be."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
+
+
+def floating(name: str, value: object) -> None:
+    """fp64, fp32, bf16 or fp16."""
+    tensor(name, value)
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} has dtype {value.dtype}, expected float64, float32, bfloat16 or float16")
+
+
+def integer(name: str, value: object) -> None:
+    """int64 or int32."""
+    tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} has dtype {value.dtype}, expected int64 or int32")
+
+
+def mask(name: str, value: object) -> None:
+    tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected bool (write `{name}.bool()`)")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """`meaning` says where the expected shape comes from, e.g. "logits' leading shape"."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} ({meaning})")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, expected {other.device} like {other_name}")
+
+
+def number(
+    name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
+) -> float:
+    """A finite real number in the given interval, as a Python float."""
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} is {value!r}, expected a real number")
+    inside = value > above and at_least <= value <= at_most
+    if not inside or (isinstance(value, float) and not math.isfinite(value)):
+        bounds = [f"> {above}" for _ in [0] if above > -math.inf]
+        bounds += [f">= {at_least}" for _ in [0] if at_least > -math.inf]
+        bounds += [f"<= {at_most}" for _ in [0] if at_most < math.inf]
+        raise ValueError(f"{name} is {value!r}, expected a finite number {' and '.join(bounds)}".rstrip())
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, options))}")

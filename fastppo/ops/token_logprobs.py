@@ -1,0 +1,183 @@
+"""Log-probability of each label, and the entropy of each row, from logits that are read once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo import native
+from fastppo.ops import _checks
+from fastppo.ops._backends import choose
+from fastppo.reference import token_logprobs as reference
+
+
+class TokenLogprobs(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | TokenLogprobs:
+    """Log-probabilities of `labels` under softmax(z), z = softcap * tanh(logits * logit_scale / softcap) / temperature.
+
+    The log-softmax matrix is never written: one read of the logits forward, one read and one write backward.
+
+    Args:
+        logits: [..., V] float32, bfloat16 or float16 (float64 runs in the reference); any strides.
+        labels: [...] int64 or int32 token ids in [0, V), or `ignore_index`.
+        temperature: > 0; divides the logits, as the sampler does.
+        softcap: final logit soft-capping (Gemma 2, arXiv:2408.00118 eq. in sec. 2), or None.
+        logit_scale: multiplies the logits before everything else (Cohere, Granite).
+        ignore_index: rows with this label give log-probability 0, entropy 0 and no gradient; their logits are not read.
+        return_entropy: also return H = -sum_v p_v log p_v in nats.
+        inplace_backward: the backward pass writes the gradient over the logits and so saves [..., V] of memory. Only for logits
+            that nothing reads afterwards.
+
+    Returns:
+        float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`. A row with NaN or +inf, or with nothing
+        but -inf, gives NaN, as torch.log_softmax does. Second derivatives are not implemented (use float64: the reference).
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
+    """
+    _check_logit_options(temperature, softcap, logit_scale)
+    _check_logits_and_labels(logits, labels)
+    if choose("token_logprobs", logits) == "reference":
+        out = reference.token_logprobs(
+            logits,
+            labels,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            return_entropy=return_entropy,
+        )
+        return TokenLogprobs(*out) if return_entropy else out
+    logprobs, entropy, _ = _token_logprobs(
+        logits, labels.long(), temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, inplace_backward
+    )
+    return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
+
+
+def _check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
+    _checks.number("temperature", temperature, above=0)
+    _checks.number("logit_scale", logit_scale)
+    if softcap is not None:
+        _checks.number("softcap", softcap, above=0)
+
+
+def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    _checks.floating("logits", logits)
+    _checks.integer("labels", labels)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits has shape {list(logits.shape)}, expected [..., V] with V >= 1")
+    _checks.shape("labels", labels, logits.shape[:-1], "logits' leading shape")
+    _checks.same_device("labels", labels, "logits", logits)
+
+
+@torch.library.custom_op("fastppo::token_logprobs", mutates_args=())
+def _token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    return_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    transform = (logit_scale, softcap, temperature)
+    logprobs, entropy, max_logsum = native.token_logprobs_forward(
+        logits, labels, ignore_index, transform, return_entropy
+    )
+    return logprobs, logprobs.new_empty(0) if entropy is None else entropy, max_logsum
+
+
+@_token_logprobs.register_fake
+def _(logits, labels, temperature, softcap, logit_scale, ignore_index, return_entropy, inplace_backward):
+    logprobs = torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
+    entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
+    return logprobs, entropy, logprobs.new_empty((*labels.shape, 2))
+
+
+@torch.library.custom_op("fastppo::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    max_logsum: Tensor,
+    entropy: Tensor,
+    d_logprobs: Tensor,
+    d_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+) -> Tensor:
+    transform = (logit_scale, softcap, temperature)
+    return native.token_logprobs_backward(
+        logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, in_place=False
+    )
+
+
+@_token_logprobs_backward.register_fake
+def _(logits, labels, max_logsum, entropy, d_logprobs, d_entropy, temperature, softcap, logit_scale, ignore_index):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastppo::token_logprobs_backward_", mutates_args={"logits"})
+def _token_logprobs_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    max_logsum: Tensor,
+    entropy: Tensor,
+    d_logprobs: Tensor,
+    d_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+) -> None:
+    transform = (logit_scale, softcap, temperature)
+    grad = native.token_logprobs_backward(
+        logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, in_place=True
+    )
+    if grad.data_ptr() != logits.data_ptr():  # strides the kernel cannot address: it worked on a copy
+        logits.copy_(grad)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, labels, *options, return_entropy, inplace_backward = inputs
+    _, entropy, max_logsum = output
+    ctx.save_for_backward(logits, labels, max_logsum, entropy)
+    ctx.options, ctx.return_entropy, ctx.inplace_backward = options, return_entropy, inplace_backward
+    ctx.mark_non_differentiable(max_logsum)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_logprobs, d_entropy, _):
+    logits, labels, max_logsum, entropy = ctx.saved_tensors
+    if d_logprobs is None:
+        d_logprobs = torch.zeros_like(labels, dtype=torch.float32)
+    if not ctx.return_entropy:
+        d_entropy = None
+    arguments = (logits, labels, max_logsum, entropy, d_logprobs, d_entropy, *ctx.options)
+    if ctx.inplace_backward:
+        _token_logprobs_backward_(*arguments)
+        grad = logits
+    else:
+        grad = _token_logprobs_backward(*arguments)
+    return grad, *[None] * 7
+
+
+_token_logprobs.register_autograd(_backward, setup_context=_setup_context)

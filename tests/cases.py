@@ -1,0 +1,25 @@
+"""Inputs that every op must survive: shapes, storage types, strides and dirty memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Rows and vocabulary: one element, tails of the 16-lane vector and of the 1024-element block, several blocks.
+ROWS_BY_VOCAB = [(1, 1), (3, 17), (5, 252), (2, 1023), (4, 1024), (7, 1025), (3, 5000), (0, 33)]
+
+
+def strided_views(x: Tensor) -> dict[str, Tensor]:
+    """Tensors equal to `x` [B, T, V] in other memory layouts; what lies between the elements is NaN."""
+    batch, length, width = x.shape
+    padded = torch.full((batch, length + 2, width + 5), torch.nan, dtype=x.dtype)
+    padded[:, 1:-1, 3:-2] = x
+    return {
+        "contiguous": x.contiguous(),
+        "sliced": padded[:, 1:-1, 3:-2],
+        "time-major": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "vocabulary-major": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": x[:1].expand(batch, length, width),
+    }

@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests: fixed seeds, every backend the machine has, the shared real inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo import native
+from fastppo.ops import use_backend
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """No test may reach a model or data hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Runs the test once on each backend; inside, every op uses it."""
+    if request.param == "cpu" and native.unavailable_reason:
+        pytest.skip(native.unavailable_reason)
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu_backend():
+    if native.unavailable_reason:
+        pytest.skip(native.unavailable_reason)
+    with use_backend("cpu"):
+        yield
+
+
+def _shared(path: str) -> Path:
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"needs {path} in a folder `shared` beside the checkout")
+    return found
+
+
+@pytest.fixture
+def stories_model() -> Path:
+    """A real pretrained Llama of 260 K parameters in Transformers' format."""
+    return _shared("models/stories260K")
+
+
+@pytest.fixture
+def gsm8k_train() -> Path:
+    """GSM8K's training split as JSON Lines, gzipped."""
+    return _shared("data/gsm8k_train.jsonl.gz")

@@ -1,0 +1,40 @@
+"""The one error rule of every kernel test: our error against fp64 is at most native-dtype torch's own error, plus rounding.
+
+After Apple CCE's tests. `exact` is the reference run in fp64 on the same (already rounded) inputs, `native` the reference in the input's own
+type. A test passes tensors; it never sets a tolerance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rounding steps that a kernel's last operations may add, in units of the output type's epsilon.
+ROUNDINGS = 16
+
+
+def assert_as_exact_as_native(ours: Tensor, native: Tensor, exact: Tensor, what: str = "output") -> None:
+    """|ours - exact| <= |native - exact| + 16 eps(ours.dtype) * scale, elementwise, scale = max(|exact|, mean |exact|, 1e-6).
+
+    The mean allows for sums that cancel; infinities and NaN must stand in the same places.
+    """
+    assert ours.shape == exact.shape, f"{what}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    assert exact.dtype == torch.float64, "the exact value is computed in fp64"
+    ours64, native64 = ours.double(), native.double()
+    finite = exact.isfinite()
+    assert torch.equal(ours64.isnan(), exact.isnan()), f"{what}: NaN in other places than the exact result"
+    infinite = exact.isinf()
+    assert torch.equal(ours64[infinite], exact[infinite]), f"{what}: infinities differ from the exact result"
+    if not finite.any():
+        return
+    ours64, native64, exact = ours64[finite], native64[finite], exact[finite]
+    assert ours64.isfinite().all(), f"{what}: not finite where the exact result is"
+    native_error = torch.where(native64.isfinite(), (native64 - exact).abs(), torch.inf)
+    scale = exact.abs().clamp_min(max(exact.abs().mean().item(), 1e-6))
+    allowed = native_error + ROUNDINGS * torch.finfo(ours.dtype).eps * scale
+    excess = (ours64 - exact).abs() - allowed
+    worst = excess.argmax()
+    assert excess[worst] <= 0, (
+        f"{what}: {ours64[worst]:.9g} at flat finite position {worst.item()}, exact {exact[worst]:.9g}, "
+        f"native {native64[worst]:.9g}, allowed error {allowed[worst]:.3g}"
+    )
