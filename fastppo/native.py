@@ -70,36 +70,31 @@ def rows(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
 def token_logprobs_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """logits [..., V], labels int64 [...] -> logprobs [...], entropy [...] or None, (max, log-sum) [..., 2], all fp32."""
-    labels = labels.contiguous()
+    """logits [outer, inner, V] with last stride 1, labels int64 [outer * inner] -> fp32 logprobs, entropy, (max, log-sum).
+
+    transform: (scale, softcap or 0, temperature).
+    """
     logprobs = torch.empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    max_logsum = torch.empty((*labels.shape, 2), dtype=torch.float32)
-    view = collapse_rows(logits)
+    max_logsum = torch.empty((len(labels), 2), dtype=torch.float32)
     bad = _C.token_logprobs_forward(
-        rows(view), address(labels), ignore_index, transform,
+        rows(logits), address(labels), ignore_index, transform,
         address(logprobs), address(entropy), address(max_logsum), threads(),
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(
-            f"labels holds {labels.view(-1)[bad].item()} at flat position {bad}, "
+            f"labels holds {labels[bad].item()} at flat position {bad}, "
             f"expected 0 <= label < {logits.shape[-1]} or ignore_index = {ignore_index}"
         )
     return logprobs, entropy, max_logsum
 
 
 def token_logprobs_backward(
-    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float],
-    max_logsum: Tensor, entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, in_place: bool,
-) -> Tensor:  # fmt: skip
-    """Gradient of the logits, [..., V] in their dtype; with `in_place` it overwrites them."""
-    view = collapse_rows(logits)
-    labels, d_logprobs = labels.contiguous(), d_logprobs.contiguous()
-    d_entropy = None if d_entropy is None else d_entropy.contiguous()
-    in_place = in_place and view.data_ptr() == logits.data_ptr()
-    grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype)
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], max_logsum: Tensor,
+    entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of logits [outer, inner, V] into `grad`: contiguous rows, or the logits themselves."""
     _C.token_logprobs_backward(
-        rows(view), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
+        rows(logits), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
         address(d_logprobs), address(d_entropy), address(grad), threads(),
     )  # fmt: skip
-    return grad
