@@ -33,16 +33,16 @@ def sample_tokens(
 ) -> SampledTokens:
     """Draws one token a row from softmax(logits / temperature) after top-k, top-p and min-p, in that order.
 
-    A token depends on its row of logits, its row's parameters, `seed`, its sequence id and its position: not on the batch
-    around it, the thread count, the instruction set or the backend. The filters are thresholds on the logits, so tokens
-    with equal logits are kept or dropped together: top-k keeps logits >= the k-th largest; top-p keeps the smallest set
-    {logit >= t} that holds at least `top_p` of top-k's mass (Holtzman et al. 2020, arXiv:1904.09751); min-p keeps
-    p >= min_p * p_max (Nguyen et al. 2024, arXiv:2407.01082). Probabilities are multiples of 2^-40 of the largest one: a
-    token less likely than 2^-41 of it is never drawn.
+    A token depends on its row of logits, its row's parameters, `seed`, its sequence id and its position: not on the
+    batch around it, the thread count, the instruction set or the backend. The filters are thresholds on the logits, so
+    tokens with equal logits are kept or dropped together: top-k keeps logits >= the k-th largest; top-p keeps the
+    smallest set {logit >= t} that holds at least `top_p` of top-k's mass (Holtzman et al. 2020, arXiv:1904.09751);
+    min-p keeps p >= min_p * p_max (Nguyen et al. 2024, arXiv:2407.01082). Probabilities are multiples of 2^-40 of the
+    largest one: a token less likely than 2^-41 of it is never drawn.
 
     Args:
-        logits: [B, V] float32, bfloat16 or float16 (float64 is rounded to float32 for the choice), V <= 2^22; any strides.
-            -inf bans a token.
+        logits: [B, V] float32, bfloat16 or float16 (float64 is rounded to float32 for the choice), V <= 2^22; any
+            strides. -inf bans a token.
         temperature: >= 0, a number or [B]; 0 takes the largest logit (the first of equals) and ignores the filters.
         top_k: >= 0, a number or integer [B]; 0 or >= V switches it off.
         top_p: in [0, 1], a number or [B]; 1 switches it off, 0 keeps the largest logit and its equals.
@@ -53,11 +53,11 @@ def sample_tokens(
             repeats.
 
     Returns:
-        `SampledTokens` of [B] tensors: int64 `tokens`; float32 `logprobs` in nats = log softmax(logits / temperature)[token],
-        as `token_logprobs` gives them; `processed_logprobs`, the same within the kept tokens; `kept_mass`, the share of
-        probability that the filters kept. Temperature 0 gives both log-probs unfiltered at temperature 1, and kept mass 1.
-        A row without a distribution (NaN or +inf once divided by the temperature, or nothing but -inf) gives token -1,
-        NaN, NaN and 0. Nothing is differentiable.
+        `SampledTokens` of [B] tensors: int64 `tokens`; float32 `logprobs` in nats = log softmax(logits /
+        temperature)[token], as `token_logprobs` gives them; `processed_logprobs`, the same within the kept tokens;
+        `kept_mass`, the share of probability that the filters kept. Temperature 0 gives both log-probs unfiltered at
+        temperature 1, and kept mass 1. A row without a distribution (NaN or +inf once divided by the temperature, or
+        nothing but -inf) gives token -1, NaN, NaN and 0. Nothing is differentiable.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, or (for tensors: on the CPU) a parameter out of range.
@@ -92,7 +92,8 @@ def _row_parameter(
     (_checks.integer if dtype == torch.int64 else _checks.floating)(name, value)
     _check_row_tensor(name, value, logits)
     value = value.detach().to(dtype)
-    # On a GPU the look would wait for the device: there, as in a compiled graph, a bad value makes its row an error row.
+    # On a GPU the look would wait for the device: there, as in a compiled graph, a bad value makes its row an error
+    # row.
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~(value >= 0) | ~value.isfinite() | (value > (at_most or torch.inf))
         if bad.any():

@@ -107,13 +107,14 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [B, V] floating; fp32 temperature, top_p, min_p [B]; int64 top_k, sequence_ids, positions [B].
 
-    z = logits / temperature; w_v = round(2^40 exp(z_v - max z)), integers. Kept: top-k {z >= k-th largest z}, of it top-p,
-    the smallest {z >= t} with mass >= top_p of top-k's, of it min-p {exp(z - max z) >= min_p}. The token is the first v
-    whose cumulative kept mass exceeds floor(u * kept mass / 2^64), with u = philox(seed, sequence id, position).
+    z = logits / temperature; w_v = round(2^40 exp(z_v - max z)), integers. Kept: top-k {z >= k-th largest z}, of it
+    top-p, the smallest {z >= t} with mass >= top_p of top-k's, of it min-p {exp(z - max z) >= min_p}. The token is the
+    first v whose cumulative kept mass exceeds floor(u * kept mass / 2^64), with u = philox(seed, sequence id,
+    position).
 
     Returns tokens int64 [B], log softmax(z)[token], the same within the kept tokens, and kept mass / mass: fp32 [B]
-    (log-probs fp64 for fp64 logits). Temperature 0: the largest logit, the first of equals, unfiltered, with log-probs at
-    temperature 1. A row without a distribution (NaN, +inf, only -inf, or a parameter out of range): -1, NaN, NaN, 0.
+    (log-probs fp64 for fp64 logits). Temperature 0: the largest logit, the first of equals, unfiltered, with log-probs
+    at temperature 1. A row without a distribution (NaN, +inf, only -inf, or a parameter out of range): -1, NaN, NaN, 0.
     """
     greedy = temperature == 0
     divisor = torch.where(greedy, 1.0, temperature).unsqueeze(-1)
