@@ -24,7 +24,7 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts bytes read and written."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes."""
 
     device: str
     processor: str

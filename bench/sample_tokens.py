@@ -53,7 +53,7 @@ def processed(logprobs: Tensor, top_p: float) -> Tensor:
 
 
 def compare(inputs: Tensors, outputs: Tensors, exact: Tensors) -> float:
-    """Largest error of the returned log-probabilities; WrongResult where a token was dropped or the draws are skewed."""
+    """Largest error of the returned log-probabilities; WrongResult where a token was dropped or draws are skewed."""
     tokens = outputs["tokens"].unsqueeze(-1)
     dropped = exact["widest"].gather(-1, tokens).isneginf().sum().item()
     if dropped:
