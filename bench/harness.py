@@ -1,7 +1,7 @@
 """Measures a case: checks every provider against the fp64 reference, then times the right ones in turn.
 
 Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. Each call
-gets the next of several input sets, together larger than the last-level cache. Times are medians, a ratio is of medians.
+gets the next of several input sets, together larger than the last-level cache. A ratio is one of medians.
 """
 
 from __future__ import annotations
