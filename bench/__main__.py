@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, console: Console) -> record.Record:
     cases = list(all_cases(list(dict.fromkeys(options.op or OPS)), options.quick))
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("copy bandwidth", total=len(cases) * rounds)
         bandwidth = floors.copy_bandwidth(device, rounds)
         for done, (op, index, case) in enumerate(cases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -365,8 +366,14 @@ def test_check_and_failures_set_the_exit_status(monkeypatch, capsys, few_inputs)
     assert "failed: gae all, all: raised: its cases do not load: ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_transformers_works_beside_our_kernels_folder():
-    """In the checkout `import kernels` finds our folder: Transformers must not take it for the package of that name."""
+def test_transformers_works_beside_our_kernels_folder(tmp_path):
+    """In the checkout `import kernels` finds our folder, even where the package of that name is installed."""
+    metadata = tmp_path / "kernels-0.16.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.16.1\n")
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(tmp_path))))
     command = [sys.executable, "-m", "fastppo.bench", "--op", "sample_tokens", "--quick", "--rounds", "1"]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=record.ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
