@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from fastppo.bench import floors, memory, record, report
+from fastppo.bench.catalog import OPS, check_op, load_cases
+from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, measure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastppo.bench import floors, memory, record, report
-from fastppo.bench.catalog import OPS, check_op, load_cases
-from fastppo.bench.harness import Case, Row, describe, fill_ratios, measure
-
 ROUNDS, QUICK_ROUNDS = 20, 3
+SECONDS = 0.5  # that a case's rounds take at least
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 
@@ -27,7 +27,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
     parser.add_argument("--check", action="store_true", help="exit 1 and name the rows below their target")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json"
+    )
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="only write docs/performance.md from a record")
     options = parser.parse_args(argv)
     try:
@@ -43,10 +45,14 @@ def check_options(options: argparse.Namespace) -> None:
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
     if options.quick and options.check:
-        raise ValueError("--check compares full sizes with their targets: drop --quick (a wrong result fails either way)")
+        raise ValueError(
+            "--check compares full sizes with their targets: drop --quick (a wrong result fails either way)"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise ValueError(f"--device cuda: this torch ({torch.__version__}, {built}) sees no CUDA device here; use --device cpu")
+        raise ValueError(
+            f"--device cuda: this torch ({torch.__version__}, {built}) sees no CUDA device here; use --device cpu"
+        )
     if options.json and not (options.json.is_dir() or options.json.parent.is_dir()):
         raise ValueError(f"--json: there is no folder {options.json.parent}")
 
@@ -76,14 +82,15 @@ def run(options: argparse.Namespace, console: Console) -> record.Record:
     """Measures what the options ask for."""
     device = torch.device(options.device)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    schedule = Schedule(rounds, 0.0 if options.quick else SECONDS)
     cases = list(all_cases(list(dict.fromkeys(options.op or OPS)), options.quick))
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("copy bandwidth", total=len(cases) * rounds)
-        bandwidth = floors.copy_bandwidth(device)
+        bandwidth = floors.copy_bandwidth(device, rounds)
         for done, (op, index, case) in enumerate(cases):
-            rows += measure_one(case, op, index, device, rounds, bandwidth, ticker(progress, bar, case, done, rounds))
+            rows += measure_one(case, op, index, device, schedule, bandwidth, ticker(progress, bar, case, done, rounds))
             progress.update(bar, completed=(done + 1) * rounds)
     return record.Record(
         machine=record.this_machine(device, floors.cache_bytes(device), bandwidth),
@@ -108,11 +115,17 @@ def ticker(progress: Progress, bar: int, case: Case | Row, done: int, rounds: in
 
 
 def measure_one(
-    case: Case | Row, op: str, index: int, device: torch.device, rounds: int, bandwidth: float, tick: Callable[[], None]
+    case: Case | Row,
+    op: str,
+    index: int,
+    device: torch.device,
+    schedule: Schedule,
+    bandwidth: float,
+    tick: Callable[[], None],
 ) -> list[Row]:
     if isinstance(case, Row):
         return [case]
-    rows = measure(case, device, rounds, bandwidth, tick)
+    rows = measure(case, device, schedule, bandwidth, tick)
     if case.target.memory_share is not None:
         fill_peaks(rows, op, index, device)
     fill_ratios(rows, case.target)
@@ -127,7 +140,7 @@ def write_docs(file: Path) -> None:
 
 
 def finish(options: argparse.Namespace, result: record.Record) -> int:
-    """Prints the table and what is wrong, saves the record; 1 where a row failed or, with --check, missed its target."""
+    """Prints the table and what is wrong, saves the record; 1 where a row failed or, with --check, missed a target."""
     out = Console()
     if not out.is_terminal:
         out = Console(width=TABLE_WIDTH)

@@ -1,7 +1,7 @@
 """What an op cannot avoid: the bytes it must move, the flops it must spend, and how fast this machine copies memory.
 
-Bytes: every input read once, every output written once, whatever fits no cache at its size; a backward pass reads again what it
-needs of the inputs. Labels and masks count as they are stored (int64, bool). Flops: those of matrix products; elsewhere memory is the limit.
+Bytes: every input read once, every output written once; a backward pass reads again what it needs of the inputs. Labels
+and masks count as they are stored (int64, bool). Flops: those of matrix products; elsewhere memory is the limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 INT64, FP32, BOOL = 8, 4, 1
-COPY_ROUNDS = 11
 UNKNOWN_CACHE_BYTES = 32 << 20
 
 
@@ -58,12 +57,12 @@ def gae(tokens: int, *, mask: bool = False) -> Work:
 
 
 def masked_whiten(tokens: int) -> Work:
-    """x and mask in, whitened x out: the second read of x is avoidable only where x fits the cache, so it is not counted."""
+    """x and mask in, whitened x out. The second read of x, which a cache may save, is not counted."""
     return Work(tokens * (2 * FP32 + BOOL))
 
 
 def approx_kl(tokens: int, *, backward: bool = False) -> Work:
-    """logprobs and ref_logprobs in, the estimate out; backward: both and the upstream gradient in, that of logprobs out."""
+    """logprobs and ref_logprobs in, the estimate out; backward: both and its gradient in, that of logprobs out."""
     return Work(tokens * FP32 * (3 + 4 * backward))
 
 
@@ -88,12 +87,12 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=UNKNOWN_CACHE_BYTES)
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
     """Bytes a second, read and written, of `copy_` between two existing buffers that are each four times the cache."""
     source = torch.rand(max(4 * cache_bytes(device), 256 << 20) // FP32, device=device)
     target = torch.empty_like(source)
     seconds = []
-    for _ in range(COPY_ROUNDS):
+    for _ in range(rounds + 1):
         synchronize(device)
         start = perf_counter()
         target.copy_(source)

@@ -1,7 +1,7 @@
 """Measures a case: checks every provider against the fp64 reference, then times the right ones in turn.
 
-Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. Each call gets the next of
-several input sets, together larger than the last-level cache. Times are medians; a ratio is one of medians.
+Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. Each call
+gets the next of several input sets, together larger than the last-level cache. A ratio is one of medians.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
-from torch import Tensor
-
 from fastppo.bench import floors
 from fastppo.bench.floors import Work
+from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
 OURS, EAGER = "fastppo", "eager"
 MAX_INPUT_BYTES = 1 << 30
-# Cheap cases run on, for steadier medians, until both are reached or the rounds are ten times those asked for.
-MIN_SECONDS = 0.5
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
 ALLOWED_ERROR = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -47,7 +44,7 @@ class Target:
 
 
 def compare_tensors(inputs: Tensors, outputs: Tensors, exact: Tensors) -> float:
-    """Largest error of any output, in units of max(|exact|, rms of exact); raises WrongResult where rounding does not explain it."""
+    """Largest error of any output, in units of max(|exact|, rms of exact); WrongResult where it is not rounding."""
     if outputs.keys() != exact.keys():
         raise WrongResult(f"returns {', '.join(outputs)}, expected {', '.join(exact)}")
     return max(relative_error(name, outputs[name], exact[name]) for name in exact)
@@ -79,6 +76,21 @@ class Case:
     work: Work
     target: Target = field(default_factory=Target)
     compare: Callable[[Tensors, Tensors, Tensors], float] = compare_tensors
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At least `rounds` turns of every provider; cheap cases go on, for `seconds` or ten times as many rounds."""
+
+    rounds: int
+    seconds: float = 0.0
+
+    @property
+    def most_rounds(self) -> int:
+        return 10 * self.rounds if self.seconds else self.rounds
+
+    def goes_on(self, done: int, elapsed: float) -> bool:
+        return done < self.rounds or (done < self.most_rounds and elapsed < self.seconds)
 
 
 @dataclass
@@ -137,11 +149,11 @@ def in_fp64(inputs: Tensors) -> Tensors:
     return {name: moved(x, x.device, torch.float64) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def input_sets(case: Case, device: torch.device) -> list[Tensors]:
-    """As many input sets as exceed twice the cache together, so that a set read again comes from memory."""
+def input_sets(case: Case, device: torch.device, calls: int) -> list[Tensors]:
+    """As many input sets as exceed twice the cache, so that a set read again comes from memory; at most one a call."""
     first = make_inputs(case, device)
     size = max(1, sum(x.numel() * x.element_size() for x in first.values()))
-    count = min(math.ceil(2 * floors.cache_bytes(device) / size), max(1, MAX_INPUT_BYTES // size))
+    count = min(math.ceil(2 * floors.cache_bytes(device) / size), max(1, MAX_INPUT_BYTES // size), calls)
     return [first, *(make_inputs(case, device, index) for index in range(1, count))]
 
 
@@ -173,12 +185,17 @@ def time_once(run: Provider, inputs: Tensors, device: torch.device) -> float:
 
 
 def take_turns(
-    case: Case, rows: Mapping[str, Row], sets: list[Tensors], device: torch.device, rounds: int, tick: Callable[[], None]
+    case: Case,
+    rows: Mapping[str, Row],
+    sets: list[Tensors],
+    device: torch.device,
+    schedule: Schedule,
+    tick: Callable[[], None],
 ) -> dict[str, list[float]]:
     """Seconds of every call of every provider that is right; one that raises gets its reason and leaves the turns."""
     seconds: dict[str, list[float]] = {name: [] for name, row in rows.items() if row.status == "ok"}
     calls, done, started = 0, 0, perf_counter()
-    while seconds and (done < rounds or (done < 10 * rounds and perf_counter() - started < MIN_SECONDS)):
+    while seconds and schedule.goes_on(done, perf_counter() - started):
         order = list(seconds) if done % 2 == 0 else list(reversed(seconds))
         for name in order:
             try:
@@ -224,11 +241,11 @@ def fill_ratios(rows: Mapping[str, Row], target: Target) -> None:
 
 
 def measure(
-    case: Case, device: torch.device, rounds: int, copy_bandwidth: float, tick: Callable[[], None] = lambda: None
+    case: Case, device: torch.device, schedule: Schedule, copy_bandwidth: float, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
     try:
-        sets = input_sets(case, device)
+        sets = input_sets(case, device, schedule.most_rounds * len(case.providers))
         exact = case.exact(in_fp64(sets[0]))
     except Exception as error:
         reason = f"the inputs or the reference failed: {describe(error)}"
@@ -238,7 +255,7 @@ def measure(
     gc.collect()
     gc.disable()  # no collection inside a timed call
     try:
-        seconds = take_turns(case, rows, sets, device, rounds, tick)
+        seconds = take_turns(case, rows, sets, device, schedule, tick)
     finally:
         gc.enable()
     for name, times in seconds.items():

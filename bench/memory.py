@@ -1,9 +1,9 @@
 """Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
 
-`python -m fastppo.bench.memory OP INDEX PROVIDER DEVICE` prints the bytes. On the CPU: a call on the case's quick inputs loads code and
-threads, then the full inputs are made, the heap is trimmed, the kernel's high-water mark is reset (`/proc/self/clear_refs`), and after
-the call VmHWM - VmRSS before - bytes of the outputs is the answer: pages really touched, by whatever allocator. On a GPU: the same difference
-of torch's allocator statistics.
+`python -m fastppo.bench.memory OP INDEX PROVIDER DEVICE` prints the bytes. On the CPU a call on the case's quick inputs
+loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
+(`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
+touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
 
 TIMEOUT_SECONDS = 300
@@ -46,7 +45,9 @@ def cpu_peak(run: Provider, inputs: Tensors) -> int:
         ctypes.CDLL(None).malloc_trim(0)  # pages that earlier calls left in the heap would hide the call's own
         CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
     except (OSError, AttributeError) as error:
-        raise CannotMeasure(f"peak memory is measured on Linux with glibc and a writable {CLEAR_REFS}: {error}") from error
+        raise CannotMeasure(
+            f"peak memory is measured on Linux with glibc and a writable {CLEAR_REFS}: {error}"
+        ) from error
     before = status_bytes("VmRSS")
     outputs = run(inputs)
     return max(0, status_bytes("VmHWM") - before - output_bytes(outputs, inputs))

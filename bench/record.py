@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from fastppo.bench.harness import Row
 
 from fastppo import native
-from fastppo.bench.harness import Row
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are those of the CPU kernels; `copy_bandwidth` is bytes a second, read and written."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes."""
 
     device: str
     processor: str

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastppo.bench.harness import OURS, Row
+from fastppo.bench.record import Record
 from rich.table import Table
 
-from fastppo.bench.harness import EAGER, OURS, Row
-from fastppo.bench.record import Record
-
-COLUMNS = ("case", "provider", "median", "p20-p80", "GB/s", "of copy", "GFLOP/s", "vs eager", "target", "error", "peak memory")
+COLUMNS = (
+    "case",
+    "provider",
+    "median",
+    "p20-p80",
+    "GB/s",
+    "of copy",
+    "GFLOP/s",
+    "vs eager",
+    "target",
+    "error",
+    "peak memory",
+)
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -63,12 +74,15 @@ def titles(rows: Iterable[Row]) -> list[str]:
 
 def terminal_table(record: Record) -> Table:
     machine = record.machine
+    copy = f"copy {machine.copy_bandwidth / 1e9:.1f} GB/s"
     table = Table(
-        title=f"{machine.processor}, {machine.threads} threads, {machine.isa}, copy {machine.copy_bandwidth / 1e9:.1f} GB/s",
+        title=f"{machine.processor}, {machine.threads} threads, {machine.isa}, {copy}",
         caption="quick: small inputs and few rounds, times mean nothing" if record.quick else None,
     )
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("case", "provider", "target") else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if column in ("case", "provider", "target") else "right", overflow="fold"
+        )
     for title, row in zip(titles(record.rows), record.rows, strict=True):
         style = {"wrong": "red", "raised": "red"}.get(row.status) or ("yellow" if row.target_met is False else None)
         if title and table.row_count:
@@ -97,7 +111,8 @@ def reached(row: Row) -> str:
     speed = optional(row.speedup, "{:.2f}x eager's speed") or "no speed-up to eager"
     if row.target_memory_share is None:
         return speed
-    return f"{speed}, {optional(row.memory_share, '{:.1%} of its peak memory') or f'peak memory unknown ({row.peak_reason})'}"
+    memory = optional(row.memory_share, "{:.1%} of its peak memory") or f"peak memory unknown ({row.peak_reason})"
+    return f"{speed}, {memory}"
 
 
 def markdown(record: Record, record_name: str) -> str:
@@ -106,8 +121,9 @@ def markdown(record: Record, record_name: str) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     lines = [
         f"Measured {record.date[:10]} at revision `{(record.revision or 'unknown')[:12]}` on {machine.processor}, "
-        f"{machine.threads} threads, {machine.isa} kernels, {machine.cache_bytes >> 20} MiB last-level cache, {machine.system}; "
-        f"copy bandwidth {machine.copy_bandwidth / 1e9:.1f} GB/s; {versions}. Record: `{record_name}`.",
+        f"{machine.threads} threads, {machine.isa} kernels, {machine.cache_bytes >> 20} MiB last-level cache, "
+        f"{machine.system}; copy bandwidth {machine.copy_bandwidth / 1e9:.1f} GB/s; {versions}. "
+        f"Record: `{record_name}`.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
@@ -116,12 +132,17 @@ def markdown(record: Record, record_name: str) -> str:
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
         lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
     short = below_target(record.rows) + failures(record.rows)
-    lines += ["", "What falls short:" if short else "Every target is met.", *([""] if short else []), *(f"- {s}" for s in short)]
+    lines += [
+        "",
+        "What falls short:" if short else "Every target is met.",
+        *([""] if short else []),
+        *(f"- {s}" for s in short),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def write_docs(record: Record, record_name: str, path: Path) -> None:
-    """Replaces what stands between the markers of `path`; ValueError where a marker is missing or the record is a quick one."""
+    """Replaces what stands between the markers of `path`; ValueError where one is missing or the record is quick."""
     if record.quick:
         raise ValueError(f"{record_name} is a quick run: its times mean nothing, run without --quick")
     text = path.read_text()
