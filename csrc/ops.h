@@ -54,3 +54,39 @@ FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_
 // d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null.
 FASTPPO_EACH_ISA(void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, const float* max_logsum,
                                               const float* entropy, const float* d_logprobs, const float* d_entropy, void* grad_logits, int threads))
+
+namespace fastppo {
+
+constexpr int kMaxHeadSize = 256;
+constexpr int kHeadsAtOnce = 8;  // query heads that share one load of a key: 8 x 2 KiB of state stay in L1
+
+// q [batch, heads, head_size] (stride q_stride between sequences), k_pages [pages, page_size, kv_heads, head_size], v_pages the same with
+// value_size, block_table int32 [batch, max_blocks], context_lens int32 [batch], sinks fp32 [heads] or null, out [batch, heads, value_size].
+// softcap 0 and window 0 are off. All of q, pages and out have storage type dtype.
+struct DecodeAttention {
+  const void *q, *k_pages, *v_pages;
+  const int32_t *block_table, *context_lens;
+  const float* sinks;
+  void* out;
+  DType dtype;
+  int64_t batch, heads, kv_heads, pages, page_size, max_blocks, q_stride;
+  int head_size, value_size;
+  float scale, softcap;
+  int64_t window;
+};
+
+// Rows of k and v (of k_row_bytes, v_row_bytes) go to places slots[token] of the caches; negative slots are skipped.
+struct WriteKv {
+  const void *k, *v;
+  void *k_pages, *v_pages;
+  const int64_t* slots;
+  int64_t tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes;
+};
+
+}  // namespace fastppo
+
+// Returns the first sequence whose length or pages are out of range, or -1. A sequence of length 0 gives 0.
+FASTPPO_EACH_ISA(int64_t decode_attention(const DecodeAttention& arguments, int threads))
+
+// Returns the first token whose slot is beyond the cache, or -1.
+FASTPPO_EACH_ISA(int64_t write_kv(const WriteKv& arguments))

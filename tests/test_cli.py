@@ -79,7 +79,9 @@ def test_training_a_real_model_from_its_recipe(stories_model, tmp_path, capsys):
     arguments = [*TINY_STEPS, "data.eval_size=4", f"ppo.output_dir={run}"]
     assert train("recipes/stories.yaml", *arguments) == 0
     assert "done: reward" in capsys.readouterr().out
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model"} <= {
+        p.name for p in run.iterdir()
+    }
     assert cli.main(["plot", str(run), "-o", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").exists()
     assert "--resume" in error_of(capsys, "train", "recipes/stories.yaml", *arguments)
     assert train(run / "config.yaml", "ppo.total_steps=3", "--resume") == 0

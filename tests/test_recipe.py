@@ -79,7 +79,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    (tmp_path / "reward.py").write_text("def score(prompts, completions, scale=1, **_):\n    return [scale] * len(completions)\n")
+    (tmp_path / "reward.py").write_text(
+        "def score(prompts, completions, scale=1, **_):\n    return [scale] * len(completions)\n"
+    )
     text = "model: {name: model}\ndata: {path: hub/data}\nreward: {function: 'reward.py:score', arguments: {scale: 3}}"
     monkeypatch.chdir("/")
     recipe = load_recipe(write(tmp_path, text))

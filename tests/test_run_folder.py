@@ -57,7 +57,12 @@ def make_run(tmp_path, steps=20):
     folder = RunFolder(tmp_path / "run", {})
     for step in range(steps):
         score = step / steps
-        row = {"objective/scores": score, "objective/scores_std": 0.2, "policy/entropy_avg": 2 - score, "objective/kl": score**2}
+        row = {
+            "objective/scores": score,
+            "objective/scores_std": 0.2,
+            "policy/entropy_avg": 2 - score,
+            "objective/kl": score**2,
+        }
         row |= {"completions/mean_length": 30 + step, "policy/clipfrac_avg": 0.1, "val/explained_var": score}
         folder.log_metrics(step, row | ({"eval/scores": score} if step % 5 == 0 else {}))
     return folder.path

@@ -14,7 +14,11 @@ import pytest
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = {80: 166912, 90: 232448, 100: 232448}  # compute capability: most shared memory a block can have, in bytes
+ARCHITECTURES = {
+    80: 166912,
+    90: 232448,
+    100: 232448,
+}  # compute capability: most shared memory a block can have, in bytes
 TESTED_OPS = ["token_logprobs"]
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -36,7 +40,12 @@ def token_logprobs_launches():
         outputs = {"logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "max_logsum_ptr": "*fp32"}
         forward = {"logits_ptr": pointer, "labels_ptr": "*i64"} | outputs | numbers | options
         yield "_token_logprobs_forward_kernel", forward, constants, module.NUM_WARPS
-        inputs = {"max_logsum_ptr": "*fp32", "entropy_ptr": "*fp32", "d_logprobs_ptr": "*fp32", "d_entropy_ptr": "*fp32"}
+        inputs = {
+            "max_logsum_ptr": "*fp32",
+            "entropy_ptr": "*fp32",
+            "d_logprobs_ptr": "*fp32",
+            "d_entropy_ptr": "*fp32",
+        }
         gradient = {"grad_ptr": pointer} | numbers | {"grad_stride_outer": "i64", "grad_stride_inner": "i64"}
         backward = {"logits_ptr": pointer, "labels_ptr": "*i64"} | inputs | gradient | options
         yield "_token_logprobs_backward_kernel", backward, constants, module.NUM_WARPS
@@ -84,5 +93,7 @@ def test_compiles_without_spills(launch, capability, tmp_path, monkeypatch, reco
 def resource_usage(cubin: Path) -> dict[str, int]:
     """What Triton's own cuobjdump says of a cubin: REG, STACK, SHARED, LOCAL."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}

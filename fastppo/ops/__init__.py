@@ -1,7 +1,16 @@
 """The public ops: fused kernels with a plain-PyTorch reference behind each."""
 
 from fastppo.ops._backends import use_backend
+from fastppo.ops.decode_attention import decode_attention, write_kv
 from fastppo.ops.sample_tokens import SampledTokens, sample_tokens
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
 
-__all__ = ["SampledTokens", "TokenLogprobs", "sample_tokens", "token_logprobs", "use_backend"]
+__all__ = [
+    "SampledTokens",
+    "TokenLogprobs",
+    "decode_attention",
+    "sample_tokens",
+    "token_logprobs",
+    "use_backend",
+    "write_kv",
+]

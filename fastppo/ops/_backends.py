@@ -30,6 +30,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "approx_kl": ("cpu",),
     "ppo_loss": ("cpu",),
     "sample_tokens": ("cpu",),
+    "decode_attention": ("cpu",),
 }
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
