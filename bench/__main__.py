@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from fastppo.bench import floors, memory, record, report
 from fastppo.bench.catalog import OPS, check_op, load_cases
 from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, measure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROUNDS, QUICK_ROUNDS = 20, 3
 SECONDS = 0.5  # that a case's rounds take at least

@@ -17,6 +17,7 @@ OPS = (
     "approx_kl",
     "ppo_loss",
     "sample_tokens",
+    "decode_attention",
 )
 
 

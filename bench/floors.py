@@ -79,6 +79,11 @@ def sample_tokens(rows: int, vocab: int, itemsize: int) -> Work:
     return Work(rows * (vocab * itemsize + INT64 + 3 * FP32))
 
 
+def decode_attention(keys: int, batch: int, heads: int, kv_heads: int, head_size: int, itemsize: int = FP32) -> Work:
+    """`keys` keys and values in all, read once; queries in, results out."""
+    return Work(2 * keys * kv_heads * head_size * itemsize + 2 * batch * heads * head_size * itemsize)
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU, the largest cache that Linux names for CPU 0, else 32 MiB."""
     if device.type == "cuda":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import gae as reference
 
 GAMMA, LAM = 0.99, 0.95

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
+from torch import Tensor
+
 from fastppo.bench import floors
 from fastppo.bench.floors import Work
-from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]

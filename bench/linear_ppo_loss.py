@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Tensors
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Tensors
 from fastppo.reference import linear_ppo_loss as reference
 
 KEPT_SHARE = 0.8

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
 
 TIMEOUT_SECONDS = 300

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import ppo_loss as reference
 
 KEPT_SHARE = 0.8

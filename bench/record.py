@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from fastppo.bench.harness import Row
 
 from fastppo import native
+from fastppo.bench.harness import Row
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]

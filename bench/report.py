@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.table import Table
+
 from fastppo.bench.harness import OURS, Row
 from fastppo.bench.record import Record
-from rich.table import Table
 
 COLUMNS = (
     "case",

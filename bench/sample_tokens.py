@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors, WrongResult, relative_error
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Target, Tensors, WrongResult, relative_error
 
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 # A token whose cumulative mass rounding puts on the other side of top_p is not wrong.

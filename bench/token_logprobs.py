@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Provider, Target, Tensors
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Provider, Target, Tensors
 from fastppo.reference import token_logprobs as reference
 
 

@@ -3,7 +3,7 @@
     root/step-000120/policy.safetensors ... state.json manifest.json
 
 A checkpoint is written to a hidden temporary folder, every file is flushed to the disk, a manifest with sizes and SHA-256 comes last, and one
-rename makes it visible. Older ones are removed only afterwards.
+rename makes it visible. Older ones are removed only afterwards. One process at a time may write to a root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
-_NAME = re.compile(r"step-(\d{6,})")
+_REPLACED = ".replaced-"
+_NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{6,}})")
 
 
 class CheckpointError(RuntimeError):
@@ -36,33 +37,42 @@ def save_checkpoint(
 ) -> Path:
     """Write `tensors` (file name without ending -> named tensors) and `state` (anything JSON can hold) as checkpoint `step`.
 
-    Keeps the newest `keep` checkpoints. Raises CheckpointError when the disk is full or anything else fails: nothing is left behind, and the
-    checkpoints that were there still are.
+    Keeps this checkpoint and the newest before it, `keep` in all. Those of later steps stay: a resume passed over them because they are
+    damaged, and counting them would push out the whole ones. Raises CheckpointError when the disk is full or anything else fails: nothing is
+    left behind, and the checkpoints that were there still are.
     """
     root = Path(root)
     target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}"
+    replaced = root / f"{_REPLACED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         temporary.mkdir()
         for name, named in tensors.items():
             save_file(_separate(named), temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        (temporary / "state.json").write_text(json.dumps({"step": step, "state": state}, indent=1))
         manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        if target.exists():  # written before a kill, then reached again after a resume from an older one
-            shutil.rmtree(target)
+        if (
+            target.exists()
+        ):  # reached again after a resume from an older one; still found under its other name until the rename below
+            target.rename(replaced)
         temporary.rename(target)
         _flush(root)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        state_is_at_fault = isinstance(error, TypeError | ValueError)  # a full disk is an OSError or a SafetensorError
+        cure = "" if state_is_at_fault else "; free some space or choose another output_dir, then resume"
         raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. The earlier ones are untouched; free some space "
-            "or choose another output_dir, then resume"
+            f"checkpoint {target} could not be written: {error}. The earlier ones are untouched{cure}"
         ) from error
-    for _, old in sorted(_complete(root).items())[:-keep]:
+    _remove_leftovers(root)
+    up_to_now = [path for number, path in sorted(_complete(root).items()) if number <= step]
+    for old in up_to_now[:-keep]:
         shutil.rmtree(old)
     return target
 
@@ -74,8 +84,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name) for name in manifest if name.endswith(".safetensors")
     }
-    state = json.loads((path / "state.json").read_text())
-    return tensors, state, state.pop("step")
+    saved = json.loads((path / "state.json").read_text())
+    return tensors, saved["state"], saved["step"]
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
@@ -90,8 +100,8 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 
 
 def _complete(root: Path) -> dict[int, Path]:
-    """step -> folder of every checkpoint that was renamed into place."""
-    folders = root.iterdir() if root.is_dir() else ()
+    """step -> folder of every checkpoint that was renamed into place; one that was moved aside counts while its successor is not there."""
+    folders = sorted(root.iterdir()) if root.is_dir() else ()  # ".replaced-" sorts first, so the successor wins
     matches = ((_NAME.fullmatch(path.name), path) for path in folders)
     return {int(match.group(1)): path for match, path in matches if match}
 
@@ -100,6 +110,8 @@ def _verify(path: Path) -> dict[str, dict[str, Any]]:
     """The manifest, once every file it lists is there with the size and hash it lists."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or "state.json" not in manifest:
+            raise ValueError(f"{MANIFEST} does not list state.json")
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
                 raise CheckpointError(
@@ -128,9 +140,12 @@ def _flush(path: Path) -> None:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Folders that a killed process was still writing."""
+    """Remove what a killed process was still writing, and what has a successor in its place."""
     for path in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path)
+    for path in root.glob(f"{_REPLACED}*"):
+        if (root / path.name.removeprefix(_REPLACED)).exists():
+            shutil.rmtree(path)
 
 
 def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,15 +163,21 @@ def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON state) of an optimizer, keyed by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`."""
+    """(tensors, JSON state) of an optimizer, keyed by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`.
+
+    The tensors are the optimizer's own, not copies. Raises ValueError when it holds a parameter that `named` does not name, or state that is
+    no tensor.
+    """
     names = {parameter: name for name, parameter in named.items()}
-    tensors = {
-        f"{key}/{names[parameter]}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    return tensors, {"parameters": sorted(name for name in named)}
+    tensors: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError(f"named lacks a parameter of the optimizer, of shape {list(parameter.shape)}")
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key} of {names[parameter]} is {type(value).__name__}, expected a tensor")
+            tensors[f"{key}/{names[parameter]}"] = value
+    return tensors, {"parameters": sorted(named), "tensors": sorted(tensors)}
 
 
 def restore_optimizer(
@@ -165,17 +186,26 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Put back what `flatten_optimizer` took out. Raises CheckpointError when names or shapes are not those of this optimizer."""
-    if state["parameters"] != sorted(named):
-        different = sorted(set(state["parameters"]) ^ set(named))
-        raise CheckpointError(
-            f"the checkpoint's optimizer has other parameters than this model: {', '.join(different[:5])}"
-        )
-    optimizer.state.clear()
+    """Put copies of what `flatten_optimizer` took out back, bit for bit.
+
+    Raises CheckpointError when names or shapes are not those of this optimizer; its state is then as it was.
+    """
+    for what, saved, present in (
+        ("parameters", state["parameters"], named),
+        ("tensors", state["tensors"], tensors),
+    ):
+        if different := sorted(set(saved) ^ set(present)):
+            raise CheckpointError(
+                f"the checkpoint's optimizer has other {what} than this model: {', '.join(different[:5])}"
+            )
+    restored: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key_and_name, value in tensors.items():
         key, name = key_and_name.split("/", 1)
         parameter = named[name]
-        if value.dim() and value.shape != parameter.shape:
+        if key != "step" and value.shape != parameter.shape:
             raise CheckpointError(f"{key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
-        # AdamW keeps its step count as a CPU scalar whatever the parameter's device.
-        optimizer.state[parameter][key] = value.clone() if not value.dim() else value.to(parameter.device)
+        # AdamW keeps its step count on the CPU whatever the parameter's device.
+        device = value.device if key == "step" else parameter.device
+        restored.setdefault(parameter, {})[key] = value.to(device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(restored)

@@ -14,7 +14,10 @@ from typing import Any
 
 import yaml
 
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
+CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
+MARK = "# Settings of a fastppo run\n"
+# Half a character, which broken input can hold, becomes \udXXX: in JSON that is its escape, and it comes back as it was.
+LONE_SURROGATES = "backslashreplace"
 
 
 class RunFolder:
@@ -27,15 +30,17 @@ class RunFolder:
         self.path = Path(path)
         _check_usable(self.path, resume)
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.path / CONFIG, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+        _write_whole(self.path / CONFIG, MARK + yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+        if not resume:
+            self.rewind(-1)  # samples of a run that ended within its first step
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a number that is not finite becomes null, which every JSON reader takes."""
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(METRICS, {"step": step, **row})
 
     def log_sample(self, step: int, prompt: Any, completion: str, score: float) -> None:
@@ -48,7 +53,7 @@ class RunFolder:
         self._append(SAMPLES, sample)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8", errors=LONE_SURROGATES) as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -68,26 +73,48 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; a torn last line, which a kill can leave, is passed over."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """The rows of a JSON Lines file; a torn last line, which a kill can leave, is passed over.
+
+    Raises ValueError naming the file and the line of anything else that is no row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; remove that line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number} is no row with a step; remove that line")
+        rows.append(row)
+    return rows
 
 
 def _check_usable(path: Path, resume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir is {str(path)!r}, which is a file, expected a folder")
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if content and CONFIG not in content:
+    if content - {_temporary(path / CONFIG).name} and not _is_run(path):
         raise ValueError(f"output_dir is {str(path)!r}, which holds other files; choose an empty or new folder")
-    if METRICS in content and not resume:
+    if content & {METRICS, CHECKPOINTS} and not resume:
         raise ValueError(
             f"output_dir {str(path)!r} holds a run already: resume it (--resume), or choose another output_dir"
         )
 
 
+def _is_run(path: Path) -> bool:
+    """Whether the folder's config.yaml is one of ours: other tools write files of that name too."""
+    config = path / CONFIG
+    return config.is_file() and config.read_bytes().startswith(MARK.encode())
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
+
+
 def _write_whole(path: Path, text: str) -> None:
     """Replace a file in one step: a reader, or a kill, finds the old text or the new."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
+    temporary = _temporary(path)
+    temporary.write_text(text, encoding="utf-8", errors=LONE_SURROGATES)
     os.replace(temporary, path)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fastppo.bench import __main__ as cli
 from fastppo.bench import floors, harness, memory, record, report
 from fastppo.bench.catalog import OPS, load_cases
