@@ -36,7 +36,7 @@ def eager(
 
 
 def cases(quick: bool) -> list[Case]:
-    rows, hidden, vocab = (32, 64, 1000) if quick else (512, 512, 32000)
+    rows, hidden, vocab = (32, 64, 1000) if quick else (256, 512, 32000)
 
     def inputs(generator: torch.Generator) -> Tensors:
         states = torch.randn(rows, hidden, generator=generator)
