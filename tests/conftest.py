@@ -11,6 +11,9 @@ import torch
 from fastppo import native
 from fastppo.ops import use_backend
 
+# Tiny models gain nothing from threads, and threads of parallel test processes that wait for each other cost twenty times.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,9 @@ class Engine:
         with models.evaluating(self.model):
             return _Generation(self, token_lists, sampling, progress).run()
 
-    def stop_ids(self, sampling: SamplingParams) -> list[int]:
+    def _stop_ids(self, sampling: SamplingParams) -> list[int]:
         """Token ids that end a completion, ascending."""
-        ids = set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            ids.update(self._eos_ids())
-        return sorted(ids)
+        return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids())})
 
     def _eos_ids(self) -> list[int]:
         """The model's end-of-sequence ids; ids outside its vocabulary (left in many small configurations) can never be drawn."""
@@ -127,13 +125,13 @@ class Engine:
                 f"prompts[{index}] has {len(tokens)} tokens, expected at most {limit - 1}: "
                 f"the model's context is {limit} and must hold one new token"
             )
-        if not all(isinstance(token, int) for token in tokens):
-            raise TypeError(f"prompts[{index}] holds {tokens[0]!r} ..., expected token ids (integers)")
+        if odd := [token for token in tokens if not isinstance(token, Integral)]:
+            raise TypeError(f"prompts[{index}] holds {odd[0]!r}, expected token ids (integers)")
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise ValueError(
                 f"prompts[{index}] has token ids from {min(tokens)} to {max(tokens)}, expected 0 to {vocab_size - 1}"
             )
-        return tokens
+        return [int(token) for token in tokens]
 
 
 @dataclass
@@ -181,7 +179,7 @@ class _Generation:
         self.total = len(prompts) * sampling.n
         self.slots = min(engine.max_batch_size, self.total)
         self.cache = KVCache(self.slots, max(len(p) + n for p, n in zip(prompts, self.limits, strict=True)))
-        self.stop_ids = torch.tensor(engine.stop_ids(sampling), dtype=torch.int64, device=self.device)
+        self.stop_ids = torch.tensor(engine._stop_ids(sampling), dtype=torch.int64, device=self.device)
         self.stop_strings = StopStrings(engine.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
         self.rows: list[_Row] = []
         self.prefilled: _Prefilled | None = None
@@ -215,9 +213,8 @@ class _Generation:
         """Start the next sequences in the free rows."""
         if self.prefilled is None:
             self.prefilled = self._prefill()
-        waiting = self.prefilled.sequences
-        chosen, rest = waiting[: self.slots - len(self.rows)], waiting[self.slots - len(self.rows) :]
-        first_row = len(self.rows)
+        first_row, free = len(self.rows), self.slots - len(self.rows)
+        chosen, rest = self.prefilled.sequences[:free], self.prefilled.sequences[free:]
         prompts = [sequence // self.sampling.n for sequence in chosen]
         self.rows += [_Row(s, len(self.prompts[p])) for s, p in zip(chosen, prompts, strict=True)]
         self.started += len(chosen)
@@ -279,7 +276,7 @@ class _Generation:
         drawn = self._sample(first_row, logits, state)
         at = (torch.arange(len(logits), device=self.device), state["count"])
         for name in ("tokens", "logprobs", "processed_logprobs"):
-            state[name][at] = getattr(drawn, name)
+            state[name][at] = getattr(drawn, name).to(state[name].dtype)  # a model in fp64 gives fp64
         state["last"].copy_(drawn.tokens)
         state["count"] += 1
         state["length"] += 1

@@ -53,7 +53,7 @@ class Rollout:
     prompt_index: Tensor = _per(SEQUENCE, torch.int64)
     """int64 [B], which prompt of the `generate` call a sequence continues."""
     temperature: float
-    """The sampling temperature; 0 was greedy."""
+    """The sampling temperature; 0 was greedy, with the log-probabilities at temperature 1."""
     scores: Tensor | None = _per(SEQUENCE, torch.float32, default=None)
     """fp32 [B], the reward function's; NaN is invalid."""
     old_logprobs: Tensor | None = _per(TOKEN, torch.float32, default=None)

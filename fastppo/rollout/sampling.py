@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from fastppo.ops import _checks
 
-LARGEST_SEED = 2**63 - 1
-
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -42,10 +40,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("n", "max_new_tokens"):
-            _integer(name, getattr(self, name), at_least=1)
-        for name in ("top_k", "min_new_tokens"):
-            _integer(name, getattr(self, name), at_least=0)
-        _integer("seed", self.seed, at_least=0, at_most=LARGEST_SEED)
+            _checks.integer_number(name, getattr(self, name), at_least=1)
+        for name in ("top_k", "min_new_tokens", "seed"):
+            _checks.integer_number(name, getattr(self, name))
         _checks.number("temperature", self.temperature, at_least=0)
         _checks.number("top_p", self.top_p, above=0, at_most=1)
         _checks.number("min_p", self.min_p, at_least=0, at_most=1)
@@ -56,18 +53,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "stop_strings", _as_tuple("stop_strings", self.stop_strings))
         for i, token in enumerate(self.stop_token_ids):
-            _integer(f"stop_token_ids[{i}]", token, at_least=0)
+            _checks.integer_number(f"stop_token_ids[{i}]", token)
         for i, text in enumerate(self.stop_strings):
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop_strings[{i}] is {text!r}, expected a string that is not empty")
-
-
-def _integer(name: str, value: object, *, at_least: int, at_most: int = LARGEST_SEED) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if not at_least <= value <= at_most:
-        bound = f">= {at_least}" if value < at_least else f"<= {at_most}"
-        raise ValueError(f"{name} is {value}, expected an integer {bound}")
 
 
 def _as_tuple(name: str, value: object) -> tuple:

@@ -103,7 +103,7 @@ def test_bits_do_not_depend_on_the_batch_pages_or_threads(cpu_backend):
         assert torch.equal(alone[0], together[i])
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         assert torch.equal(decode_attention(q, k_pages, v_pages, table, lens), together)
     finally:
         torch.set_num_threads(threads)

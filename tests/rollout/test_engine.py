@@ -67,6 +67,11 @@ class TestOrder:
         assert rollout.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         assert rollout.finish_reasons.tolist() == [STOP] * 8
 
+    def test_prompts_as_tensors_and_arrays(self):
+        model = make_chain([0, 0, 1, 2])
+        for prompts in (torch.tensor([[3], [2]]), torch.tensor([[3], [2]]).numpy()):
+            assert _generate(model, prompts, temperature=0).completions() == [[2, 1, 0], [1, 0]]
+
     def test_packed_layout(self):
         rollout = _generate(make_chain([0, 0, 1, 2]), [[3], [2, 3, 1]], temperature=0)
         assert rollout.tokens.tolist() == [3, 2, 1, 0, 2, 3, 1, 0]
@@ -255,7 +260,7 @@ class TestErrors:
         self._raises(r"prompts\[0\] has token ids from 1 to 3, expected 0 to 2", [[1, 3]])
 
     def test_token_that_is_no_integer(self):
-        self._raises(r"prompts\[0\]", [[1.5]], error=TypeError)
+        self._raises(r"prompts\[0\] holds 1.5", [[1, 1.5]], error=TypeError)
 
     def test_single_string(self):
         self._raises("single string", "hello", error=TypeError)
