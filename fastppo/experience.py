@@ -25,11 +25,11 @@ def evaluate_networks(networks: ActorCritic, rollout: Rollout, microbatches: lis
         batch = rollout.select(indices)
         places = _packed_places(rollout, indices)[batch.action_mask]
         outputs = networks(batch, entropy=False)
-        per_token["old_logprobs"][places] = outputs.logprobs
-        per_token["values"][places] = outputs.values
-        final_values[indices] = outputs.final_values
+        per_token["old_logprobs"][places] = outputs.logprobs.float()
+        per_token["values"][places] = outputs.values.float()
+        final_values[indices] = outputs.final_values.float()
         if networks.reference is not None:
-            per_token["ref_logprobs"][places] = networks.reference_logprobs(batch)
+            per_token["ref_logprobs"][places] = networks.reference_logprobs(batch).float()
     rollout.old_logprobs, rollout.values = per_token["old_logprobs"], per_token["values"]
     rollout.ref_logprobs = per_token["ref_logprobs"] if networks.reference is not None else None
     return final_values

@@ -87,7 +87,8 @@ class PPOTrainer:
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
-        self.rewards = RewardRunner(reward, timeout=config.reward_timeout, retries=config.reward_retries)
+        with _naming("reward"):
+            self.rewards = RewardRunner(reward, timeout=config.reward_timeout, retries=config.reward_retries)
         # The critic's head is initialised to zero, so building the networks draws no random numbers.
         self.networks = ActorCritic(
             self.model, shared_trunk=config.critic == "shared", with_reference=config.kl_coef > 0
@@ -269,10 +270,8 @@ class PPOTrainer:
                 f"max_new_tokens is {self.config.max_new_tokens}, expected less than the model's context of {context} tokens"
             )
         limit = None if context is None else context - self.config.max_new_tokens
-        try:
+        with _naming(name):
             return load_prompts(source, self.tokenizer, DataConfig(), limit)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
 
     def _save(self, folder: RunFolder) -> None:
         tensors: dict[str, dict[str, Tensor]] = {}
@@ -314,6 +313,15 @@ class PPOTrainer:
     def _reference_sha256(self) -> str | None:
         reference = self.networks.reference
         return None if reference is None else weights_sha256(reference)
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Errors about an argument begin with the name that the caller knows it by."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{argument}: {error}") from error
 
 
 class _Clock:
