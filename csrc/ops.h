@@ -20,9 +20,59 @@ struct Rows {
   int64_t offset(int64_t row) const { return (row / inner) * stride_outer + (row % inner) * stride_inner; }
 };
 
+// Consecutive elements of one of the storage types; null data: not given.
+struct Column {
+  const void* data;
+  DType dtype;
+};
+
 // z = softcap * tanh(x * scale / softcap) / temperature; softcap 0 leaves the tanh out.
 struct LogitTransform {
   float scale, softcap, temperature;
+};
+
+// The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
+enum PPOColumn {
+  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
+};
+
+struct PPOTokens {
+  Column columns[kNumPPOColumns];
+  const uint8_t* mask;  // null: every token counts
+  int64_t count;
+};
+
+// Sequence s is offsets[s] .. offsets[s + 1], or without offsets s * length .. (s + 1) * length.
+struct Sequences {
+  const int64_t* offsets;
+  int64_t count, length;
+  int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * length; }
+};
+
+enum KLKind : int { kK1, kK2, kK3, kAbs };
+enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
+
+// A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
+struct PPOOptions {
+  float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
+  KLKind kl_value, kl_gradient;
+  RolloutCorrection correction;
+  bool cispo;
+};
+
+// Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
+enum PPOSum {
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL, kRolloutWeight,
+  kRolloutClipped, kRatioMax, kNumPPOSums
+};
+
+struct PPOGradients {
+  float *logprobs, *values, *entropy;  // [count] each, or null
+};
+
+struct PPOCounts {
+  int64_t tokens, sequences;  // unmasked tokens, sequences that have any
+  int64_t bad_offset;         // first position of an offset that is out of order, or -1
 };
 
 }  // namespace fastppo
@@ -90,3 +140,10 @@ FASTPPO_EACH_ISA(int64_t decode_attention(const DecodeAttention& arguments, int 
 
 // Returns the first token whose slot is beyond the cache, or -1.
 FASTPPO_EACH_ISA(int64_t write_kv(const WriteKv& arguments))
+
+// Counts, and for each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
+// logprob - old_logprob over them. Either may be null; without log_ratios no column is read. Nothing is written when an offset is bad.
+FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, int threads))
+
+// The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
+FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))

@@ -71,7 +71,7 @@ def save_checkpoint(
             f"checkpoint {target} could not be written: {error}. The earlier ones are untouched{cure}"
         ) from error
     _remove_leftovers(root)
-    up_to_now = [path for number, path in sorted(_complete(root).items()) if number <= step]
+    up_to_now = [path for number, path in list_checkpoints(root).items() if number <= step]
     for old in up_to_now[:-keep]:
         shutil.rmtree(old)
     return target
@@ -90,7 +90,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 def latest_checkpoint(root: str | Path) -> Path | None:
     """The newest checkpoint under `root` that is whole; damaged ones are passed over with a warning. None when there is none."""
-    for _, path in sorted(_complete(Path(root)).items(), reverse=True):
+    for _, path in reversed(list_checkpoints(root).items()):
         try:
             _verify(path)
             return path
@@ -99,11 +99,15 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
-def _complete(root: Path) -> dict[int, Path]:
-    """step -> folder of every checkpoint that was renamed into place; one that was moved aside counts while its successor is not there."""
+def list_checkpoints(root: str | Path) -> dict[int, Path]:
+    """step -> folder of every checkpoint that was renamed into place, in order of steps, without a look inside.
+
+    One that was moved aside counts while its successor is not there.
+    """
+    root = Path(root)
     folders = sorted(root.iterdir()) if root.is_dir() else ()  # ".replaced-" sorts first, so the successor wins
     matches = ((_NAME.fullmatch(path.name), path) for path in folders)
-    return {int(match.group(1)): path for match, path in matches if match}
+    return dict(sorted({int(match.group(1)): path for match, path in matches if match}.items()))
 
 
 def _verify(path: Path) -> dict[str, dict[str, Any]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
@@ -28,35 +28,38 @@ EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 a mistake of the user's (one line says which), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:  # its options are its own
-        from fastppo.bench.__main__ import main as bench
-
-        return bench(arguments[1:])
-    options = _parser().parse_args(arguments)
     try:
+        if arguments[:1] == ["bench"]:  # its options are its own
+            from fastppo.bench.__main__ import main as bench
+
+            return bench(arguments[1:])
+        options = _parser().parse_args(arguments)
         return options.command(options)
     except KeyboardInterrupt:
         print("fastppo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, _user_errors()) or os.environ.get("FASTPPO_TRACEBACK"):
+        if not _is_users(error) or os.environ.get("FASTPPO_TRACEBACK"):
             raise
-        print(f"fastppo: error: {error}", file=sys.stderr)
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastppo: error: {text}", file=sys.stderr)
         return 2
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What users can mend: shown as one line, with a traceback only under FASTPPO_TRACEBACK=1."""
+def _is_users(error: Exception) -> bool:
+    """Whether users can mend it: shown as one line, with a traceback only under FASTPPO_TRACEBACK=1."""
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "fastppo":
+        return False  # our own modules do not fit together
     errors: list[type[Exception]] = [ValueError, TypeError, OSError, ImportError]
     for module, name in (("fastppo.checkpoint", "CheckpointError"), ("fastppo.trainer", "TrainingError")):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
-    return tuple(errors)
+    return isinstance(error, tuple(errors))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastppo", description="PPO for language models")
-    parser.add_argument("--version", action="version", version=f"fastppo {version('fastppo')}")
+    parser.add_argument("--version", action="version", version=f"fastppo {_version('fastppo')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -108,14 +111,28 @@ def _train(options: argparse.Namespace) -> int:
     try:
         metrics = trainer.train(resume=options.resume)
     except KeyboardInterrupt:
-        folder = Path(recipe.ppo.output_dir)
-        print(
-            f"fastppo: interrupted; go on with: fastppo train {options.recipe} --resume   ({folder})", file=sys.stderr
-        )
+        print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.ppo.output_dir)}", file=sys.stderr)
         return 130
-    reward_now = metrics.get("eval/scores", metrics.get("objective/scores"))
+    if not metrics:
+        print(
+            f"nothing to do: {recipe.ppo.output_dir} has all its {recipe.ppo.total_steps} steps; to go on, raise ppo.total_steps"
+        )
+        return 0
+    reward_now = metrics.get("eval/scores", metrics["objective/scores"])
     print(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.ppo.output_dir}")
     return 0
+
+
+def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
+    """Where the newest checkpoint is, and the command that resumes from it: the same one, overrides included."""
+    from fastppo.checkpoint import list_checkpoints
+    from fastppo.run_folder import CHECKPOINTS
+
+    checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
+    if not checkpoints:
+        return "there is no checkpoint yet (ppo.save_every sets how often one is written)"
+    command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
+    return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -27,11 +26,13 @@ COLUMNS = {
     "s": ("time/step", "{:.1f}"),
 }
 SHOWN_STEPS = 12
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SHOWN_CHARACTERS = 2000
+# C0 and C1 controls but tab and newline, halves of characters, and the marks that reverse the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Model output without the control characters that could move a terminal's cursor or change its settings."""
+    """Model output without the characters that could move a terminal's cursor, change its settings or reorder its text."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -53,14 +54,12 @@ class Reporter:
         self.console = console or Console(highlight=False)
         self.rows: list[tuple[int, Mapping[str, float]]] = []
         self.live: Live | None = None
-        self.started = time.monotonic()
         columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=self.console)
         self.steps_task = self.progress.add_task("steps", total=total_steps)
         self.phase_task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> Reporter:
-        self.started = time.monotonic()
         if self.console.is_terminal and not self.quiet:
             self.live = Live(self._view(), console=self.console, refresh_per_second=6)
             self.live.start()
@@ -81,6 +80,8 @@ class Reporter:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One more step of the run is done."""
+        if not self.rows:  # the steps before a resume, and a first step that warms up, say nothing about the time left
+            self.progress.reset(self.steps_task)
         self.rows = [*self.rows, (step, metrics)][-SHOWN_STEPS:]
         if self.live is not None:
             self.progress.update(self.steps_task, completed=step)
@@ -88,12 +89,25 @@ class Reporter:
         elif not self.quiet:
             cells = ((title, format_metric(title, metrics)) for title in COLUMNS)
             parts = [f"{title} {cell}" for title, cell in cells if cell is not None]
-            self.console.print(f"step {step}/{self.total_steps}  " + "  ".join(parts), soft_wrap=True, markup=False)
+            self._print(f"step {step}/{self.total_steps}  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
         """A line that stays on the screen."""
+        self._print(text)
+
+    def sample(self, title: str, prompt: str, completion: str, score: float) -> None:
+        """A completion under its prompt. Every line of the model's is marked as such: it cannot pass for a record of the run."""
+        self._print(f"{title}  score {score:.3f}")
+        for text in (prompt, completion):
+            cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+            for line in cut.splitlines() or [""]:
+                self._print(f"  | {line}")
+
+    def _print(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(Text(printable(text)), soft_wrap=True)
+            encoding = self.console.encoding  # a character that the terminal lacks must not end the run
+            shown = printable(text).encode(encoding, "replace").decode(encoding)
+            self.console.print(Text(shown), soft_wrap=True)
 
     def _view(self) -> Group:
         shown = [title for title in COLUMNS if any(format_metric(title, metrics) for _, metrics in self.rows)]

@@ -12,17 +12,27 @@ class Panel(NamedTuple):
     title: str
     unit: str
     lines: dict[str, str]  # metric -> label
+    limits: tuple[float, float] | None = None  # for outliers below: a critic's first steps must not flatten all others
 
 
 PANELS = (
     Panel("Reward", "score", {"objective/scores": "training", "eval/scores": "held out"}),
     Panel("KL to the reference", "nats a completion", {"objective/kl": "KL"}),
+    Panel("KL of an update", "nats a token", {"policy/approxkl_avg": "approximate KL"}),
     Panel("Entropy", "nats a token", {"policy/entropy_avg": "entropy"}),
     Panel("Completion length", "tokens", {"completions/mean_length": "training", "eval/mean_length": "held out"}),
     Panel(
-        "Clipped", "share", {"policy/clipfrac_avg": "ratio clipped", "completions/clipped_ratio": "completion cut off"}
+        "Clipped",
+        "share",
+        {
+            "policy/clipfrac_avg": "ratios clipped",
+            "val/clipfrac_avg": "values clipped",
+            "completions/clipped_ratio": "completions cut off",
+        },
     ),
-    Panel("Critic", "explained variance", {"val/explained_var": "explained variance"}),
+    Panel("Policy loss", "loss", {"loss/policy_avg": "policy loss"}),
+    Panel("Value loss", "loss", {"loss/value_avg": "value loss"}),
+    Panel("Critic", "explained variance", {"val/explained_var": "explained variance"}, limits=(-1.0, 1.05)),
 )
 
 
@@ -59,15 +69,19 @@ def _draw(axes: Any, panel: Panel, rows: list[dict[str, Any]]) -> None:
     for number, (metric, label) in enumerate(panel.lines.items()):
         steps, values = _points(rows, metric)
         if steps:
-            marker = "o" if metric.startswith("eval/") else None
+            marker = "o" if metric.startswith("eval/") or len(steps) == 1 else None  # one point makes no line
             axes.plot(steps, values, color=f"C{number}", marker=marker, markersize=4, linewidth=1.5, label=label)
         if metric == "objective/scores":
             _band(axes, rows)
     axes.set_title(panel.title)
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
-    if len(panel.lines) > 1:
+    if panel.limits is not None and axes.get_ylim()[0] < panel.limits[0]:
+        axes.set_ylim(panel.limits)
+        axes.set_ylabel(f"{panel.unit}, cut at {panel.limits[0]:g}")
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize="small")
 
 
@@ -79,4 +93,5 @@ def _band(axes: Any, rows: list[dict[str, Any]]) -> None:
     steps = [row["step"] for row in both]
     low = [row["objective/scores"] - row["objective/scores_std"] for row in both]
     high = [row["objective/scores"] + row["objective/scores_std"] for row in both]
-    axes.fill_between(steps, low, high, color="C0", alpha=0.12, linewidth=0)
+    if steps:
+        axes.fill_between(steps, low, high, color="C0", alpha=0.12, linewidth=0, label="± 1 standard deviation")

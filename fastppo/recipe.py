@@ -7,8 +7,12 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
+import sys
+import typing
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -26,7 +30,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ValueError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key")
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: {key} stands there twice")
             seen.add(key)
@@ -44,6 +50,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         section, key, value = _parse_override(override)
         settings.setdefault(section, {})[key] = value
+    _refuse_booleans(settings)
     try:
         recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
@@ -57,9 +64,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
-        settings = yaml.load(path.read_text(), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        settings = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} is {type(settings).__name__}, expected sections: {', '.join(SECTIONS)}")
     for section, values in settings.items():
@@ -67,14 +74,36 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(values, dict):
             raise ValueError(f"recipe {path}: {section} is {values!r}, expected keys and values")
         for key in values:
-            _check_name(str(key), KEYS[section], f"recipe {path}: key {section}.", joined=True)
+            _check_key(section, str(key), f"recipe {path}")
     return settings
 
 
-def _check_name(name: str, known: Any, what: str, *, joined: bool = False) -> None:
+def _check_name(name: str, known: Any, what: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-        raise ValueError(f"{what}{'' if joined else ' '}{name} is not known; the nearest is {near}")
+        raise ValueError(f"{what} {name} is not known; the nearest is {near}")
+
+
+def _check_key(section: str, key: str, where: str) -> None:
+    owners = [owner for owner, keys in KEYS.items() if key in keys]
+    if owners and section not in owners:
+        raise ValueError(f"{where}: key {section}.{key} is not known; {owners[0]}.{key} is")
+    if not owners:
+        near = difflib.get_close_matches(key, KEYS[section], n=1, cutoff=0.0)[0]
+        raise ValueError(f"{where}: key {section}.{key} is not known; the nearest is {near}")
+
+
+def _refuse_booleans(settings: dict[str, dict[str, Any]]) -> None:
+    """`lr: yes` is a slip of the pen, but Python, and so pydantic, takes True for the number 1."""
+    for section, values in settings.items():
+        types = typing.get_type_hints(SECTIONS[section])
+        for key, value in values.items():
+            if isinstance(value, bool) and bool not in (types[key], *typing.get_args(types[key])):
+                raise ValueError(f"{section}.{key} is {value!r}: expected no true or false")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
@@ -93,11 +122,11 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
             )
         section = owners[0]
     _check_name(section, SECTIONS, "override: section")
-    _check_name(key, KEYS[section], f"override: key {section}.", joined=True)
+    _check_key(section, key, "override")
     try:
         return section, key, yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -126,7 +155,10 @@ def _find_files(recipe: Recipe, folder: Path) -> None:
 
 
 def resolve_reward(config: RewardConfig) -> Callable[..., Any]:
-    """The function that `reward.function` names, with `reward.arguments` bound to it."""
+    """The function that `reward.function` names, with `reward.arguments` bound to it.
+
+    Raises FileNotFoundError or ValueError when it cannot be imported, is not there, or does not take the arguments.
+    """
     module_name, colon, name = config.function.rpartition(":")
     if not colon or not module_name or not name:
         raise ValueError(
@@ -141,21 +173,39 @@ def resolve_reward(config: RewardConfig) -> Callable[..., Any]:
         raise ValueError(f"reward.function is {config.function!r}: {module_name} has no function {name}{hint}")
     if not config.arguments:
         return function
+    try:
+        inspect.signature(function).bind_partial(**config.arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward.arguments is {config.arguments!r}, but {config.function} {error}") from error
     bound = functools.partial(function, **config.arguments)
-    return functools.update_wrapper(bound, function)
+    # Name and text only: `__wrapped__` would show the signature in which the bound arguments are still asked for.
+    functools.update_wrapper(bound, function)
+    del bound.__wrapped__
+    return bound
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"reward.function: module {name} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module does when it is imported
+        beside = Path(*name.split(".")).with_suffix(".py")
+        hint = f"; for the file here write ./{beside}:function" if beside.is_file() else ""
+        raise ValueError(f"reward.function: module {name} cannot be imported: {_reason(error)}{hint}") from error
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"reward.function: {path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own shadows no other module; dataclasses look their module up by it.
+    spec = importlib.util.spec_from_file_location(f"fastppo_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does when it is imported
+        raise ValueError(f"reward.function: {path} cannot be imported: {_reason(error)}") from error
     return module
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {_one_line(error)}"
