@@ -132,4 +132,15 @@ PYBIND11_MODULE(_C, m) {
                 PPOGradients{pointer<float>(d_logprobs), pointer<float>(d_values), pointer<float>(d_entropy)}, threads);
     return sums;
   });
+
+  m.def("sample_tokens", [](const RowsTuple& logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t sequence_ids,
+                            uintptr_t positions, uint64_t seed, uintptr_t tokens, uintptr_t logprobs, uintptr_t processed_logprobs, uintptr_t kept_mass,
+                            int threads) {
+    py::gil_scoped_release release;
+    const SamplingParameters parameters{pointer<const float>(temperature), pointer<const int64_t>(top_k),        pointer<const float>(top_p),
+                                        pointer<const float>(min_p),       pointer<const int64_t>(sequence_ids), pointer<const int64_t>(positions),
+                                        seed};
+    const SampledRows out{pointer<int64_t>(tokens), pointer<float>(logprobs), pointer<float>(processed_logprobs), pointer<float>(kept_mass)};
+    FASTPPO_CPU(sample_tokens, rows(logits), parameters, out, threads);
+  });
 }

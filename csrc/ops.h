@@ -75,6 +75,20 @@ struct PPOCounts {
   int64_t bad_offset;         // first position of an offset that is out of order, or -1
 };
 
+// One value for each row of logits.
+struct SamplingParameters {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *sequence_ids, *positions;
+  uint64_t seed;
+};
+
+struct SampledRows {
+  int64_t* tokens;
+  float *logprobs, *processed_logprobs, *kept_mass;
+};
+
 }  // namespace fastppo
 
 // Each CPU kernel is compiled once for every instruction set, into a namespace of that name.
@@ -147,3 +161,6 @@ FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Seq
 
 // The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
 FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))
+
+// One token a row after top-k, top-p and min-p; width <= 2^22. A row without a distribution or with a parameter out of range: -1, NaN, NaN, 0.
+FASTPPO_EACH_ISA(void sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, int threads))

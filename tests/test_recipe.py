@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,66 @@ def test_the_written_config_is_a_recipe_again(tmp_path):
     folder = RunFolder(tmp_path / "run", dataclasses.asdict(recipe))
     assert load_recipe(folder.path / "config.yaml") == recipe
     assert yaml.safe_load((folder.path / "config.yaml").read_text())["ppo"]["total_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.lr=true", "ppo.lr is True: expected no true or false"),
+        ("total_steps=yes", "ppo.total_steps is True"),
+        ("model.lr=1", "key model.lr is not known; ppo.lr is"),
+        ("reward.arguments=on", "reward.arguments is True"),
+    ],
+)
+def test_slips_that_would_pass_for_a_number_or_hide_in_another_section(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize("text", ["ppo: {lr: 1", "? [a]\n: 1", "a: b: c"])
+def test_a_yaml_error_is_one_line(tmp_path, text):
+    with pytest.raises(ValueError, match="not valid YAML") as error:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def reward(tmp_path, code, **arguments):
+    path = tmp_path / "my_reward.py"
+    path.write_text(code)
+    return resolve_reward(RewardConfig(function=f"{path}:f", arguments=arguments))
+
+
+def test_a_bound_argument_that_the_function_requires_is_not_asked_for_again(tmp_path):
+    from fastppo.rewards import RewardRunner
+
+    bound = reward(tmp_path, "def f(prompts, completions, scale):\n    return [scale for _ in completions]\n", scale=3)
+    with RewardRunner(bound, timeout=None) as runner:
+        assert runner(["a"], ["b"], {}).scores == [3.0]
+
+
+def test_a_misspelt_argument_is_found_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match="reward.arguments is {'sclae': 3}.*unexpected keyword argument 'sclae'"):
+        reward(tmp_path, "def f(prompts, completions, scale=1):\n    return []\n", sclae=3)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("import nowhere_xyz", "nowhere_xyz")],
+)
+def test_a_reward_file_that_fails_is_named(tmp_path, code, message):
+    with pytest.raises(ValueError, match=f"my_reward.py cannot be imported: .*{message}"):
+        reward(tmp_path, code)
+
+
+def test_a_reward_file_may_define_dataclasses(tmp_path):
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+    code += "@dataclass\nclass Rule:\n    weight: ClassVar[int] = 1\ndef f(prompts, completions):\n    return []\n"
+    assert reward(tmp_path, code)([], []) == []
+
+
+def test_a_file_named_as_a_module_gets_a_hint(tmp_path, monkeypatch):
+    (tmp_path / "score_xyz.py").write_text("def f():\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    with pytest.raises(ValueError, match=r"write \./score_xyz.py:function"):
+        resolve_reward(RewardConfig(function="score_xyz:f"))

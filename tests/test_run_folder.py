@@ -6,11 +6,13 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from fastppo.console import Reporter, printable
-from fastppo.plot import plot_run
+from fastppo.plot import PANELS, _draw, plot_run
 from fastppo.run_folder import RunFolder, read_metrics
 
 
@@ -41,11 +43,47 @@ def test_foreign_and_finished_folders_are_left_alone(tmp_path):
         RunFolder(tmp_path, {})
     with pytest.raises(ValueError, match="which is a file"):
         RunFolder(tmp_path / "thesis.txt", {})
+    (tmp_path / "config.yaml").write_text("somebody: else\n")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds other files"):
+            RunFolder(tmp_path, {}, resume=resume)
+    assert (tmp_path / "config.yaml").read_text() == "somebody: else\n"
     folder = RunFolder(tmp_path / "run", {})
     folder.log_metrics(1, {})
     with pytest.raises(ValueError, match="--resume"):
         RunFolder(tmp_path / "run", {})
     RunFolder(tmp_path / "run", {}, resume=True)
+    folder = RunFolder(tmp_path / "unrecorded", {})
+    folder.checkpoints.mkdir()
+    with pytest.raises(ValueError, match="--resume"):
+        RunFolder(folder.path, {})
+
+
+def test_a_run_that_ended_in_its_first_step_starts_afresh(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_sample(1, "p", "c", 0.0)
+    folder = RunFolder(tmp_path / "run", {})
+    assert (folder.path / "samples.jsonl").read_text() == ""
+
+
+def test_any_text_and_any_kind_of_number_is_recorded(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"ppo": {"output_dir": "é"}})
+    folder.log_sample(1, "half \ud83d", "中\u2028", 1.0)
+    folder.log_metrics(1, {"numpy": np.float32(0.5), "tensor": torch.tensor(2.0)})
+    folder.rewind(1)
+    sample = json.loads((folder.path / "samples.jsonl").read_text(encoding="utf-8"))
+    assert (sample["prompt"], sample["completion"]) == ("half \ud83d", "中\u2028")
+    assert read_metrics(folder.path) == [{"step": 1, "numpy": 0.5, "tensor": 2.0}]
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"[]", b'{"a": 1}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_metrics(1, {"a": 1.0})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+        read_metrics(folder.path)
 
 
 def test_a_folder_without_metrics_is_no_run(tmp_path):
@@ -119,3 +157,38 @@ def test_quiet_says_nothing():
 def test_model_output_cannot_drive_the_terminal():
     assert printable("a\x1b[2Jb\x07\nc\t") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\nc\t"
     assert "[bold]here[/bold]" in report(terminal=False), "brackets are text, not markup"
+    assert printable("\u202egpj.exe\ud83d") == "\N{REPLACEMENT CHARACTER}gpj.exe\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_sample_cannot_pass_for_a_record_of_the_run():
+    output = io.StringIO()
+    with Reporter(9, console=Console(file=output, force_terminal=False, width=120)) as reporter:
+        reporter.sample("before", "2+2=", "[red]5[/red]\nstep 9/9  reward 1.000\r\x1b[2J", math.nan)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "before  score nan" and lines[2] == "  | [red]5[/red]"
+    assert all(line.startswith("  | ") for line in lines[1:]) and "\x1b" not in output.getvalue()
+
+
+def test_a_terminal_without_unicode_does_not_end_the_run():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Reporter(2, console=Console(file=output, force_terminal=False)) as reporter:
+        reporter.note("é")
+    output.flush()
+    assert output.buffer.getvalue() == b"?\n"
+
+
+def test_the_steps_before_a_resume_say_nothing_about_the_time_left():
+    with Reporter(200, console=Console(file=io.StringIO(), force_terminal=True)) as reporter:
+        reporter.step(150, {})
+        reporter.step(151, {})
+        task = reporter.progress.tasks[0]
+        assert task.completed == 151 and (task.speed is None or task.speed * task.elapsed < 10)
+
+
+def test_an_outlier_of_the_critic_is_cut_off():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    panel = next(panel for panel in PANELS if panel.title == "Critic")
+    _draw(axes, panel, [{"step": 1, "val/explained_var": -50.0}, {"step": 2, "val/explained_var": 0.2}])
+    assert axes.get_ylim() == panel.limits and "cut at -1" in axes.get_ylabel()

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo import native
 from fastppo.ops import _checks
+from fastppo.ops._backends import choose
 from fastppo.reference import sample_tokens as reference
 
 MAX_VOCABULARY = 1 << 22  # 2^22 masses of at most 2^40 add up in an int64
@@ -72,7 +74,9 @@ def sample_tokens(
         _row_numbers("sequence_ids", sequence_ids, logits),
         _row_numbers("positions", positions, logits),
     )
-    return SampledTokens(*reference.sample_tokens(logits, *parameters, _checks.integer_number("seed", seed)))
+    seed = _checks.integer_number("seed", seed)
+    run = reference.sample_tokens if choose("sample_tokens", logits) == "reference" else _sample_tokens
+    return SampledTokens(*run(logits, *parameters, seed))
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -114,3 +118,23 @@ def _row_numbers(name: str, value: Tensor | None, logits: Tensor) -> Tensor:
 def _check_row_tensor(name: str, value: Tensor, logits: Tensor) -> None:
     _checks.shape(name, value, logits.shape[:1], "one for each row of logits")
     _checks.same_device(name, value, "logits", logits)
+
+
+@torch.library.custom_op("fastppo::sample_tokens", mutates_args=())
+def _sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native.sample_tokens(logits, temperature, top_k, top_p, min_p, sequence_ids, positions, seed)
+
+
+@_sample_tokens.register_fake
+def _(logits, temperature, top_k, top_p, min_p, sequence_ids, positions, seed):
+    floats = [torch.empty_like(temperature, memory_format=torch.contiguous_format) for _ in range(3)]
+    return torch.empty_like(positions, memory_format=torch.contiguous_format), *floats

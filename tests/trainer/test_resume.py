@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 KILLS = {
-    "middle of the update of step 3": ("fastppo.update", "microbatch_loss", 22),
+    "middle of the update of step 3": ("fastppo.update", "microbatch_loss", 10),
     "middle of the rollout scoring of step 2": ("fastppo.trainer", "compute_advantages", 2),
     "first write of a checkpoint": ("fastppo.checkpoint", "save_file", 1),
     "middle of a later checkpoint": ("fastppo.checkpoint", "save_file", 7),

@@ -97,7 +97,12 @@ def never_returning(prompts, completions, **_):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(raising, "no such column"), (wrong_length, "1"), (always_nan, "NaN"), (never_returning, "no answer within 0.5 s")],
+    [
+        (raising, "no such column"),
+        (wrong_length, "1"),
+        (always_nan, "NaN"),
+        (never_returning, "no answer within 0.5 s"),
+    ],
 )
 def test_a_broken_reward_stops_the_run_and_says_why(make_trainer, tmp_path, reward, message):
     trainer = make_trainer(reward, reward_timeout=0.5 if reward is never_returning else 20.0, reward_retries=0)
