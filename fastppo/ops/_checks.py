@@ -51,8 +51,9 @@ def number(
     """A finite real number in the given interval, as a Python float."""
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} is {value!r}, expected a real number")
+    # By comparisons alone, which torch.compile can trace for a number that varies; NaN fails them.
     inside = value > above and at_least <= value <= at_most
-    if not inside or (isinstance(value, float) and not math.isfinite(value)):
+    if not inside or not -math.inf < value < math.inf:
         bounds = [f"> {above}" for _ in [0] if above > -math.inf]
         bounds += [f">= {at_least}" for _ in [0] if at_least > -math.inf]
         bounds += [f"<= {at_most}" for _ in [0] if at_most < math.inf]
