@@ -117,8 +117,6 @@ def sample_tokens(
     return tokens, *floats
 
 
-
-
 def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor,
     scale: float, softcap: float, window: int, sinks: Tensor | None,

@@ -1,6 +1,7 @@
 // One token for each row of logits. All sums that decide are integers: the choice is the same for every order, thread count and chip.
 // fastppo/reference/sample_tokens.py is the specification, bit for bit.
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "online_softmax.h"
