@@ -85,11 +85,13 @@ def _train(options: argparse.Namespace) -> int:
     import dataclasses
 
     from fastppo.recipe import load_recipe, resolve_reward
+    from fastppo.run_folder import check_usable
 
     recipe = load_recipe(options.recipe, options.overrides)
     for section, key in (("model", "name"), ("data", "path"), ("reward", "function")):
         if not getattr(getattr(recipe, section), key):
             raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
+    check_usable(recipe.ppo.output_dir, resume=options.resume)  # before minutes go by in loading a model
     reward = resolve_reward(recipe.reward)
 
     from fastppo.data import load_train_and_eval

@@ -5,6 +5,7 @@ A prompt is a text, or a conversation: a list of messages `{"role": ..., "conten
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import logging
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
-RESERVED_COLUMNS = ("prompt_ids", "prompt_messages", "prompts", "completions", "completion_ids")
+RESERVED_COLUMNS = ("prompt_ids", "prompts", "completions", "completion_ids")
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ class PromptDataset:
 
     `dataset[i]` is a dict of the row's columns (None where other rows have a column that it lacks) and
 
-    - `prompt`: str, the prompt's text; of a conversation, the text that the chat template makes of it.
+    - `prompt`: the text before any chat template, or the messages of a conversation, as reward functions take it; the whole data set
+      has one kind or the other.
     - `prompt_ids`: list[int], what the model reads: the text with the tokenizer's own special tokens, or the chat template's output.
-    - `prompt_messages`: list of messages, only where the prompts are conversations.
 
     Args:
         rows: dicts from column to value.
@@ -74,7 +75,7 @@ class PromptDataset:
         self._numbers = list(range(first_row, first_row + len(rows)))
         self._drop_long_prompts = config.drop_long_prompts
         limits = [limit for limit in (config.max_prompt_tokens, max_prompt_tokens) if limit is not None]
-        self.limit(min(limits, default=None))
+        self._limit(min(limits, default=None))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,11 +86,15 @@ class PromptDataset:
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
-    def limit(self, max_prompt_tokens: int | None) -> None:
-        """Hold all prompts to a length: longer ones are dropped where the configuration says so.
-
-        Raises ValueError naming the first longer prompt otherwise, or where none would be left.
+    def limited(self, max_prompt_tokens: int | None) -> PromptDataset:
+        """The data set with all prompts held to a length, for a limit that is known later: longer ones are dropped where the
+        configuration says so. Raises ValueError naming the first longer prompt otherwise, or where none would be left.
         """
+        limited = copy.copy(self)
+        limited._limit(max_prompt_tokens)
+        return limited
+
+    def _limit(self, max_prompt_tokens: int | None) -> None:
         if max_prompt_tokens is None:
             return
         keep = [i for i, row in enumerate(self._rows) if len(row["prompt_ids"]) <= max_prompt_tokens]
@@ -112,15 +117,11 @@ class PromptDataset:
         self._rows, self._numbers = [self._rows[i] for i in keep], [self._numbers[i] for i in keep]
 
 
-def reward_inputs(rows: Sequence[Row]) -> tuple[list[str | list[Row]], dict[str, list[Any]]]:
-    """(prompts, columns) as reward functions take them: conversations as messages, and each column as a list."""
-    prompts = [row.get("prompt_messages", row["prompt"]) for row in rows]
-    names = [name for name in rows[0] if name != "prompt" and name not in RESERVED_COLUMNS] if rows else []
-    return prompts, {name: [row[name] for row in rows] for name in names}
-
-
 def load_prompts(
-    source: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_prompt_tokens: int | None
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> PromptDataset:
     """Prompts from memory, a file or the hub.
 
@@ -135,11 +136,12 @@ def load_prompts(
         ValueError, TypeError: as `PromptDataset`; a file that is missing or cannot be read, named.
         ImportError: a path or name needs the `datasets` package.
     """
+    config = config or DataConfig()
     return PromptDataset(_rows_of(source, config.split), tokenizer, config, max_prompt_tokens)
 
 
 def load_train_and_eval(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None = None
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """(prompts to train on, `eval_size` held-out prompts or None).
 
@@ -220,7 +222,7 @@ class PromptSampler:
 
 
 class _PromptWriter:
-    """Adds `prompt` (and `prompt_messages`) to rows and collects the texts to tokenize."""
+    """Adds `prompt` to rows and collects the texts to tokenize."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, chat: bool, columns: list[str]) -> None:
         self._tokenizer, self._chat, self._system_prompt = tokenizer, chat, config.system_prompt
@@ -234,9 +236,8 @@ class _PromptWriter:
         self._first_of_kind.setdefault("a conversation" if conversation else "a text", number)
         if conversation:
             messages = _check_messages(row[only], number)
-            text = self._render(messages, number)
-            self.texts.append(text)
-            return row | {"prompt": text, "prompt_messages": messages}
+            self.texts.append(self._render(messages, number))
+            return row | {"prompt": messages}
         text = "".join(literal + _field(row, column, number) for literal, column in self._pieces)
         if not text.strip():
             raise ValueError(f"the prompt of row {number} is empty: {text!r}")

@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = Path(path)
-        _check_usable(self.path, resume)
+        check_usable(self.path, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(self.path / CONFIG, MARK + yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
         if not resume:
@@ -89,7 +89,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_usable(path: Path, resume: bool) -> None:
+def check_usable(path: str | Path, *, resume: bool = False) -> None:
+    """Raises ValueError when a run cannot be recorded in `path`: it holds something else, or a run that `resume` did not ask to continue."""
+    path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir is {str(path)!r}, which is a file, expected a folder")
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()

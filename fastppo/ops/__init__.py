@@ -2,6 +2,7 @@
 
 from fastppo.ops._backends import use_backend
 from fastppo.ops.decode_attention import decode_attention, write_kv
+from fastppo.ops.linear_token_logprobs import linear_token_logprobs
 from fastppo.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
 from fastppo.ops.sample_tokens import SampledTokens, sample_tokens
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
@@ -12,6 +13,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "decode_attention",
+    "linear_token_logprobs",
     "ppo_loss",
     "sample_tokens",
     "token_logprobs",

@@ -51,7 +51,7 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
     """
-    _check_logit_options(temperature, softcap, logit_scale)
+    check_logit_options(temperature, softcap, logit_scale)
     _check_logits_and_labels(logits, labels)
     if choose("token_logprobs", logits) == "reference":
         out = reference.token_logprobs(
@@ -70,7 +70,7 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
 
-def _check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
+def check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
     _checks.number("temperature", temperature, above=0)
     _checks.number("logit_scale", logit_scale)
     if softcap is not None:
