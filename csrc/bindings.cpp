@@ -97,6 +97,17 @@ PYBIND11_MODULE(_C, m) {
                 pointer<const float>(entropy), pointer<const float>(d_logprobs), pointer<const float>(d_entropy), pointer<void>(grad_logits), threads);
   });
 
+  m.def("sample_tokens", [](const RowsTuple& logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t sequence_ids,
+                            uintptr_t positions, uint64_t seed, uintptr_t tokens, uintptr_t logprobs, uintptr_t processed_logprobs, uintptr_t kept_mass,
+                            int threads) {
+    py::gil_scoped_release release;
+    const SamplingParameters parameters{pointer<const float>(temperature), pointer<const int64_t>(top_k),        pointer<const float>(top_p),
+                                        pointer<const float>(min_p),       pointer<const int64_t>(sequence_ids), pointer<const int64_t>(positions),
+                                        seed};
+    const SampledRows out{pointer<int64_t>(tokens), pointer<float>(logprobs), pointer<float>(processed_logprobs), pointer<float>(kept_mass)};
+    FASTPPO_CPU(sample_tokens, rows(logits), parameters, out, threads);
+  });
+
   m.def("decode_attention", [](uintptr_t q, uintptr_t k_pages, uintptr_t v_pages, uintptr_t block_table, uintptr_t context_lens, uintptr_t sinks,
                                uintptr_t out, int dtype, int64_t batch, int64_t heads, int64_t kv_heads, int64_t pages, int64_t page_size,
                                int64_t max_blocks, int64_t q_stride, int head_size, int value_size, float scale, float softcap, int64_t window,
@@ -131,16 +142,5 @@ PYBIND11_MODULE(_C, m) {
     FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),
                 PPOGradients{pointer<float>(d_logprobs), pointer<float>(d_values), pointer<float>(d_entropy)}, threads);
     return sums;
-  });
-
-  m.def("sample_tokens", [](const RowsTuple& logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t sequence_ids,
-                            uintptr_t positions, uint64_t seed, uintptr_t tokens, uintptr_t logprobs, uintptr_t processed_logprobs, uintptr_t kept_mass,
-                            int threads) {
-    py::gil_scoped_release release;
-    const SamplingParameters parameters{pointer<const float>(temperature), pointer<const int64_t>(top_k),        pointer<const float>(top_p),
-                                        pointer<const float>(min_p),       pointer<const int64_t>(sequence_ids), pointer<const int64_t>(positions),
-                                        seed};
-    const SampledRows out{pointer<int64_t>(tokens), pointer<float>(logprobs), pointer<float>(processed_logprobs), pointer<float>(kept_mass)};
-    FASTPPO_CPU(sample_tokens, rows(logits), parameters, out, threads);
   });
 }

@@ -31,6 +31,20 @@ struct LogitTransform {
   float scale, softcap, temperature;
 };
 
+// One value for each row of logits.
+struct SamplingParameters {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *sequence_ids, *positions;
+  uint64_t seed;
+};
+
+struct SampledRows {
+  int64_t* tokens;
+  float *logprobs, *processed_logprobs, *kept_mass;
+};
+
 // The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
 enum PPOColumn {
   kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
@@ -75,20 +89,6 @@ struct PPOCounts {
   int64_t bad_offset;         // first position of an offset that is out of order, or -1
 };
 
-// One value for each row of logits.
-struct SamplingParameters {
-  const float* temperature;
-  const int64_t* top_k;
-  const float *top_p, *min_p;
-  const int64_t *sequence_ids, *positions;
-  uint64_t seed;
-};
-
-struct SampledRows {
-  int64_t* tokens;
-  float *logprobs, *processed_logprobs, *kept_mass;
-};
-
 }  // namespace fastppo
 
 // Each CPU kernel is compiled once for every instruction set, into a namespace of that name.
@@ -118,6 +118,9 @@ FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_
 // d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null.
 FASTPPO_EACH_ISA(void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, const float* max_logsum,
                                               const float* entropy, const float* d_logprobs, const float* d_entropy, void* grad_logits, int threads))
+
+// One token a row after top-k, top-p and min-p; width <= 2^22. A row without a distribution or with a parameter out of range: -1, NaN, NaN, 0.
+FASTPPO_EACH_ISA(void sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, int threads))
 
 namespace fastppo {
 
@@ -161,6 +164,3 @@ FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Seq
 
 // The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
 FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))
-
-// One token a row after top-k, top-p and min-p; width <= 2^22. A row without a distribution or with a parameter out of range: -1, NaN, NaN, 0.
-FASTPPO_EACH_ISA(void sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, int threads))

@@ -108,6 +108,19 @@ def token_logprobs_backward(
     )  # fmt: skip
 
 
+def sample_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    sequence_ids: Tensor, positions: Tensor, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
+    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
+    view = collapse_rows(logits)
+    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
+    return tokens, *floats
+
+
 def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor,
     scale: float, softcap: float, window: int, sinks: Tensor | None,
@@ -236,17 +249,3 @@ def ppo_loss_tokens(
         *(address(gradients.get(name)) for name in ("logprobs", "values", "entropy")), threads(),
     )  # fmt: skip
     return dict(zip(PPO_SUMS, sums, strict=True)), gradients
-
-    return grad
-
-def sample_tokens(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
-    sequence_ids: Tensor, positions: Tensor, seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
-    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
-    view = collapse_rows(logits)
-    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
-    return tokens, *floats

@@ -1,6 +1,7 @@
 // One token for each row of logits. All sums that decide are integers: the choice is the same for every order, thread count and chip.
 // fastppo/reference/sample_tokens.py is the specification, bit for bit.
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "online_softmax.h"
@@ -251,7 +252,7 @@ class RowSampler {
   // Calls body(begin, z) for each vector that holds a z >= least_z_, and perhaps for some more.
   template <class Body>
   FASTPPO_MEMBER void each_kept_vector(const Body& body) const {
-    const double bound = static_cast<double>(least_z_) * transform_.temperature;
+    const double bound = (static_cast<double>(least_z_) - 0x1p-149) * transform_.temperature;
     const float raw_bound = static_cast<float>(bound - 1e-6 * std::abs(bound));  // most vectors are passed over without the division
     for (int64_t block = 0; block < blocks(); ++block) {
       if (s_.block_max[block] < least_z_) continue;
