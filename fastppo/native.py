@@ -70,6 +70,13 @@ def rows(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
     return (x.data_ptr(), DTYPE_CODES[x.dtype], outer, inner, width, x.stride(0), x.stride(1))
 
 
+def label_error(labels: Tensor, position: int, vocabulary: int, ignore_index: int) -> ValueError:
+    return ValueError(
+        f"labels holds {labels.flatten()[position].item()} at flat position {position}, "
+        f"expected 0 <= label < {vocabulary} or ignore_index = {ignore_index}"
+    )
+
+
 def token_logprobs_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -84,10 +91,7 @@ def token_logprobs_forward(
         address(logprobs), address(entropy), address(max_logsum), threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise ValueError(
-            f"labels holds {labels.view(-1)[bad].item()} at flat position {bad}, "
-            f"expected 0 <= label < {logits.shape[-1]} or ignore_index = {ignore_index}"
-        )
+        raise label_error(labels, bad, logits.shape[-1], ignore_index)
     return logprobs, entropy, max_logsum
 
 
