@@ -10,8 +10,11 @@ from torch import Tensor
 from fastppo import native
 from fastppo.ops import _checks
 
-# A chunk's fp32 logits, and a block of a half-precision weight in fp32, take at most this much memory (or one row).
+# What a chunk of fp32 logits, and a block of a half-precision weight in fp32, may take.
 CHUNK_BYTES = 32 * 2**20
+# With a large vocabulary that is so few rows that the products mostly wait for the weight: a chunk may then have up to
+# this many rows, while its logits stay within an eighth of the weight's size in fp32.
+LARGE_VOCABULARY_ROWS = 128
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
@@ -61,7 +64,8 @@ class ChunkedHead:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(places among the rows, their logits); the next chunk's overwrite them."""
         count, vocabulary = self.rows.numel(), len(self.weight)
-        size = min(max(CHUNK_BYTES // (4 * vocabulary), 1), count)
+        at_least = max(min(self.weight.shape[1] // 8, LARGE_VOCABULARY_ROWS), 1)
+        size = min(max(CHUNK_BYTES // (4 * vocabulary), at_least), count)
         buffer = torch.empty((size, vocabulary), dtype=torch.float32)
         for start in range(0, count, max(size, 1)):
             places = slice(start, min(start + size, count))
@@ -92,7 +96,7 @@ class ChunkedHead:
         return self.hidden[self.rows[places]].float()
 
     def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in fp32: all of it where it is, else a block of rows at a time, so that no fp32 copy of it all exists."""
+        """The weight in fp32, as it is or converted a block of rows at a time: no fp32 copy of all of it exists."""
         size, width = self.weight.shape
         step = size if self.weight.dtype == torch.float32 else max(CHUNK_BYTES // (4 * width), 1)
         for start in range(0, size, step):

@@ -153,21 +153,10 @@ def ppo_loss(
     }
     columns = {name: x for name, x in columns.items() if x is not None}
     _checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
-    options = native.PPOOptions(
-        clip_low,
-        clip_high,
-        dual_clip,
-        value_clip,
-        vf_coef,
-        kl_coef,
-        kl_kind,
-        entropy_coef,
-        objective,
-        rollout_correction,
-        rollout_bounds,
-    )
+    clips, coefficients = (clip_low, clip_high, dual_clip, value_clip), (vf_coef, kl_coef, kl_kind, entropy_coef)
+    options = native.PPOOptions(*clips, *coefficients, objective, rollout_correction, rollout_bounds)
     check_options(options)
-    check_columns(columns, mask)
+    check_columns(columns, mask, "logprobs", logprobs)
     _check_partners(columns, options)
     denominator = check_aggregation(aggregation, denominator, logprobs)
     check_sequences(cu_seqlens, logprobs, needs_sequences(ratio_level, aggregation, denominator))
@@ -228,16 +217,15 @@ def check_options(options: native.PPOOptions) -> None:
     _checks.number("rollout_bounds[1]", options.rollout_bounds[1], above=0, at_least=low)
 
 
-def check_columns(columns: dict[str, Tensor], mask: Tensor | None, like: str = "logprobs") -> None:
-    """Every column is floating, and has the shape and device of `like`."""
+def check_columns(columns: dict[str, Tensor], mask: Tensor | None, like_name: str, like: Tensor) -> None:
+    """Every column is floating and the mask boolean, with the shape and device of `like`."""
     for name, x in columns.items():
         _checks.floating(name, x)
-        _checks.shape(name, x, columns[like].shape, f"{like}' shape")
-        _checks.same_device(name, x, like, columns[like])
     if mask is not None:
         _checks.mask("mask", mask)
-        _checks.shape("mask", mask, columns[like].shape, f"{like}' shape")
-        _checks.same_device("mask", mask, like, columns[like])
+    for name, x in {**columns, "mask": like if mask is None else mask}.items():
+        _checks.shape(name, x, like.shape, f"{like_name}' shape")
+        _checks.same_device(name, x, like_name, like)
 
 
 def check_needed(columns: dict[str, Tensor], name: str, partner: str, value: object = "given") -> None:
@@ -332,7 +320,8 @@ def finish(sums: dict[str, float], tokens: int, scale: float, options: native.PP
     # A maximum of comparisons does not see a NaN; a sum does.
     stats["ratio_max"] = math.nan if math.isnan(sums["ratio_mean"]) else sums["ratio_max"]
     stats["tokens"] = float(tokens)
-    return torch.tensor(loss, dtype=torch.float32), torch.tensor([stats[name] for name in PPOStats._fields])
+    loss, stats = (torch.tensor(x, dtype=torch.float32) for x in (loss, [stats[name] for name in PPOStats._fields]))
+    return loss, stats
 
 
 @torch.library.custom_op("fastppo::ppo_loss", mutates_args=())
@@ -366,29 +355,14 @@ def _ppo_loss(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, gradients of logprobs, values and entropy, each empty where not `wanted`)."""
-    options = native.PPOOptions(
-        clip_low,
-        clip_high,
-        dual_clip,
-        value_clip,
-        vf_coef,
-        kl_coef,
-        kl_kind,
-        entropy_coef,
-        objective,
-        rollout_correction,
-        (rollout_low, rollout_high),
-    )
+    clips, coefficients = (clip_low, clip_high, dual_clip, value_clip), (vf_coef, kl_coef, kl_kind, entropy_coef)
+    rollout_bounds = (rollout_low, rollout_high)
+    options = native.PPOOptions(*clips, *coefficients, objective, rollout_correction, rollout_bounds)
     given = (logprobs, old_logprobs, advantages, values, old_values, returns, ref_logprobs, entropy, rollout_logprobs)
     columns = {name: x.contiguous() for name, x in zip(native.PPO_COLUMNS, given, strict=False) if x is not None}
     mask = None if mask is None else mask.contiguous()
-    counts = native.ppo_loss_sequences(
-        columns,
-        mask,
-        cu_seqlens,
-        with_weights=aggregation == "seq-mean-token-mean",
-        with_log_ratios=ratio_level == "sequence",
-    )
+    needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": ratio_level == "sequence"}
+    counts = native.ppo_loss_sequences(columns, mask, cu_seqlens, **needed)
     columns |= counts.columns()
     scale = loss_scale(counts, aggregation, denominator)
     names = ("logprobs", "values", "entropy")
@@ -408,12 +382,12 @@ def _(logprobs, old_logprobs, advantages, mask, values, *options):
 
 
 @torch.library.custom_op("fastppo::scale_gradient", mutates_args=())
-def _scale_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * d_loss, rounded once to `dtype`. An op of its own: a second derivative is refused, not silently 0."""
     return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
 
 
-@_scale_gradient.register_fake
+@scale_gradient.register_fake
 def _(gradient, d_loss, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
@@ -430,7 +404,7 @@ def _backward(ctx, d_loss, *_):
     grads = [None] * 27
     if d_loss is not None:
         for place, gradient, dtype in zip((0, 4, 8), ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads[place] = None if dtype is None else _scale_gradient(gradient, d_loss, dtype)
+            grads[place] = None if dtype is None else scale_gradient(gradient, d_loss, dtype)
     return tuple(grads)
 
 

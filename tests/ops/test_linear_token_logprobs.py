@@ -41,6 +41,7 @@ def compare(hidden, weight, bias, labels, **options):
 def small_chunks(monkeypatch):
     """Four rows to a chunk, and a half-precision weight in blocks of a few rows."""
     monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 4 * 4 * 70)
+    monkeypatch.setattr(_chunked_head, "LARGE_VOCABULARY_ROWS", 1)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "temperature", "softcap"])
