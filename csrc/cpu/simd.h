@@ -153,12 +153,15 @@ FASTPPO_INLINE uint16_t float_to_half(float f) {
 // One storage type each: how 16 consecutive elements become floats and back (round to nearest even).
 struct F32 {
   using type = float;
+  // Register by register: GCC copies 64 bytes at once in pieces of 16 by way of the stack, and AVX2's loads then wait for those stores.
   FASTPPO_INLINE vfloat load(const float* p) {
     vfloat v;
-    std::memcpy(&v, p, sizeof v);
+    for (int i = 0; i < vfloat::kParts; ++i) std::memcpy(&v.part[i], p + i * (kRegisterBytes / 4), kRegisterBytes);
     return v;
   }
-  FASTPPO_INLINE void store(float* p, const vfloat& v) { std::memcpy(p, &v, sizeof v); }
+  FASTPPO_INLINE void store(float* p, const vfloat& v) {
+    for (int i = 0; i < vfloat::kParts; ++i) std::memcpy(p + i * (kRegisterBytes / 4), &v.part[i], kRegisterBytes);
+  }
 };
 
 struct BF16 {
