@@ -66,7 +66,10 @@ using PPOTokensTuple = std::tuple<std::array<std::pair<uintptr_t, int>, kNumPPOC
 
 PPOTokens ppo_tokens(const PPOTokensTuple& t) {
   PPOTokens tokens{{}, pointer<const uint8_t>(std::get<1>(t)), std::get<2>(t)};
-  for (int c = 0; c < kNumPPOColumns; ++c) tokens.columns[c] = {pointer<const void>(std::get<0>(t)[c].first), static_cast<DType>(std::get<0>(t)[c].second)};
+  for (int c = 0; c < kNumPPOColumns; ++c) {
+    const auto& [address, dtype] = std::get<0>(t)[c];
+    tokens.columns[c] = {pointer<const void>(address), static_cast<DType>(dtype)};
+  }
   return tokens;
 }
 
@@ -97,15 +100,16 @@ PYBIND11_MODULE(_C, m) {
                 pointer<const float>(entropy), pointer<const float>(d_logprobs), pointer<const float>(d_entropy), pointer<void>(grad_logits), threads);
   });
 
-  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights, uintptr_t log_ratios, int threads) {
+  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
+                                 uintptr_t log_ratios, int threads) {
     py::gil_scoped_release release;
     const PPOCounts counts = FASTPPO_CPU(ppo_loss_sequences, ppo_tokens(tokens), Sequences{pointer<const int64_t>(offsets), count, length},
                                          pointer<float>(weights), pointer<float>(log_ratios), threads);
     return std::make_tuple(counts.tokens, counts.sequences, counts.bad_offset);
   });
 
-  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 4>& choices, uintptr_t d_logprobs,
-                              uintptr_t d_values, uintptr_t d_entropy, int threads) {
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 4>& choices,
+                              uintptr_t d_logprobs, uintptr_t d_values, uintptr_t d_entropy, int threads) {
     py::gil_scoped_release release;
     std::array<double, kNumPPOSums> sums;
     FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),

@@ -33,7 +33,8 @@ struct LogitTransform {
 
 // The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
 enum PPOColumn {
-  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
+  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios,
+  kNumPPOColumns
 };
 
 struct PPOTokens {
@@ -62,8 +63,8 @@ struct PPOOptions {
 
 // Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
 enum PPOSum {
-  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL, kRolloutWeight,
-  kRolloutClipped, kRatioMax, kNumPPOSums
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL,
+  kRolloutWeight, kRolloutClipped, kRatioMax, kNumPPOSums
 };
 
 struct PPOGradients {
