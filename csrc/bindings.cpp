@@ -79,6 +79,16 @@ PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 4>&
           static_cast<KLKind>(choice[0]), static_cast<KLKind>(choice[1]), static_cast<RolloutCorrection>(choice[2]), choice[3] != 0};
 }
 
+// (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
+using StepsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+Steps steps(const StepsTuple& t) { return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)}; }
+
+// (address of offsets or 0, count, length), as `native.sequences` makes it.
+using SequencesTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+Sequences sequences(const SequencesTuple& t) { return {pointer<const int64_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,6 +110,37 @@ PYBIND11_MODULE(_C, m) {
                 pointer<const float>(entropy), pointer<const float>(d_logprobs), pointer<const float>(d_entropy), pointer<void>(grad_logits), threads);
   });
 
+  m.def("sample_tokens", [](const RowsTuple& logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t sequence_ids,
+                            uintptr_t positions, uint64_t seed, uintptr_t tokens, uintptr_t logprobs, uintptr_t processed_logprobs, uintptr_t kept_mass,
+                            int threads) {
+    py::gil_scoped_release release;
+    const SamplingParameters parameters{pointer<const float>(temperature), pointer<const int64_t>(top_k),        pointer<const float>(top_p),
+                                        pointer<const float>(min_p),       pointer<const int64_t>(sequence_ids), pointer<const int64_t>(positions),
+                                        seed};
+    const SampledRows out{pointer<int64_t>(tokens), pointer<float>(logprobs), pointer<float>(processed_logprobs), pointer<float>(kept_mass)};
+    FASTPPO_CPU(sample_tokens, rows(logits), parameters, out, threads);
+  });
+
+  m.def("decode_attention", [](uintptr_t q, uintptr_t k_pages, uintptr_t v_pages, uintptr_t block_table, uintptr_t context_lens, uintptr_t sinks,
+                               uintptr_t out, int dtype, int64_t batch, int64_t heads, int64_t kv_heads, int64_t pages, int64_t page_size,
+                               int64_t max_blocks, int64_t q_stride, int head_size, int value_size, float scale, float softcap, int64_t window,
+                               int threads) {
+    py::gil_scoped_release release;
+    const DecodeAttention arguments{pointer<const void>(q), pointer<const void>(k_pages), pointer<const void>(v_pages),
+                                    pointer<const int32_t>(block_table), pointer<const int32_t>(context_lens), pointer<const float>(sinks),
+                                    pointer<void>(out), static_cast<DType>(dtype), batch, heads, kv_heads, pages, page_size, max_blocks, q_stride,
+                                    head_size, value_size, scale, softcap, window};
+    return FASTPPO_CPU(decode_attention, arguments, threads);
+  });
+
+  m.def("write_kv", [](uintptr_t k, uintptr_t v, uintptr_t k_pages, uintptr_t v_pages, uintptr_t slots, int64_t tokens, int64_t pages,
+                       int64_t page_size, int64_t k_stride_bytes, int64_t v_stride_bytes, int64_t k_row_bytes, int64_t v_row_bytes) {
+    py::gil_scoped_release release;
+    const WriteKv arguments{pointer<const void>(k), pointer<const void>(v), pointer<void>(k_pages), pointer<void>(v_pages),
+                            pointer<const int64_t>(slots), tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes};
+    return FASTPPO_CPU(write_kv, arguments);
+  });
+
   m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
                                  uintptr_t log_ratios, int threads) {
     py::gil_scoped_release release;
@@ -115,5 +156,55 @@ PYBIND11_MODULE(_C, m) {
     FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),
                 PPOGradients{pointer<float>(d_logprobs), pointer<float>(d_values), pointer<float>(d_entropy)}, threads);
     return sums;
+  });
+
+  m.def("first_bad_offset", [](uintptr_t offsets, int64_t count, int64_t tokens) {
+    return FASTPPO_CPU(first_bad_offset, pointer<const int64_t>(offsets), count, tokens);
+  });
+
+  m.def("gae", [](const StepsTuple& rewards, const StepsTuple& values, const StepsTuple& next_values, const StepsTuple& mask, const StepsTuple& dones,
+                  const StepsTuple& truncated, uintptr_t bootstrap, uintptr_t decays, float gamma, float decay, const SequencesTuple& shape,
+                  uintptr_t advantages, uintptr_t returns, int threads) {
+    py::gil_scoped_release release;
+    const GaeInputs inputs{steps(rewards),   steps(values), steps(next_values), steps(mask), steps(dones), steps(truncated), pointer<const float>(bootstrap),
+                           pointer<const float>(decays), gamma, decay};
+    FASTPPO_CPU(gae, inputs, sequences(shape), pointer<float>(advantages), pointer<float>(returns), threads);
+  });
+
+  m.def("first_unbootstrapped_truncation", [](const StepsTuple& mask, const StepsTuple& dones, const StepsTuple& truncated, const SequencesTuple& shape) {
+    py::gil_scoped_release release;
+    return FASTPPO_CPU(first_unbootstrapped_truncation, steps(mask), steps(dones), steps(truncated), sequences(shape));
+  });
+
+  m.def("masked_moments", [](uintptr_t x, uintptr_t mask, int64_t count, int threads) {
+    py::gil_scoped_release release;
+    const Moments moments = FASTPPO_CPU(masked_moments, pointer<const float>(x), pointer<const uint8_t>(mask), count, threads);
+    return std::make_tuple(moments.count, moments.mean, moments.squares);
+  });
+
+  m.def("masked_whiten", [](uintptr_t x, uintptr_t mask, int64_t count, const std::tuple<double, double, double>& moments, bool keep_mean, uintptr_t out,
+                            int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(masked_whiten, pointer<const float>(x), pointer<const uint8_t>(mask), count,
+                (Moments{std::get<0>(moments), std::get<1>(moments), std::get<2>(moments)}), keep_mean, pointer<float>(out), threads);
+  });
+
+  m.def("approx_kl", [](uintptr_t logprobs, uintptr_t ref_logprobs, int64_t count, int kind, uintptr_t kl, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(approx_kl, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), count, static_cast<KLKind>(kind), pointer<float>(kl), threads);
+  });
+
+  m.def("approx_kl_backward",
+        [](uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t d_kl, int64_t count, int kind, uintptr_t grad, int threads) {
+          py::gil_scoped_release release;
+          FASTPPO_CPU(approx_kl_backward, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), pointer<const float>(d_kl), count,
+                      static_cast<KLKind>(kind), pointer<float>(grad), threads);
+        });
+
+  m.def("kl_shaped_rewards", [](uintptr_t scores, uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t mask, const SequencesTuple& shape, float coef,
+                                int kind, uintptr_t rewards, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(kl_shaped_rewards, pointer<const float>(scores), pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
+                pointer<const uint8_t>(mask), sequences(shape), coef, static_cast<KLKind>(kind), pointer<float>(rewards), threads);
   });
 }

@@ -71,8 +71,9 @@ def rows(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
 
 
 def label_error(labels: Tensor, position: int, vocabulary: int, ignore_index: int) -> ValueError:
+    """What is wrong with the label at flat `position`."""
     return ValueError(
-        f"labels holds {labels.flatten()[position].item()} at flat position {position}, "
+        f"labels holds {labels.reshape(-1)[position].item()} at flat position {position}, "
         f"expected 0 <= label < {vocabulary} or ignore_index = {ignore_index}"
     )
 
@@ -80,14 +81,15 @@ def label_error(labels: Tensor, position: int, vocabulary: int, ignore_index: in
 def token_logprobs_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """logits [..., V], labels int64 [...] -> logprobs [...], entropy [...] or None, (max, log-sum) [..., 2], all fp32."""
-    labels = labels.contiguous()
+    """logits [outer, inner, V] with last stride 1, labels int64 [outer * inner] -> fp32 logprobs, entropy, (max, log-sum).
+
+    transform: (scale, softcap or 0, temperature).
+    """
     logprobs = torch.empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    max_logsum = torch.empty((*labels.shape, 2), dtype=torch.float32)
-    view = collapse_rows(logits)
+    max_logsum = torch.empty((len(labels), 2), dtype=torch.float32)
     bad = _C.token_logprobs_forward(
-        rows(view), address(labels), ignore_index, transform,
+        rows(logits), address(labels), ignore_index, transform,
         address(logprobs), address(entropy), address(max_logsum), threads(),
     )  # fmt: skip
     if bad >= 0:
@@ -96,20 +98,61 @@ def token_logprobs_forward(
 
 
 def token_logprobs_backward(
-    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float],
-    max_logsum: Tensor, entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, in_place: bool,
-) -> Tensor:  # fmt: skip
-    """Gradient of the logits, [..., V] in their dtype; with `in_place` it overwrites them."""
-    view = collapse_rows(logits)
-    labels, d_logprobs = labels.contiguous(), d_logprobs.contiguous()
-    d_entropy = None if d_entropy is None else d_entropy.contiguous()
-    in_place = in_place and view.data_ptr() == logits.data_ptr()
-    grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype)
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], max_logsum: Tensor,
+    entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of logits [outer, inner, V] into `grad`: contiguous rows, or the logits themselves."""
     _C.token_logprobs_backward(
-        rows(view), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
+        rows(logits), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
         address(d_logprobs), address(d_entropy), address(grad), threads(),
     )  # fmt: skip
-    return grad
+
+
+def sample_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    sequence_ids: Tensor, positions: Tensor, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
+    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
+    view = collapse_rows(logits)
+    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
+    return tokens, *floats
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor,
+    scale: float, softcap: float, window: int, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """q [B, Hq, D] with its last two dimensions contiguous, caches contiguous, int32 tables -> [B, Hq, Dv] in q's dtype."""
+    batch, heads, head_size = q.shape
+    pages, page_size, kv_heads, value_size = v_pages.shape
+    out = torch.empty((batch, heads, value_size), dtype=q.dtype)
+    bad = _C.decode_attention(
+        address(q), address(k_pages), address(v_pages), address(block_table), address(context_lens), address(sinks),
+        address(out), DTYPE_CODES[q.dtype], batch, heads, kv_heads, pages, page_size, block_table.shape[1], q.stride(0),
+        head_size, value_size, scale, softcap, window, threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        used = -(-int(context_lens[bad]) // page_size)
+        raise ValueError(
+            f"context_lens[{bad}] is {int(context_lens[bad])} and block_table[{bad}] begins {block_table[bad, :used].tolist()}, "
+            f"expected a length in [0, {block_table.shape[1] * page_size}] and pages in [0, {pages})"
+        )
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] whose last two dimensions are contiguous, into contiguous caches of the same dtype; slots int64 [T]."""
+    size = k.element_size()
+    bad = _C.write_kv(
+        address(k), address(v), address(k_pages), address(v_pages), address(slots), len(slots), k_pages.shape[0],
+        k_pages.shape[1], k.stride(0) * size, v.stride(0) * size, k[0].numel() * size, v[0].numel() * size,
+    )  # fmt: skip
+    if bad >= 0:
+        places = k_pages.shape[0] * k_pages.shape[1]
+        raise ValueError(f"slots[{bad}] is {int(slots[bad])}, expected less than the cache's {places} places")
 
 
 PPO_COLUMNS = (
@@ -206,3 +249,127 @@ def ppo_loss_tokens(
         *(address(gradients.get(name)) for name in ("logprobs", "values", "entropy")), threads(),
     )  # fmt: skip
     return dict(zip(PPO_SUMS, sums, strict=True)), gradients
+
+
+def steps(x: Tensor | None) -> tuple[int, int, int, int]:
+    """`x` [B, T], or [total] of packed tokens, as the bindings' description of strided steps; zeros for None."""
+    if x is None:
+        return (0, 0, 0, 0)
+    stride_sequence, stride_step = (0, x.stride(0)) if x.dim() == 1 else x.stride()
+    return (x.data_ptr(), DTYPE_CODES.get(x.dtype, 0), stride_sequence, stride_step)
+
+
+def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at contiguous int64 `offsets` [B + 1]."""
+    if offsets is None:
+        return (0, *x.shape)
+    tokens, count = x.shape[0], offsets.shape[0] - 1
+    bad = _C.first_bad_offset(address(offsets), count, tokens)
+    if bad >= 0:
+        raise ValueError(
+            f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
+            f"expected 0 first, no decrease and {tokens} (all tokens) last"
+        )
+    return (address(offsets), count, 0)
+
+
+def as_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.long().contiguous()
+
+
+def place_in_sequences(position: int, offsets: Tensor) -> tuple[int, int]:
+    """(sequence, step in it) of a flat position in packed tokens."""
+    sequence = int(torch.searchsorted(offsets, position, right=True)) - 1
+    return sequence, position - int(offsets[sequence])
+
+
+def flat_float(x: Tensor) -> Tensor:
+    """`x` as contiguous fp32; itself where it is that already."""
+    return x.float().contiguous()
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor | None, dones: Tensor | None, truncated: Tensor | None,
+    next_values: Tensor | None, cu_seqlens: Tensor | None, decays: Tensor | None, gamma: float, decay: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(advantages, returns), fp32 in values' shape, [B, T] or packed [total]; all inputs where they lie.
+
+    next_values: [B] or values' shape. decays: fp32 [B], gamma * lambda of each sequence; None: `decay` for all.
+    """
+    offsets = as_offsets(cu_seqlens)
+    shape = sequences(values, offsets)
+    each_step = next_values is not None and next_values.shape == values.shape
+    bootstrap = None if next_values is None or each_step else flat_float(next_values)
+    if truncated is not None and not each_step:
+        bad = _C.first_unbootstrapped_truncation(steps(mask), steps(dones), steps(truncated), shape)
+        if bad >= 0:
+            row, step = divmod(bad, values.shape[1]) if offsets is None else place_in_sequences(bad, offsets)
+            raise ValueError(
+                f"truncated is set at step {step} of sequence {row}, which is not its last unmasked step; expected "
+                "next_values with the value after every step (values' shape), not one value a sequence"
+            )
+        truncated = None  # the last step bootstraps from `bootstrap` anyway
+    advantages, returns = (torch.empty(values.shape, dtype=torch.float32) for _ in range(2))
+    _C.gae(
+        steps(rewards), steps(values), steps(next_values if each_step else None),
+        steps(mask), steps(dones), steps(truncated), address(bootstrap), address(decays),
+        gamma, decay, shape, address(advantages), address(returns), threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+def masked_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations (fp64 0-d) of the elements of `x` where `mask` (same shape) is set."""
+    x, mask = flat_float(x), None if mask is None else mask.contiguous()
+    moments = _C.masked_moments(address(x), address(mask), x.numel(), threads())
+    return tuple(torch.tensor(moment, dtype=torch.float64) for moment in moments)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, squares: Tensor, keep_mean: bool
+) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8), plus the mean with `keep_mean`; fp32 in the shape of `x`, 0 where masked."""
+    x, mask = flat_float(x), None if mask is None else mask.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32)
+    moments = (count.item(), mean.item(), squares.item())
+    _C.masked_whiten(address(x), address(mask), x.numel(), moments, keep_mean, address(out), threads())
+    return out
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
+    """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in csrc/ops.h's KlKind."""
+    logprobs, ref_logprobs = flat_float(logprobs), flat_float(ref_logprobs)
+    kl = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl(address(logprobs), address(ref_logprobs), kl.numel(), kind, address(kl), threads())
+    return kl
+
+
+def approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kind: int) -> Tensor:
+    """fp32 gradient of `logprobs`; that of `ref_logprobs` is its negative."""
+    logprobs, ref_logprobs, d_kl = flat_float(logprobs), flat_float(ref_logprobs), flat_float(d_kl)
+    grad = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl_backward(
+        address(logprobs), address(ref_logprobs), address(d_kl), grad.numel(), kind, address(grad), threads()
+    )
+    return grad
+
+
+def kl_shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    coef: float,
+    kind: int,
+) -> Tensor:
+    """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in the shape of `logprobs`."""
+    offsets = as_offsets(cu_seqlens)
+    shape = sequences(logprobs, offsets)
+    scores, logprobs, ref_logprobs = flat_float(scores), flat_float(logprobs), flat_float(ref_logprobs)
+    mask = mask.contiguous()
+    rewards = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.kl_shaped_rewards(
+        address(scores), address(logprobs), address(ref_logprobs), address(mask), shape, coef, kind, address(rewards), threads()
+    )  # fmt: skip
+    return rewards

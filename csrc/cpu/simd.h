@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -131,6 +131,23 @@ FASTPPO_INLINE Vec<To> bit_cast(const Vec<From>& a) {
   Vec<To> out;
   for (int i = 0; i < Vec<To>::kParts; ++i) out.part[i] = reinterpret_cast<typename Vec<To>::Register>(a.part[i]);
   return out;
+}
+
+// Bit i is set where lane i of a comparison is true.
+FASTPPO_INLINE uint32_t lane_bits(const vint& mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < vint::kParts; ++i) {
+#if defined(__AVX512F__)
+    bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask.part[i]));
+#elif defined(__AVX2__)
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask.part[i]))) << (8 * i);
+#elif defined(__SSE2__)
+    bits |= static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask.part[i]))) << (4 * i);
+#else
+    for (int j = 0; j < kRegisterBytes / 4; ++j) bits |= (mask.part[i][j] & 1u) << (kRegisterBytes / 4 * i + j);
+#endif
+  }
+  return bits;
 }
 
 // The larger (smaller) of two; where one is NaN, b.

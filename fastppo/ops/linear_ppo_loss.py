@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastppo import native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._chunked_head import ChunkedHead, check_head, kept_rows
 from fastppo.ops.ppo_loss import (
     RATIO_LEVELS,
     PPOStats,
@@ -25,14 +26,8 @@ from fastppo.ops.ppo_loss import (
     needs_sequences,
     scale_gradient,
 )
-from fastppo.ops.token_logprobs import _check_logit_options
+from fastppo.ops.token_logprobs import check_logit_options
 from fastppo.reference import linear_ppo_loss as reference
-
-# What a chunk of fp32 logits, and a block of a half-precision weight in fp32, may take.
-CHUNK_BYTES = 32 * 2**20
-# With a large vocabulary that is so few rows that the products mostly wait for the weight: a chunk may then have up to
-# this many rows, while its logits stay within an eighth of the weight's size in fp32.
-LARGE_VOCABULARY_ROWS = 128
 
 
 class LinearPPOLoss(NamedTuple):
@@ -108,8 +103,8 @@ def linear_ppo_loss(
     }
     columns = {name: x for name, x in columns.items() if x is not None}
     check_options(options)
-    _check_logit_options(temperature, softcap, logit_scale)
-    _check_head(hidden, weight, bias, labels)
+    check_logit_options(temperature, softcap, logit_scale)
+    check_head(hidden, weight, bias, labels)
     check_columns(columns, mask, "labels", labels)
     check_policy_partners(columns, options)
     denominator = check_aggregation(aggregation, denominator, hidden)
@@ -167,92 +162,6 @@ def linear_ppo_loss(
     return LinearPPOLoss(loss, PPOStats(*stats.unbind()), logprobs, entropy)
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    _checks.floating("hidden", hidden)
-    _checks.floating("weight", weight)
-    _checks.integer("labels", labels)
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [V, H] with V, H >= 1")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [..., {weight.shape[1]}] (weight's H)")
-    _checks.shape("labels", labels, hidden.shape[:-1], "hidden's leading shape")
-    for name, x in (("weight", weight), ("labels", labels)):
-        _checks.same_device(name, x, "hidden", hidden)
-    if bias is not None:
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, weight.shape[:1], "weight's V")
-        _checks.same_device("bias", bias, "hidden", hidden)
-
-
-class _Head:
-    """hidden [..., H], weight [V, H], bias [V] of any storage type, multiplied in fp32 for a chunk of `rows` at a time.
-
-    gradients: fp32 sums for hidden, weight and bias, empty where not `wanted`.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, wanted: Sequence[bool]
-    ) -> None:
-        self.hidden, self.weight = hidden.reshape(-1, weight.shape[1]), weight
-        self.bias = None if bias is None else bias.float()
-        self.rows, self.wanted = rows, wanted
-        self.gradients = [
-            torch.zeros(x.shape if want else 0, dtype=torch.float32)
-            for x, want in zip((hidden, weight, bias), wanted, strict=True)
-        ]
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(places among the rows, their logits); the next chunk's overwrite them."""
-        count, vocabulary = self.rows.numel(), len(self.weight)
-        at_least = max(min(self.weight.shape[1] // 8, LARGE_VOCABULARY_ROWS), 1)
-        size = min(max(CHUNK_BYTES // (4 * vocabulary), at_least), count)
-        buffer = torch.empty((size, vocabulary), dtype=torch.float32)
-        for start in range(0, count, max(size, 1)):
-            places = slice(start, min(start + size, count))
-            inputs, logits = self._inputs(places), buffer[: places.stop - start]
-            for block, weight in self._weight_blocks():
-                if self.bias is None:
-                    torch.mm(inputs, weight.T, out=logits[:, block])
-                else:
-                    torch.addmm(self.bias[block], inputs, weight.T, out=logits[:, block])
-            yield places, logits
-
-    def add_gradients(self, places: slice, d_logits: Tensor) -> None:
-        d_hidden, d_weight, d_bias = self.gradients
-        want_hidden, want_weight, want_bias = self.wanted
-        inputs = self._inputs(places)
-        d_inputs = torch.zeros_like(inputs)
-        for block, weight in self._weight_blocks():
-            if want_hidden:
-                d_inputs.addmm_(d_logits[:, block], weight)
-            if want_weight:
-                d_weight[block].addmm_(d_logits[:, block].T, inputs)
-        if want_hidden:
-            d_hidden.view(self.hidden.shape).index_copy_(0, self.rows[places], d_inputs)
-        if want_bias:
-            d_bias += d_logits.sum(0)
-
-    def _inputs(self, places: slice) -> Tensor:
-        return self.hidden[self.rows[places]].float()
-
-    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in fp32, as it is or converted a block of rows at a time: no fp32 copy of all of it exists."""
-        size, width = self.weight.shape
-        step = size if self.weight.dtype == torch.float32 else max(CHUNK_BYTES // (4 * width), 1)
-        for start in range(0, size, step):
-            block = slice(start, min(start + step, size))
-            yield block, self.weight[block].float()
-
-
-def _kept(labels: Tensor, mask: Tensor | None, vocabulary: int, ignore_index: int) -> Tensor:
-    """bool [...]: the rows that count; their labels are in range."""
-    keep = labels != ignore_index if mask is None else mask & (labels != ignore_index)
-    bad = keep & ((labels < 0) | (labels >= vocabulary))
-    if bad.any():
-        raise native.label_error(labels, bad.flatten().nonzero()[0].item(), vocabulary, ignore_index)
-    return keep.contiguous()
-
-
 class _Chunk(NamedTuple):
     sums: dict[str, float]
     logprobs: Tensor
@@ -270,14 +179,14 @@ def _chunk_loss(
 ) -> _Chunk:
     """The loss of a chunk of rows, none of them ignored; with_gradient overwrites their logits by its gradient."""
     no_index = -1
-    logprobs, entropy, max_logsum = native.token_logprobs_forward(logits, labels, no_index, transform, True)
+    logprobs, entropy, max_logsum = native.token_logprobs_forward(logits[None], labels, no_index, transform, True)
     columns = columns | {"logprobs": logprobs, "entropy": entropy}
     wanted = ("logprobs", "entropy") if options.entropy_coef != 0 else ("logprobs",)
     sums, gradients = native.ppo_loss_tokens(columns, None, options, scale, wanted if with_gradient else ())
     if with_gradient:
         upstream = gradients["logprobs"], gradients.get("entropy")
         native.token_logprobs_backward(
-            logits, labels, no_index, transform, max_logsum, entropy, *upstream, in_place=True
+            logits[None], labels, no_index, transform, max_logsum, entropy, *upstream, logits[None]
         )
     return _Chunk(sums, logprobs, entropy)
 
@@ -319,17 +228,17 @@ def _linear_ppo_loss(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
     )
     transform = (logit_scale, softcap, temperature)
-    keep = _kept(labels, mask, len(weight), ignore_index)
-    rows = keep.view(-1).nonzero().squeeze(1)
+    keep = kept_rows(labels, mask, len(weight), ignore_index)
+    rows = keep.reshape(-1).nonzero().squeeze(1)
     kept_labels = labels.reshape(-1)[rows]
-    head = _Head(hidden, weight, bias, rows, wanted)
+    head = ChunkedHead(hidden, weight, bias, rows, wanted)
     logprobs, entropy = (torch.zeros(labels.shape, dtype=torch.float32) for _ in range(2))
     by_sequence = ratio_level == "sequence"
     # Under autocast the products would be rounded to half precision.
     with torch.autocast("cpu", enabled=False):
         if by_sequence:
             for places, logits in head.chunks():
-                values, *_ = native.token_logprobs_forward(logits, kept_labels[places], -1, transform, False)
+                values, *_ = native.token_logprobs_forward(logits[None], kept_labels[places], -1, transform, False)
                 logprobs.view(-1)[rows[places]] = values
         sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
         needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from fastppo import native
-from fastppo.ops import linear_ppo_loss, ppo_loss, token_logprobs
+from fastppo.ops import _chunked_head, linear_ppo_loss, ppo_loss, token_logprobs
 from fastppo.ops.ppo_loss import named_statistics
 from fastppo.reference.linear_ppo_loss import linear_ppo_loss as reference
 from tests.cases import DTYPES
@@ -77,9 +75,8 @@ def compare(batch: dict, trained=GRADIENTS, **options) -> None:
 
 
 def set_chunk_rows(monkeypatch, rows: int, vocabulary: int) -> None:
-    module = sys.modules["fastppo.ops.linear_ppo_loss"]
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * rows * vocabulary)
-    monkeypatch.setattr(module, "LARGE_VOCABULARY_ROWS", 1)
+    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 4 * rows * vocabulary)
+    monkeypatch.setattr(_chunked_head, "LARGE_VOCABULARY_ROWS", 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -102,13 +99,13 @@ def test_chunk_boundaries(cpu_backend, monkeypatch, rows, variant):
 
 def test_logits_stay_small(cpu_backend, monkeypatch):
     """No more than CHUNK_BYTES of logits, or an eighth of the weight, exist at a time."""
-    monkeypatch.setattr(sys.modules["fastppo.ops.linear_ppo_loss"], "CHUNK_BYTES", 2**17)
+    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 2**17)
     seen, forward = [], native.token_logprobs_forward
     monkeypatch.setattr(native, "token_logprobs_forward", lambda x, *rest: seen.append(x.shape) or forward(x, *rest))
     for width, rows in ((4, 2**17 // 8000), (1024, 128)):
         seen.clear()
         run(linear_ppo_loss, make_batch(250, width=width, vocabulary=2000, share=1.0), ("hidden",))
-        assert sum(count for count, _ in seen) == 250 and max(count for count, _ in seen) == rows
+        assert sum(count for _, count, _ in seen) == 250 and max(count for _, count, _ in seen) == rows
         assert rows * 2000 * 4 <= max(2**17, 2000 * width * 4 / 8)
 
 
