@@ -119,18 +119,17 @@ struct KLTerm {
   vfloat value, gradient, k3;
 };
 
-// Estimators of KL(policy, reference) at x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|.
+// Estimators of KL(policy, reference) at x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|; only k3 is clamped.
 FASTPPO_INLINE KLTerm kl_term(const vfloat& logprob, const vfloat& ref_logprob, const PPOOptions& o) {
   const vfloat zero = 0.0f, one = 1.0f;
-  const vfloat difference = logprob - ref_logprob;
-  const vfloat x = clamp(difference, -kMaxLogRatio, kMaxLogRatio);
-  const ExpLess e = vexp_less(-x);
-  const vint k3_clipped = e.one_and_x > kMaxK3;
-  const vfloat k3 = select(k3_clipped, vfloat(kMaxK3), e.one_and_x);
+  const vfloat x = logprob - ref_logprob;
+  const ExpLess e = vexp_less(-clamp(x, -kMaxLogRatio, kMaxLogRatio));
+  const vint k3_clipped = outside(x, -kMaxLogRatio, kMaxLogRatio) | (e.one_and_x > kMaxK3);
+  const vfloat k3 = select(e.one_and_x > kMaxK3, vfloat(kMaxK3), e.one_and_x);
   const vfloat value = o.kl_value == kK1 ? x : o.kl_value == kK2 ? 0.5f * x * x : o.kl_value == kK3 ? k3 : select(x < 0.0f, -x, x);
-  const vfloat sign = select(x < 0.0f, -one, select(x > 0.0f, one, x));
+  const vfloat sign = select(x < 0.0f, -one, select(x > 0.0f, one, zero));
   const vfloat slope = o.kl_gradient == kK1 ? one : o.kl_gradient == kK2 ? x : o.kl_gradient == kK3 ? select(k3_clipped, zero, -e.one) : sign;
-  return {value, select(outside(difference, -kMaxLogRatio, kMaxLogRatio), zero, slope), k3};
+  return {value, slope, k3};
 }
 
 // The sums of a block's tokens, and their places of the gradients.

@@ -24,19 +24,22 @@ def larger(unclipped: Tensor, clipped: Tensor) -> Tensor:
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """Per-token estimate of KL(policy, reference) (J. Schulman, "Approximating KL divergence", 2020).
 
-    With x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|; x is clamped to +-20 and k3
-    to at most 10. "k1+" and "k3+" have the value of k1 and k3 and the gradient of k2, which is the KL divergence's in
-    expectation.
+    With x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|. In k3, x is clamped to +-20
+    and the value to at most 10, gradients included (verl's low_var_kl). "k1+" and "k3+" have the value of k1 and k3 and
+    the gradient of k2, which in expectation is the KL divergence's.
     """
     if kind.endswith("+"):
         k2 = kl_estimate(logprobs, ref_logprobs, "k2")
         return kl_estimate(logprobs, ref_logprobs, kind[:-1]).detach() + (k2 - k2.detach())
-    x = clamp(logprobs - ref_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    x = logprobs - ref_logprobs
     if kind == "k1":
         return x
     if kind == "k2":
         return 0.5 * x.square()
-    return clamp(torch.expm1(-x) + x, -MAX_K3, MAX_K3) if kind == "k3" else x.abs()
+    if kind == "abs":
+        return x.abs()
+    x = clamp(x, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return clamp(torch.expm1(-x) + x, -MAX_K3, MAX_K3)
 
 
 def policy_terms(

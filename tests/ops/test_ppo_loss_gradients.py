@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -67,14 +69,17 @@ def test_value_clip_stops_the_gradient(backend):
 
 
 def test_kl_ties(backend):
-    """At logprob = ref every estimator but k1 and abs is flat; abs takes torch's 0. Beyond the clamps nothing flows."""
-    expected = {"k1": 1.0, "k2": 0.0, "k3": 0.0, "abs": 0.0, "k1+": 0.0, "k3+": 0.0}
-    for kind, slope in expected.items():
+    """At logprob = ref all estimators but k1 are flat (abs: torch's choice). Only k3 is clamped; at the bound it flows."""
+    at_tie = {"k1": 1.0, "k2": 0.0, "k3": 0.0, "abs": 0.0, "k1+": 0.0, "k3+": 0.0}
+    far_below = {"k1": 1.0, "k2": -30.0, "k3": 0.0, "abs": -1.0, "k1+": -30.0, "k3+": -30.0}
+    for kind in at_tie:
         options = {"kl_coef": 1.0, "kl_kind": kind}
-        assert gradient_at(0.0, 0.0, ref_logprobs=torch.zeros(1), **options) == slope, kind
-        assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([20.5]), **options) == 0, kind
-    assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([20.0]), kl_coef=1.0, kl_kind="k2") == -20
-    assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([3.0]), kl_coef=1.0) == 0  # k3 = e^3 - 4 > 10
+        assert gradient_at(0.0, 0.0, ref_logprobs=torch.zeros(1), **options) == at_tie[kind], kind
+        assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([30.0]), **options) == far_below[kind], kind
+    # k3 = exp(-x) - 1 + x reaches 10 at x = 11 - exp(-11) and between x = -2.6 and -2.7.
+    for x, slope in ((10.9, 1.0), (11.1, 0.0), (-2.6, 1 - math.exp(2.6)), (-2.7, 0.0)):
+        gradient = gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([-x]), kl_coef=1.0)
+        assert gradient == pytest.approx(slope, rel=1e-4), x
 
 
 def test_rollout_bounds_are_inclusive(backend):
