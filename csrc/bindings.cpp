@@ -74,9 +74,9 @@ PPOTokens ppo_tokens(const PPOTokensTuple& t) {
 }
 
 // The numbers and the choices of PPOOptions, in its order.
-PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 4>& choice) {
+PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
   return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-          static_cast<KLKind>(choice[0]), static_cast<KLKind>(choice[1]), static_cast<RolloutCorrection>(choice[2]), choice[3] != 0};
+          static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
 }
 
 // (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
@@ -149,7 +149,7 @@ PYBIND11_MODULE(_C, m) {
     return std::make_tuple(counts.tokens, counts.sequences, counts.bad_offset);
   });
 
-  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 4>& choices,
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 3>& choices,
                               uintptr_t d_logprobs, uintptr_t d_values, uintptr_t d_entropy, int threads) {
     py::gil_scoped_release release;
     std::array<double, kNumPPOSums> sums;

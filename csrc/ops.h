@@ -94,7 +94,7 @@ enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
 // A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
 struct PPOOptions {
   float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
-  KLKind kl_value, kl_gradient;
+  KLKind kl_kind;
   RolloutCorrection correction;
   bool cispo;
 };
