@@ -66,14 +66,17 @@ using PPOTokensTuple = std::tuple<std::array<std::pair<uintptr_t, int>, kNumPPOC
 
 PPOTokens ppo_tokens(const PPOTokensTuple& t) {
   PPOTokens tokens{{}, pointer<const uint8_t>(std::get<1>(t)), std::get<2>(t)};
-  for (int c = 0; c < kNumPPOColumns; ++c) tokens.columns[c] = {pointer<const void>(std::get<0>(t)[c].first), static_cast<DType>(std::get<0>(t)[c].second)};
+  for (int c = 0; c < kNumPPOColumns; ++c) {
+    const auto& [address, dtype] = std::get<0>(t)[c];
+    tokens.columns[c] = {pointer<const void>(address), static_cast<DType>(dtype)};
+  }
   return tokens;
 }
 
 // The numbers and the choices of PPOOptions, in its order.
-PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 4>& choice) {
+PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
   return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-          static_cast<KLKind>(choice[0]), static_cast<KLKind>(choice[1]), static_cast<RolloutCorrection>(choice[2]), choice[3] != 0};
+          static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
 }
 
 // (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
@@ -138,15 +141,16 @@ PYBIND11_MODULE(_C, m) {
     return FASTPPO_CPU(write_kv, arguments);
   });
 
-  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights, uintptr_t log_ratios, int threads) {
+  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
+                                 uintptr_t log_ratios, int threads) {
     py::gil_scoped_release release;
     const PPOCounts counts = FASTPPO_CPU(ppo_loss_sequences, ppo_tokens(tokens), Sequences{pointer<const int64_t>(offsets), count, length},
                                          pointer<float>(weights), pointer<float>(log_ratios), threads);
     return std::make_tuple(counts.tokens, counts.sequences, counts.bad_offset);
   });
 
-  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 4>& choices, uintptr_t d_logprobs,
-                              uintptr_t d_values, uintptr_t d_entropy, int threads) {
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 3>& choices,
+                              uintptr_t d_logprobs, uintptr_t d_values, uintptr_t d_entropy, int threads) {
     py::gil_scoped_release release;
     std::array<double, kNumPPOSums> sums;
     FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),

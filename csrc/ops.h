@@ -79,7 +79,8 @@ struct SampledRows {
 
 // The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
 enum PPOColumn {
-  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
+  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios,
+  kNumPPOColumns
 };
 
 struct PPOTokens {
@@ -93,15 +94,15 @@ enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
 // A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
 struct PPOOptions {
   float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
-  KLKind kl_value, kl_gradient;
+  KLKind kl_kind;
   RolloutCorrection correction;
   bool cispo;
 };
 
 // Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
 enum PPOSum {
-  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL, kRolloutWeight,
-  kRolloutClipped, kRatioMax, kNumPPOSums
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL,
+  kRolloutWeight, kRolloutClipped, kRatioMax, kNumPPOSums
 };
 
 struct PPOGradients {

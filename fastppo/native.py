@@ -163,8 +163,8 @@ PPO_SUMS = (
     "policy_loss", "value_loss", "kl_loss", "entropy_bonus", "entropy", "approx_kl", "ppo_kl", "clipfrac",
     "clipfrac_dual", "value_clipfrac", "ratio_mean", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "ratio_max",
 )  # fmt: skip
-KL_CODES = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-ROLLOUT_CORRECTION_CODES = {None: 0, "truncate": 1, "mask": 2}
+KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # in the order of csrc/ops.h's KLKind
+ROLLOUT_CORRECTIONS = (None, "truncate", "mask")  # in the order of csrc/ops.h's RolloutCorrection
 
 
 class PPOOptions(NamedTuple):
@@ -189,11 +189,8 @@ class PPOOptions(NamedTuple):
         ]  # fmt: skip
 
     def choices(self) -> list[int]:
-        gradient = "k2" if self.kl_kind.endswith("+") else self.kl_kind
-        return [
-            KL_CODES[self.kl_kind.removesuffix("+")], KL_CODES[gradient],
-            ROLLOUT_CORRECTION_CODES[self.rollout_correction], self.objective == "cispo",
-        ]  # fmt: skip
+        correction = ROLLOUT_CORRECTIONS.index(self.rollout_correction)
+        return [KL_KINDS.index(self.kl_kind), correction, self.objective == "cispo"]
 
 
 class PPOCounts(NamedTuple):
@@ -337,7 +334,7 @@ def masked_whiten(
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
-    """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in csrc/ops.h's KlKind."""
+    """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in KL_KINDS."""
     logprobs, ref_logprobs = flat_float(logprobs), flat_float(ref_logprobs)
     kl = torch.empty(logprobs.shape, dtype=torch.float32)
     _C.approx_kl(address(logprobs), address(ref_logprobs), kl.numel(), kind, address(kl), threads())

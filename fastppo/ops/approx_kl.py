@@ -10,7 +10,7 @@ from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import approx_kl as reference
 
-KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # in the order of csrc/ops.h's KlKind
+KINDS = native.KL_KINDS
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
