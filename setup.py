@@ -49,8 +49,9 @@ def cuda_flags() -> str:
 
 def ninja_file(out: Path, build: Path, nvcc: str | None) -> str:
     """The build.ninja text: one edge for each (source, instruction set), one link."""
-    import pybind11
     import sysconfig
+
+    import pybind11
 
     includes = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"plain": ""}

@@ -20,6 +20,12 @@ struct Rows {
   int64_t offset(int64_t row) const { return (row / inner) * stride_outer + (row % inner) * stride_inner; }
 };
 
+// Consecutive elements of one of the storage types; null data: not given.
+struct Column {
+  const void* data;
+  DType dtype;
+};
+
 // z = softcap * tanh(x * scale / softcap) / temperature; softcap 0 leaves the tanh out.
 struct LogitTransform {
   float scale, softcap, temperature;
@@ -55,7 +61,57 @@ struct Moments {
   double count, mean, squares;
 };
 
-enum KlKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3, kK1Plus = 4, kK3Plus = 5 };
+enum KLKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3, kK1Plus = 4, kK3Plus = 5 };
+
+// One value for each row of logits.
+struct SamplingParameters {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *sequence_ids, *positions;
+  uint64_t seed;
+};
+
+struct SampledRows {
+  int64_t* tokens;
+  float *logprobs, *processed_logprobs, *kept_mass;
+};
+
+// The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
+enum PPOColumn {
+  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
+};
+
+struct PPOTokens {
+  Column columns[kNumPPOColumns];
+  const uint8_t* mask;  // null: every token counts
+  int64_t count;
+};
+
+enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
+
+// A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
+struct PPOOptions {
+  float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
+  KLKind kl_value, kl_gradient;
+  RolloutCorrection correction;
+  bool cispo;
+};
+
+// Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
+enum PPOSum {
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL, kRolloutWeight,
+  kRolloutClipped, kRatioMax, kNumPPOSums
+};
+
+struct PPOGradients {
+  float *logprobs, *values, *entropy;  // [count] each, or null
+};
+
+struct PPOCounts {
+  int64_t tokens, sequences;  // unmasked tokens, sequences that have any
+  int64_t bad_offset;         // first position of an offset that is out of order, or -1
+};
 
 }  // namespace fastppo
 
@@ -87,6 +143,52 @@ FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_
 FASTPPO_EACH_ISA(void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, const float* max_logsum,
                                               const float* entropy, const float* d_logprobs, const float* d_entropy, void* grad_logits, int threads))
 
+// One token a row after top-k, top-p and min-p; width <= 2^22. A row without a distribution or with a parameter out of range: -1, NaN, NaN, 0.
+FASTPPO_EACH_ISA(void sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, int threads))
+
+namespace fastppo {
+
+constexpr int kMaxHeadSize = 256;
+constexpr int kHeadsAtOnce = 8;  // query heads that share one load of a key: 8 x 2 KiB of state stay in L1
+
+// q [batch, heads, head_size] (stride q_stride between sequences), k_pages [pages, page_size, kv_heads, head_size], v_pages the same with
+// value_size, block_table int32 [batch, max_blocks], context_lens int32 [batch], sinks fp32 [heads] or null, out [batch, heads, value_size].
+// softcap 0 and window 0 are off. All of q, pages and out have storage type dtype.
+struct DecodeAttention {
+  const void *q, *k_pages, *v_pages;
+  const int32_t *block_table, *context_lens;
+  const float* sinks;
+  void* out;
+  DType dtype;
+  int64_t batch, heads, kv_heads, pages, page_size, max_blocks, q_stride;
+  int head_size, value_size;
+  float scale, softcap;
+  int64_t window;
+};
+
+// Rows of k and v (of k_row_bytes, v_row_bytes) go to places slots[token] of the caches; negative slots are skipped.
+struct WriteKv {
+  const void *k, *v;
+  void *k_pages, *v_pages;
+  const int64_t* slots;
+  int64_t tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes;
+};
+
+}  // namespace fastppo
+
+// Returns the first sequence whose length or pages are out of range, or -1. A sequence of length 0 gives 0.
+FASTPPO_EACH_ISA(int64_t decode_attention(const DecodeAttention& arguments, int threads))
+
+// Returns the first token whose slot is beyond the cache, or -1.
+FASTPPO_EACH_ISA(int64_t write_kv(const WriteKv& arguments))
+
+// Counts, and for each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
+// logprob - old_logprob over them. Either may be null; without log_ratios no column is read. Nothing is written when an offset is bad.
+FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, int threads))
+
+// The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
+FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))
+
 // First i whose offset is wrong, or -1: offsets [count + 1] start at 0, never fall and end at `tokens`.
 FASTPPO_EACH_ISA(int64_t first_bad_offset(const int64_t* offsets, int64_t count, int64_t tokens))
 
@@ -103,12 +205,12 @@ FASTPPO_EACH_ISA(Moments masked_moments(const float* x, const uint8_t* mask, int
 FASTPPO_EACH_ISA(void masked_whiten(const float* x, const uint8_t* mask, int64_t count, Moments moments, bool keep_mean, float* out, int threads))
 
 // kl [count] estimated from logprobs - ref_logprobs.
-FASTPPO_EACH_ISA(void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KlKind kind, float* kl, int threads))
+FASTPPO_EACH_ISA(void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KLKind kind, float* kl, int threads))
 
 // grad [count] = d_kl * d kl / d logprobs; the gradient of ref_logprobs is its negative.
-FASTPPO_EACH_ISA(void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KlKind kind, float* grad,
+FASTPPO_EACH_ISA(void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KLKind kind, float* grad,
                                          int threads))
 
 // rewards (flat) = -coef * kl where mask is set, 0 elsewhere, plus scores[i] at the last set position of sequence i. coef 0: no kl is computed.
 FASTPPO_EACH_ISA(void kl_shaped_rewards(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask,
-                                        const Sequences& sequences, float coef, KlKind kind, float* rewards, int threads))
+                                        const Sequences& sequences, float coef, KLKind kind, float* rewards, int threads))

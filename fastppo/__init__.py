@@ -1,5 +1,39 @@
-"""fastppo: a PPO engine for language models."""
+"""fastppo: a PPO engine for language models.
 
+Ops replace the PyTorch code in any trainer; `Engine` samples on the weights that train; `PPOTrainer` is the loop over both.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fastppo import ops
+from fastppo.ops import *  # noqa: F403 - the ops' own __all__ is the list
+
+if TYPE_CHECKING:
+    from fastppo.config import PPOConfig
+    from fastppo.rollout import Engine, Rollout, SamplingParams
+    from fastppo.trainer import PPOTrainer
 
 __version__ = version("fastppo")
+
+# Imported at first use: whoever wants the ops alone does not wait for Transformers.
+_LAZY = {
+    "Engine": "fastppo.rollout",
+    "PPOConfig": "fastppo.config",
+    "PPOTrainer": "fastppo.trainer",
+    "Rollout": "fastppo.rollout",
+    "SamplingParams": "fastppo.rollout",
+}
+
+__all__ = ["Engine", "PPOConfig", "PPOTrainer", "Rollout", "SamplingParams", "__version__", *ops.__all__]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastppo' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

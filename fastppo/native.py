@@ -5,6 +5,9 @@ Callers (`fastppo/ops/`) have checked shapes, types and devices; these functions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -67,42 +70,185 @@ def rows(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
     return (x.data_ptr(), DTYPE_CODES[x.dtype], outer, inner, width, x.stride(0), x.stride(1))
 
 
+def label_error(labels: Tensor, position: int, vocabulary: int, ignore_index: int) -> ValueError:
+    """What is wrong with the label at flat `position`."""
+    return ValueError(
+        f"labels holds {labels.reshape(-1)[position].item()} at flat position {position}, "
+        f"expected 0 <= label < {vocabulary} or ignore_index = {ignore_index}"
+    )
+
+
 def token_logprobs_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """logits [..., V], labels int64 [...] -> logprobs [...], entropy [...] or None, (max, log-sum) [..., 2], all fp32."""
-    labels = labels.contiguous()
+    """logits [outer, inner, V] with last stride 1, labels int64 [outer * inner] -> fp32 logprobs, entropy, (max, log-sum).
+
+    transform: (scale, softcap or 0, temperature).
+    """
     logprobs = torch.empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    max_logsum = torch.empty((*labels.shape, 2), dtype=torch.float32)
-    view = collapse_rows(logits)
+    max_logsum = torch.empty((len(labels), 2), dtype=torch.float32)
     bad = _C.token_logprobs_forward(
-        rows(view), address(labels), ignore_index, transform,
+        rows(logits), address(labels), ignore_index, transform,
         address(logprobs), address(entropy), address(max_logsum), threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise ValueError(
-            f"labels holds {labels.view(-1)[bad].item()} at flat position {bad}, "
-            f"expected 0 <= label < {logits.shape[-1]} or ignore_index = {ignore_index}"
-        )
+        raise label_error(labels, bad, logits.shape[-1], ignore_index)
     return logprobs, entropy, max_logsum
 
 
 def token_logprobs_backward(
-    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float],
-    max_logsum: Tensor, entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, in_place: bool,
-) -> Tensor:  # fmt: skip
-    """Gradient of the logits, [..., V] in their dtype; with `in_place` it overwrites them."""
-    view = collapse_rows(logits)
-    labels, d_logprobs = labels.contiguous(), d_logprobs.contiguous()
-    d_entropy = None if d_entropy is None else d_entropy.contiguous()
-    in_place = in_place and view.data_ptr() == logits.data_ptr()
-    grad = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype)
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], max_logsum: Tensor,
+    entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of logits [outer, inner, V] into `grad`: contiguous rows, or the logits themselves."""
     _C.token_logprobs_backward(
-        rows(view), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
+        rows(logits), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
         address(d_logprobs), address(d_entropy), address(grad), threads(),
     )  # fmt: skip
-    return grad
+
+
+def sample_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    sequence_ids: Tensor, positions: Tensor, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
+    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
+    view = collapse_rows(logits)
+    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
+    return tokens, *floats
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor,
+    scale: float, softcap: float, window: int, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """q [B, Hq, D] with its last two dimensions contiguous, caches contiguous, int32 tables -> [B, Hq, Dv] in q's dtype."""
+    batch, heads, head_size = q.shape
+    pages, page_size, kv_heads, value_size = v_pages.shape
+    out = torch.empty((batch, heads, value_size), dtype=q.dtype)
+    bad = _C.decode_attention(
+        address(q), address(k_pages), address(v_pages), address(block_table), address(context_lens), address(sinks),
+        address(out), DTYPE_CODES[q.dtype], batch, heads, kv_heads, pages, page_size, block_table.shape[1], q.stride(0),
+        head_size, value_size, scale, softcap, window, threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        used = -(-int(context_lens[bad]) // page_size)
+        raise ValueError(
+            f"context_lens[{bad}] is {int(context_lens[bad])} and block_table[{bad}] begins {block_table[bad, :used].tolist()}, "
+            f"expected a length in [0, {block_table.shape[1] * page_size}] and pages in [0, {pages})"
+        )
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] whose last two dimensions are contiguous, into contiguous caches of the same dtype; slots int64 [T]."""
+    size = k.element_size()
+    bad = _C.write_kv(
+        address(k), address(v), address(k_pages), address(v_pages), address(slots), len(slots), k_pages.shape[0],
+        k_pages.shape[1], k.stride(0) * size, v.stride(0) * size, k[0].numel() * size, v[0].numel() * size,
+    )  # fmt: skip
+    if bad >= 0:
+        places = k_pages.shape[0] * k_pages.shape[1]
+        raise ValueError(f"slots[{bad}] is {int(slots[bad])}, expected less than the cache's {places} places")
+
+
+PPO_COLUMNS = (
+    "logprobs", "old_logprobs", "advantages", "values", "old_values", "returns",
+    "ref_logprobs", "entropy", "rollout_logprobs", "weights", "sequence_log_ratios",
+)  # fmt: skip
+PPO_SUMS = (
+    "policy_loss", "value_loss", "kl_loss", "entropy_bonus", "entropy", "approx_kl", "ppo_kl", "clipfrac",
+    "clipfrac_dual", "value_clipfrac", "ratio_mean", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "ratio_max",
+)  # fmt: skip
+KL_CODES = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+ROLLOUT_CORRECTION_CODES = {None: 0, "truncate": 1, "mask": 2}
+
+
+class PPOOptions(NamedTuple):
+    """What `fastppo.ops.ppo_loss` documents, as the kernels take it."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    value_clip: float | None
+    vf_coef: float
+    kl_coef: float
+    kl_kind: str
+    entropy_coef: float
+    objective: str
+    rollout_correction: str | None
+    rollout_bounds: tuple[float, float]
+
+    def numbers(self, scale: float) -> list[float]:
+        return [
+            scale, 1 - self.clip_low, 1 + self.clip_high, self.dual_clip or 0.0, self.value_clip or 0.0,
+            self.vf_coef, self.kl_coef, self.entropy_coef, *self.rollout_bounds,
+        ]  # fmt: skip
+
+    def choices(self) -> list[int]:
+        gradient = "k2" if self.kl_kind.endswith("+") else self.kl_kind
+        return [
+            KL_CODES[self.kl_kind.removesuffix("+")], KL_CODES[gradient],
+            ROLLOUT_CORRECTION_CODES[self.rollout_correction], self.objective == "cispo",
+        ]  # fmt: skip
+
+
+class PPOCounts(NamedTuple):
+    tokens: int  # unmasked tokens
+    sequences: int  # sequences that have any
+    weights: Tensor | None  # fp32 [N]: 1 / unmasked tokens of the token's sequence
+    log_ratios: Tensor | None  # fp32 [N]: mean log-ratio of the token's sequence
+
+    def columns(self) -> dict[str, Tensor]:
+        made = {"weights": self.weights, "sequence_log_ratios": self.log_ratios}
+        return {name: x for name, x in made.items() if x is not None}
+
+
+def ppo_tokens(columns: dict[str, Tensor], mask: Tensor | None) -> tuple[list[tuple[int, int]], int, int]:
+    """Contiguous columns of one shape, bool mask of that shape -> the bindings' description of them."""
+    described = [
+        (address(columns.get(name)), DTYPE_CODES[columns[name].dtype] if name in columns else 0) for name in PPO_COLUMNS
+    ]
+    return described, address(mask), columns["logprobs"].numel()
+
+
+def ppo_loss_sequences(
+    columns: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
+    *, with_weights: bool = False, with_log_ratios: bool = False,
+) -> PPOCounts:  # fmt: skip
+    """Sequences are rows of [B, T] columns, or ranges of packed ones; tokens of any other shape make one sequence."""
+    shape = columns["logprobs"].shape
+    total = shape.numel()
+    weights = torch.empty(total, dtype=torch.float32) if with_weights else None
+    log_ratios = torch.empty(total, dtype=torch.float32) if with_log_ratios else None
+    offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    count, length = (1, total) if len(shape) != 2 else shape
+    if offsets is not None:
+        count, length = offsets.numel() - 1, 0
+    tokens, sequences, bad = _C.ppo_loss_sequences(
+        ppo_tokens(columns, mask), address(offsets), count, length, address(weights), address(log_ratios), threads()
+    )
+    if bad >= 0:
+        raise ValueError(
+            f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
+            f"expected offsets that start at 0, never fall and end at {total}"
+        )
+    return PPOCounts(tokens, sequences, weights, log_ratios)
+
+
+def ppo_loss_tokens(
+    columns: dict[str, Tensor], mask: Tensor | None, options: PPOOptions, scale: float, wanted: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(sums over the unmasked tokens, fp32 gradients of the `wanted` columns times `scale`)."""
+    gradients = {name: torch.empty(columns[name].shape, dtype=torch.float32) for name in wanted}
+    sums = _C.ppo_loss_tokens(
+        ppo_tokens(columns, mask), options.numbers(scale), options.choices(),
+        *(address(gradients.get(name)) for name in ("logprobs", "values", "entropy")), threads(),
+    )  # fmt: skip
+    return dict(zip(PPO_SUMS, sums, strict=True)), gradients
 
 
 def steps(x: Tensor | None) -> tuple[int, int, int, int]:

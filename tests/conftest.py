@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from fastppo import native
 from fastppo.ops import use_backend
+
+# Tiny models gain nothing from threads, and threads of parallel test processes that wait for each other cost twenty times.
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,11 +30,18 @@ def _offline(monkeypatch):
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
-    """Runs the test once on each backend; inside, every op uses it."""
-    if request.param == "cpu" and native.unavailable_reason:
+    """Runs the test once on each backend of the CPU; inside, every op uses it.
+
+    Triton's interpreter must be switched on before its kernels are imported: `FASTPPO_TEST_BACKEND=triton` runs the same tests
+    through it, in a process of its own (tests/test_triton.py starts one).
+    """
+    name = os.environ.get("FASTPPO_TEST_BACKEND", request.param)
+    if name != request.param and request.param != "cpu":
+        pytest.skip(f"only {name} is tested in this process")
+    if name == "cpu" and native.unavailable_reason:
         pytest.skip(native.unavailable_reason)
-    with use_backend(request.param):
-        yield request.param
+    with use_backend(name):
+        yield name
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ void shaped_range(const float* scores, const float* logprobs, const float* ref_l
 
 }  // namespace
 
-void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KlKind kind, float* kl, int threads) {
+void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KLKind kind, float* kl, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_ranges(count, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
       for_each_vector(first, last, [&](int64_t i, int size) {
@@ -50,7 +50,7 @@ void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, 
   });
 }
 
-void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KlKind kind, float* grad, int threads) {
+void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KLKind kind, float* grad, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_ranges(count, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
       for_each_vector(first, last, [&](int64_t i, int size) {
@@ -62,7 +62,7 @@ void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const 
 }
 
 void kl_shaped_rewards(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask, const Sequences& sequences, float coef,
-                       KlKind kind, float* rewards, int threads) {
+                       KLKind kind, float* rewards, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_sequences(sequences, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
       shaped_range<decltype(estimator)>(scores, logprobs, ref_logprobs, mask, sequences, coef, rewards, first, last);

@@ -22,7 +22,7 @@ FASTPPO_INLINE vfloat exp_minus_1_minus(const vfloat& u) {
 
 FASTPPO_INLINE vfloat clamped_log_ratio(const vfloat& d) { return vmin(vfloat(kMaxLogRatio), vmax(vfloat(-kMaxLogRatio), -d)); }
 
-template <KlKind kKind>
+template <KLKind kKind>
 FASTPPO_INLINE vfloat kl_value(const vfloat& d) {
   if (kKind == kK2) return 0.5f * (d * d);
   if (kKind == kAbs) return select(d < 0.0f, -d, d);
@@ -30,7 +30,7 @@ FASTPPO_INLINE vfloat kl_value(const vfloat& d) {
   return d;
 }
 
-template <KlKind kKind>
+template <KLKind kKind>
 FASTPPO_INLINE vfloat kl_slope(const vfloat& d) {
   if (kKind == kK1) return vfloat(1.0f);
   if (kKind == kAbs) return select(d < 0.0f, vfloat(-1.0f), select(d > 0.0f, vfloat(1.0f), vfloat(0.0f)));
@@ -43,7 +43,7 @@ FASTPPO_INLINE vfloat kl_slope(const vfloat& d) {
   return d;  // k2's, and that of the straight-through forms
 }
 
-template <KlKind kKind>
+template <KLKind kKind>
 struct Kl {
   FASTPPO_INLINE vfloat value(const vfloat& d) { return kl_value<kKind>(d); }
   FASTPPO_INLINE vfloat slope(const vfloat& d) { return kl_slope<kKind>(d); }
@@ -51,7 +51,7 @@ struct Kl {
 
 // Calls body(kl) with the estimator that `kind` names.
 template <class Body>
-FASTPPO_INLINE void with_kl(KlKind kind, const Body& body) {
+FASTPPO_INLINE void with_kl(KLKind kind, const Body& body) {
   switch (kind) {
     case kK1: return body(Kl<kK1>{});
     case kK2: return body(Kl<kK2>{});

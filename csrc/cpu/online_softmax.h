@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -30,9 +31,9 @@ struct SoftmaxStats {
   float entropy() const { return static_cast<float>(log_sum() - weighted / sum); }
 };
 
-// Transforms `size` <= kSoftmaxBlock elements into z and returns their largest. NaN may hide from the maximum, never from the sums.
+// Transforms `size` <= kSoftmaxBlock elements into z and returns each lane's largest. NaN may hide from the maximum, never from the sums.
 template <class Storage, bool kSoftcap>
-FASTPPO_INLINE float load_block(const typename Storage::type* x, int size, const LogitTransform& t, vfloat* z) {
+FASTPPO_INLINE vfloat load_block(const typename Storage::type* x, int size, const LogitTransform& t, vfloat* z) {
   vfloat block_max = -kInfinity;
   const int whole = size / kLanes, rest = size % kLanes;
   for (int i = 0; i < whole; ++i) {
@@ -45,18 +46,26 @@ FASTPPO_INLINE float load_block(const typename Storage::type* x, int size, const
     for (int lane = rest; lane < kLanes; ++lane) z[whole].set(lane, -kInfinity);
     block_max = vmax(block_max, z[whole]);
   }
-  return max_lanes(block_max);
+  return block_max;
 }
 
+// What row_softmax tells of each block, for a caller that needs more than the sums; this one wants nothing.
+struct Unobserved {
+  static constexpr bool kWanted = false;
+  // Block number, its vectors, each lane's largest z, the maximum so far m, exp(z - m).
+  void operator()(int64_t, int, const vfloat&, float, const vfloat*) const {}
+};
+
 // Online form (Milakov and Gimelshein 2018) over blocks: block maximum, one rescale when it rises, then the block's sums.
-template <class Storage, bool kEntropy, bool kSoftcap>
-FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t) {
+template <class Storage, bool kEntropy, bool kSoftcap, class Observer = Unobserved>
+FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t, Observer&& observe = {}) {
   SoftmaxStats stats{-kInfinity, 0.0, 0.0};
   vfloat z[kSoftmaxBlock / kLanes];
   for (int64_t begin = 0; begin < width; begin += kSoftmaxBlock) {
     const int size = static_cast<int>(width - begin < kSoftmaxBlock ? width - begin : kSoftmaxBlock);
     const int vectors = (size + kLanes - 1) / kLanes;
-    const float top = load_block<Storage, kSoftcap>(row + begin, size, t, z);
+    const vfloat lane_max = load_block<Storage, kSoftcap>(row + begin, size, t, z);
+    const float top = max_lanes(lane_max);
     if (top > stats.max) {
       const double shift = static_cast<double>(stats.max) - top;
       const double factor = stats.max == -kInfinity ? 0.0 : std::exp(shift);
@@ -74,7 +83,9 @@ FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64
       const vfloat e = vexp_nonpositive(shifted);
       sum += e;
       if (kEntropy) weighted += select(e == 0.0f, vfloat(0.0f), e * shifted);  // 0 * -inf is 0 here
+      if (std::decay_t<Observer>::kWanted) z[i] = e;
     }
+    observe(begin / kSoftmaxBlock, vectors, lane_max, stats.max, z);
     stats.sum += sum_lanes(sum);
     if (kEntropy) stats.weighted += sum_lanes(weighted);
   }

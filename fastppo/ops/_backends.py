@@ -1,10 +1,12 @@
 """Which implementation serves an op: what exists, what works here, what was asked for.
 
-`FASTPPO_BACKEND=reference|cpu|cuda|triton` (read at import) forces one for every op; `use_backend` does so for a block of code.
+`FASTPPO_BACKEND=reference|cpu|cuda|triton` (read at import) forces one for every op; `use_backend` does so for a block
+of code.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # The fast backends of each op, besides the reference that every op has: at most one a device type.
 FAST_BACKENDS: dict[str, tuple[str, ...]] = {
-    "token_logprobs": ("cpu",),
+    "token_logprobs": ("cpu", "triton"),
     "linear_token_logprobs": ("cpu",),
     "linear_ppo_loss": ("cpu",),
     "gae": ("cpu",),
@@ -28,6 +30,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "approx_kl": ("cpu",),
     "ppo_loss": ("cpu",),
     "sample_tokens": ("cpu",),
+    "decode_attention": ("cpu",),
 }
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
@@ -62,11 +65,14 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return f"{op} has no {backend} kernel"
     if backend == "cpu":
         return native.unavailable_reason if device_type == "cpu" else f"the tensors are on {device_type}"
-    return None if device_type == "cuda" else f"the tensors are on {device_type}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return None if device_type == "cuda" or interpreted else f"the tensors are on {device_type}"
 
 
 def choose(op: str, *tensors: Tensor) -> str:
-    """The backend for `op` on these tensors. fp64 and unknown dtypes go to the reference; a missing kernel is said once."""
+    """The backend for `op` on these tensors; fp64 and unknown dtypes go to the reference, a missing kernel is said once."""
     if any(tensor.is_floating_point() and tensor.dtype not in FAST_DTYPES for tensor in tensors):
         return "reference"
     device_type = tensors[0].device.type

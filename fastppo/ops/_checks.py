@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ def number(
         bounds += [f"<= {at_most}" for _ in [0] if at_most < math.inf]
         raise ValueError(f"{name} is {value!r}, expected a finite number {' and '.join(bounds)}".rstrip())
     return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def integer_number(name: str, value: object, *, at_least: int = 0, at_most: int = (1 << 63) - 1) -> int:
+    """An integer in the given interval, as a Python int."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if not at_least <= value <= at_most:
+        raise ValueError(f"{name} is {value!r}, expected an integer from {at_least} to {at_most}")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def choice(name: str, value: object, options: tuple[str, ...]) -> None:

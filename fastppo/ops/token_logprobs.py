@@ -41,17 +41,17 @@ def token_logprobs(
         logit_scale: multiplies the logits before everything else (Cohere, Granite).
         ignore_index: rows with this label give log-probability 0, entropy 0 and no gradient; their logits are not read.
         return_entropy: also return H = -sum_v p_v log p_v in nats.
-        inplace_backward: the backward pass writes the gradient over the logits and so saves [..., V] of memory. Only for logits
-            that nothing reads afterwards.
+        inplace_backward: the backward pass writes the gradient over the logits and so saves [..., V] of memory. Only for
+            logits that nothing reads afterwards.
 
     Returns:
-        float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`. A row with NaN or +inf, or with nothing
-        but -inf, gives NaN, as torch.log_softmax does. Second derivatives are not implemented (use float64: the reference).
+        float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`. A row with NaN or +inf, or with
+        nothing but -inf, gives NaN, as torch.log_softmax does. Second derivatives need float64, which the reference serves.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
     """
-    _check_logit_options(temperature, softcap, logit_scale)
+    check_logit_options(temperature, softcap, logit_scale)
     _check_logits_and_labels(logits, labels)
     if choose("token_logprobs", logits) == "reference":
         out = reference.token_logprobs(
@@ -70,7 +70,7 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
 
-def _check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
+def check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
     _checks.number("temperature", temperature, above=0)
     _checks.number("logit_scale", logit_scale)
     if softcap is not None:
@@ -86,6 +86,43 @@ def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     _checks.same_device("labels", labels, "logits", logits)
 
 
+def _forward_kernel(
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """fp32 logprobs [...], entropy [...] or None, (max, log-sum) [..., 2]; their sum alone would lose digits."""
+    rows, flat_labels = native.collapse_rows(logits), labels.reshape(-1).contiguous()
+    if choose("token_logprobs", logits) == "triton":
+        from fastppo.kernels.token_logprobs import token_logprobs_forward as forward
+    else:
+        forward = native.token_logprobs_forward
+    logprobs, entropy, max_logsum = forward(rows, flat_labels, ignore_index, transform, with_entropy)
+    shape = labels.shape
+    return logprobs.view(shape), entropy.view(shape) if with_entropy else None, max_logsum.view(*shape, 2)
+
+
+def _backward_kernel(
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], max_logsum: Tensor,
+    entropy: Tensor, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of the logits into `grad` [..., V], which may be `logits` itself."""
+    rows = native.collapse_rows(logits)
+    # Strides that the kernel cannot address were copied: then an in-place gradient takes the same way back.
+    in_place = grad is logits and rows.data_ptr() == logits.data_ptr()
+    grad_rows = rows if in_place else native.collapse_rows(torch.empty_like(rows) if grad is logits else grad)
+    grad_rows = grad_rows.view(rows.shape)
+    if choose("token_logprobs", logits) == "triton":
+        from fastppo.kernels.token_logprobs import token_logprobs_backward as backward
+    else:
+        backward = native.token_logprobs_backward
+    flat = [None if x is None else x.reshape(-1).contiguous() for x in (labels, entropy, d_logprobs, d_entropy)]
+    flat_labels, flat_entropy, flat_d_logprobs, flat_d_entropy = flat
+    backward(
+        rows, flat_labels, ignore_index, transform, max_logsum, flat_entropy, flat_d_logprobs, flat_d_entropy, grad_rows
+    )
+    if grad is logits and not in_place:
+        logits.copy_(grad_rows.view(logits.shape))
+
+
 @torch.library.custom_op("fastppo::token_logprobs", mutates_args=())
 def _token_logprobs(
     logits: Tensor,
@@ -98,9 +135,7 @@ def _token_logprobs(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     transform = (logit_scale, softcap, temperature)
-    logprobs, entropy, max_logsum = native.token_logprobs_forward(
-        logits, labels, ignore_index, transform, return_entropy
-    )
+    logprobs, entropy, max_logsum = _forward_kernel(logits, labels, ignore_index, transform, return_entropy)
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, max_logsum
 
 
@@ -124,10 +159,10 @@ def _token_logprobs_backward(
     logit_scale: float,
     ignore_index: int,
 ) -> Tensor:
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     transform = (logit_scale, softcap, temperature)
-    return native.token_logprobs_backward(
-        logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, in_place=False
-    )
+    _backward_kernel(logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, grad)
+    return grad
 
 
 @_token_logprobs_backward.register_fake
@@ -149,11 +184,7 @@ def _token_logprobs_backward_(
     ignore_index: int,
 ) -> None:
     transform = (logit_scale, softcap, temperature)
-    grad = native.token_logprobs_backward(
-        logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, in_place=True
-    )
-    if grad.data_ptr() != logits.data_ptr():  # strides the kernel cannot address: it worked on a copy
-        logits.copy_(grad)
+    _backward_kernel(logits, labels, ignore_index, transform, max_logsum, entropy, d_logprobs, d_entropy, logits)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_batch_or_threads(cpu_backend):
     whole = token_logprobs(logits, labels, return_entropy=True)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         single = token_logprobs(logits, labels, return_entropy=True)
     finally:
         torch.set_num_threads(threads)

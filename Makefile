@@ -1,0 +1,50 @@
+# Each target does its own set-up in .venv and starts in seconds when that is done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format wheel clean
+
+help:
+	@echo "make demo    install, then watch PPO teach a small language model arithmetic (about 3 minutes)"
+	@echo "make test    install, then run every test (about 10 minutes on 2 cores)"
+	@echo "make bench   install, then time every op against plain PyTorch"
+	@echo "make lint    check format and style       make format  fix them"
+	@echo "make wheel   build dist/*.whl             make clean   remove what make made"
+
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies setup.py $(SOURCES)
+	@echo "Building fastppo's kernels ..."
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,data,math,plot]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python examples/arithmetic.py
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	@$(BIN)/python -m fastppo.bench $(BENCH_ARGS)
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.installed
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastppo/*.so

@@ -1,0 +1,172 @@
+"""`python -m fastppo.bench`: measure every op, print the table, keep the record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastppo.bench import floors, memory, record, report
+from fastppo.bench.catalog import OPS, check_op, load_cases
+from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, measure
+
+ROUNDS, QUICK_ROUNDS = 20, 3
+SECONDS = 0.5  # that a case's rounds take at least
+TABLE_WIDTH = 190  # where the output is no terminal
+DOCS = record.ROOT / "docs" / "performance.md"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fastppo.bench", description=__doc__)
+    parser.add_argument("--op", action="append", metavar="NAME", help=f"only this op; repeatable ({', '.join(OPS)})")
+    parser.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
+    parser.add_argument("--check", action="store_true", help="exit 1 and name the rows below their target")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json"
+    )
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="only write docs/performance.md from a record")
+    options = parser.parse_args(argv)
+    try:
+        check_options(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    for op in options.op or ():
+        check_op(op)
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
+    if options.quick and options.check:
+        raise ValueError(
+            "--check compares full sizes with their targets: drop --quick (a wrong result fails either way)"
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ValueError(
+            f"--device cuda: this torch ({torch.__version__}, {built}) sees no CUDA device here; use --device cpu"
+        )
+    if options.json and not (options.json.is_dir() or options.json.parent.is_dir()):
+        raise ValueError(f"--json: there is no folder {options.json.parent}")
+
+
+def all_cases(ops: list[str], quick: bool) -> Iterator[tuple[str, int, Case | Row]]:
+    """(op, index within the op, case) of every case; a row with the reason for an op whose cases do not load."""
+    for op in ops:
+        try:
+            cases = load_cases(op, quick)
+        except Exception as error:
+            yield op, 0, Row(op, "all", "all", "raised", f"its cases do not load: {describe(error)}")
+            continue
+        yield from ((op, index, case) for index, case in enumerate(cases))
+
+
+def fill_peaks(rows: dict[str, Row], op: str, index: int, device: torch.device) -> None:
+    """Peak memory of every provider that is right, each in a process of its own."""
+    for provider, row in rows.items():
+        if row.status == "ok":
+            try:
+                row.peak_bytes = memory.measure_peak(op, index, provider, device)
+            except memory.CannotMeasure as error:
+                row.peak_reason = str(error)
+
+
+def run(options: argparse.Namespace, console: Console) -> record.Record:
+    """Measures what the options ask for."""
+    device = torch.device(options.device)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    schedule = Schedule(rounds, 0.0 if options.quick else SECONDS)
+    cases = list(all_cases(list(dict.fromkeys(options.op or OPS)), options.quick))
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("copy bandwidth", total=len(cases) * rounds)
+        bandwidth = floors.copy_bandwidth(device, rounds)
+        for done, (op, index, case) in enumerate(cases):
+            rows += measure_one(case, op, index, device, schedule, bandwidth, ticker(progress, bar, case, done, rounds))
+            progress.update(bar, completed=(done + 1) * rounds)
+    return record.Record(
+        machine=record.this_machine(device, floors.cache_bytes(device), bandwidth),
+        versions=record.package_versions(),
+        revision=record.git_revision(),
+        date=record.now(),
+        quick=options.quick,
+        rounds=rounds,
+        rows=rows,
+    )
+
+
+def ticker(progress: Progress, bar: int, case: Case | Row, done: int, rounds: int) -> Callable[[], None]:
+    """Advances the bar by one round, at most by the rounds of its case."""
+    progress.update(bar, description=f"{case.op} {case.name if isinstance(case, Case) else ''}")
+    limit = (done + 1) * rounds
+
+    def tick() -> None:
+        progress.update(bar, completed=min(limit, progress.tasks[0].completed + 1))
+
+    return tick
+
+
+def measure_one(
+    case: Case | Row,
+    op: str,
+    index: int,
+    device: torch.device,
+    schedule: Schedule,
+    bandwidth: float,
+    tick: Callable[[], None],
+) -> list[Row]:
+    if isinstance(case, Row):
+        return [case]
+    rows = measure(case, device, schedule, bandwidth, tick)
+    if case.target.memory_share is not None:
+        fill_peaks(rows, op, index, device)
+    fill_ratios(rows, case.target)
+    return list(rows.values())
+
+
+def write_docs(file: Path) -> None:
+    file = file.resolve()
+    name = str(file.relative_to(record.ROOT)) if file.is_relative_to(record.ROOT) else file.name
+    report.write_docs(record.load(file), name, DOCS)
+    print(f"wrote {DOCS}")
+
+
+def finish(options: argparse.Namespace, result: record.Record) -> int:
+    """Prints the table and what is wrong, saves the record; 1 where a row failed or, with --check, missed a target."""
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=TABLE_WIDTH)
+    out.print(report.terminal_table(result))
+    if options.json:
+        print(f"record: {record.save(result, options.json)}")
+    failed, short = report.failures(result.rows), report.below_target(result.rows)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    for line in short:
+        print(f"below target: {line}", file=sys.stderr)
+    return 1 if failed or (options.check and short) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.write_docs:
+        try:
+            write_docs(options.write_docs)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+    return finish(options, run(options, Console(stderr=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Case of `approx_kl`: the k3 estimate of 256 K tokens with its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Tensors
+from fastppo.reference import approx_kl as reference
+
+
+def run_with(function):
+    def run(x: Tensors) -> Tensors:
+        kl = function(x["logprobs"], x["ref_logprobs"], kind="k3")
+        (grad,) = torch.autograd.grad(kl, x["logprobs"], x["d_kl"])
+        return {"kl": kl.detach(), "d_logprobs": grad}
+
+    return run
+
+
+def eager(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str) -> Tensor:
+    """k3 = exp(d) - 1 - d with d = ref_logprobs - logprobs."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - 1 - difference
+
+
+def cases(quick: bool) -> list[Case]:
+    tokens = 1 << (10 if quick else 18)
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        logprobs = -torch.rand(tokens, generator=generator) * 5
+        return {
+            "logprobs": logprobs.clone().requires_grad_(),
+            "ref_logprobs": logprobs + 0.5 * torch.randn(tokens, generator=generator),
+            "d_kl": torch.randn(tokens, generator=generator),
+        }
+
+    return [
+        Case(
+            op="approx_kl",
+            name=f"{tokens} tokens, k3, forward + backward",
+            inputs=inputs,
+            providers={"fastppo": run_with(ops.approx_kl), "eager": run_with(eager)},
+            exact=run_with(reference.approx_kl),
+            work=floors.approx_kl(tokens, backward=True),
+        )
+    ]

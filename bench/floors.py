@@ -1,0 +1,112 @@
+"""What an op cannot avoid: the bytes it must move, the flops it must spend, and how fast this machine copies memory.
+
+Bytes: every input read once, every output written once; a backward pass reads again what it needs of the inputs. Labels
+and masks count as they are stored (int64, bool). Flops: those of matrix products; elsewhere memory is the limit.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+INT64, FP32, BOOL = 8, 4, 1
+UNKNOWN_CACHE_BYTES = 32 << 20
+
+
+class Work(NamedTuple):
+    bytes: int
+    flops: int = 0
+
+
+def token_logprobs(rows: int, vocab: int, itemsize: int, *, entropy: bool = False, backward: bool = False) -> Work:
+    """logits [rows, vocab] and labels in, logprobs (and entropy) out; backward: logits in again, their gradient out."""
+    per_row = FP32 * (1 + entropy)
+    logits = rows * vocab * itemsize
+    forward = logits + rows * (INT64 + per_row)
+    return Work(forward + (2 * logits + rows * (INT64 + per_row) if backward else 0))
+
+
+def linear_token_logprobs(
+    rows: int, hidden: int, vocab: int, itemsize: int, *, entropy: bool = False, backward: bool = False
+) -> Work:
+    """hidden [rows, hidden] and weight [vocab, hidden] in, logprobs out; backward: both in again, both gradients out.
+
+    2·rows·hidden·vocab flops for each of the logits, the gradient of hidden and the gradient of weight.
+    """
+    operands = (rows + vocab) * hidden * itemsize
+    per_row = INT64 + FP32 * (1 + entropy)
+    product = 2 * rows * hidden * vocab
+    if not backward:
+        return Work(operands + rows * per_row, product)
+    return Work(3 * operands + 2 * rows * per_row, 3 * product)
+
+
+def linear_ppo_loss(rows: int, hidden: int, vocab: int, itemsize: int) -> Work:
+    """hidden, weight, labels, old_logprobs, advantages and mask in, the gradients of hidden and weight out."""
+    operands = (rows + vocab) * hidden * itemsize
+    return Work(2 * operands + rows * (INT64 + 2 * FP32 + BOOL), 3 * 2 * rows * hidden * vocab)
+
+
+def gae(tokens: int, *, mask: bool = False) -> Work:
+    """rewards, values (and mask) in, advantages and returns out."""
+    return Work(tokens * (4 * FP32 + BOOL * mask))
+
+
+def masked_whiten(tokens: int) -> Work:
+    """x and mask in, whitened x out. The second read of x, which a cache may save, is not counted."""
+    return Work(tokens * (2 * FP32 + BOOL))
+
+
+def approx_kl(tokens: int, *, backward: bool = False) -> Work:
+    """logprobs and ref_logprobs in, the estimate out; backward: both and its gradient in, that of logprobs out."""
+    return Work(tokens * FP32 * (3 + 4 * backward))
+
+
+def ppo_loss(tokens: int, *, values: bool = False, reference: bool = False) -> Work:
+    """logprobs, old_logprobs, advantages, mask in, the gradient of logprobs out, in one pass forward and backward.
+
+    The value loss adds values, old_values, returns and a gradient; the reference adds ref_logprobs.
+    """
+    return Work(tokens * (4 * FP32 + BOOL + 4 * FP32 * values + FP32 * reference))
+
+
+def sample_tokens(rows: int, vocab: int, itemsize: int) -> Work:
+    """logits [rows, vocab] in; token, raw and processed log-prob and kept mass out."""
+    return Work(rows * (vocab * itemsize + INT64 + 3 * FP32))
+
+
+def decode_attention(keys: int, batch: int, heads: int, kv_heads: int, head_size: int, itemsize: int = FP32) -> Work:
+    """`keys` keys and values in all, read once; queries in, results out."""
+    return Work(2 * keys * kv_heads * head_size * itemsize + 2 * batch * heads * head_size * itemsize)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache: L2 of a GPU, the largest cache that Linux names for CPU 0, else 32 MiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=UNKNOWN_CACHE_BYTES)
+
+
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
+    """Bytes a second, read and written, of `copy_` between two existing buffers that are each four times the cache."""
+    source = torch.rand(max(4 * cache_bytes(device), 256 << 20) // FP32, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(perf_counter() - start)
+    # The first copy also maps the target's pages.
+    return 2 * source.numel() * FP32 / statistics.median(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,69 @@
+"""Cases of `gae`: 256 sequences of 1,024 tokens, against the loop over time that trainers write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Target, Tensors
+from fastppo.reference import gae as reference
+
+GAMMA, LAM = 0.99, 0.95
+KEPT_SHARE = 0.8
+
+
+def run_with(function):
+    def run(x: Tensors) -> Tensors:
+        with torch.no_grad():
+            advantages, returns = function(x["rewards"], x["values"], x.get("mask"), gamma=GAMMA, lam=LAM)
+        return {"advantages": advantages, "returns": returns}
+
+    return run
+
+
+def eager(
+    rewards: Tensor, values: Tensor, mask: Tensor | None = None, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Masked steps hand the next value and the running advantage through, as verl's loop does."""
+    next_value, running, reversed_advantages = 0.0, 0.0, []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * running
+        if mask is None:
+            next_value, running = values[:, t], advantage
+        else:
+            next_value = torch.where(mask[:, t], values[:, t], next_value)
+            running = torch.where(mask[:, t], advantage, running)
+        reversed_advantages.append(running)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    returns = advantages + values
+    return (advantages, returns) if mask is None else (advantages * mask, returns * mask)
+
+
+def cases(quick: bool) -> list[Case]:
+    sequences, length = (8, 128) if quick else (256, 1024)
+    shape = (sequences, length)
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        return {name: torch.randn(shape, generator=generator) for name in ("rewards", "values")}
+
+    def masked_inputs(generator: torch.Generator) -> Tensors:
+        return inputs(generator) | {"mask": torch.rand(shape, generator=generator) < KEPT_SHARE}
+
+    def case(name: str, make_inputs, target: Target, mask: bool) -> Case:
+        return Case(
+            op="gae",
+            name=f"[{sequences}, {length}]{name}",
+            inputs=make_inputs,
+            providers={"fastppo": run_with(ops.gae), "eager": run_with(eager)},
+            exact=run_with(reference.gae),
+            work=floors.gae(sequences * length, mask=mask),
+            target=target,
+        )
+
+    return [
+        case("", inputs, Target(speedup=80.0), mask=False),
+        case(", mask with holes", masked_inputs, Target(), mask=True),
+    ]

@@ -1,0 +1,64 @@
+"""Case of `linear_ppo_loss`: from hidden states to loss and gradients, logits never whole."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Tensors
+from fastppo.reference import linear_ppo_loss as reference
+
+KEPT_SHARE = 0.8
+CLIP = 0.2
+
+
+def run_with(function):
+    def run(x: Tensors) -> Tensors:
+        loss, *_ = function(**x, clip_low=CLIP, clip_high=CLIP)
+        d_hidden, d_weight = torch.autograd.grad(loss, (x["hidden"], x["weight"]))
+        return {"loss": loss.detach(), "d_hidden": d_hidden, "d_weight": d_weight}
+
+    return run
+
+
+def eager(
+    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+    clip_low: float, clip_high: float,
+) -> tuple[Tensor]:  # fmt: skip
+    log_p = torch.log_softmax(F.linear(hidden, weight), dim=-1)
+    ratio = (log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old_logprobs).exp()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    return ((policy * mask).sum() / mask.sum(),)
+
+
+def cases(quick: bool) -> list[Case]:
+    rows, hidden, vocab = (32, 64, 1000) if quick else (256, 512, 32000)
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        states = torch.randn(rows, hidden, generator=generator)
+        weight = torch.randn(vocab, hidden, generator=generator) * 2 / hidden**0.5
+        labels = torch.randint(vocab, (rows,), generator=generator)
+        logprobs = torch.log_softmax(states @ weight.T, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return {
+            "hidden": states.requires_grad_(),
+            "weight": weight.requires_grad_(),
+            "labels": labels,
+            "old_logprobs": logprobs + 0.2 * torch.randn(rows, generator=generator),
+            "advantages": torch.randn(rows, generator=generator),
+            "mask": torch.rand(rows, generator=generator) < KEPT_SHARE,
+        }
+
+    return [
+        Case(
+            op="linear_ppo_loss",
+            name=f"{rows} tokens, H={hidden}, V={vocab}, forward + backward",
+            inputs=inputs,
+            providers={"fastppo": run_with(ops.linear_ppo_loss), "eager": run_with(eager)},
+            exact=run_with(reference.linear_ppo_loss),
+            work=floors.linear_ppo_loss(rows, hidden, vocab, torch.float32.itemsize),
+        )
+    ]

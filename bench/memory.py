@@ -1,0 +1,95 @@
+"""Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
+
+`python -m fastppo.bench.memory OP INDEX PROVIDER DEVICE` prints the bytes. On the CPU a call on the case's quick inputs
+loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
+(`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
+touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
+
+TIMEOUT_SECONDS = 300
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_HIGH_WATER_MARK = "5"
+
+
+class CannotMeasure(Exception):
+    """This machine, or this provider, gives no peak."""
+
+
+def status_bytes(key: str) -> int:
+    """A size such as VmHWM or VmRSS of this process."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) << 10
+
+
+def output_bytes(outputs: Tensors, inputs: Tensors) -> int:
+    """Bytes of the outputs' storages, each once, without those that the caller had given."""
+    given = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in outputs.values()}
+    return sum(size for pointer, size in storages.items() if pointer not in given)
+
+
+def cpu_peak(run: Provider, inputs: Tensors) -> int:
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages that earlier calls left in the heap would hide the call's own
+        CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
+    except (OSError, AttributeError) as error:
+        raise CannotMeasure(
+            f"peak memory is measured on Linux with glibc and a writable {CLEAR_REFS}: {error}"
+        ) from error
+    before = status_bytes("VmRSS")
+    outputs = run(inputs)
+    return max(0, status_bytes("VmHWM") - before - output_bytes(outputs, inputs))
+
+
+def cuda_peak(run: Provider, inputs: Tensors) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = run(inputs)
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - output_bytes(outputs, inputs))
+
+
+def peak_bytes(case: Case, quick_case: Case, provider: str, device: torch.device) -> int:
+    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size."""
+    run = case.providers[provider]
+    quick_case.providers[provider](make_inputs(quick_case, device))
+    inputs = make_inputs(case, device)
+    return cuda_peak(run, inputs) if device.type == "cuda" else cpu_peak(run, inputs)
+
+
+def measure_peak(op: str, index: int, provider: str, device: torch.device) -> int:
+    """`peak_bytes` in a fresh process; raises CannotMeasure with that process's last line."""
+    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider, str(device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise CannotMeasure(f"took more than {TIMEOUT_SECONDS} s") from error
+    if done.returncode != 0:
+        raise CannotMeasure((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return int(done.stdout.split()[-1])
+
+
+def main(argv: list[str]) -> None:
+    from fastppo.bench.catalog import load_cases
+
+    op, index, provider, device = argv
+    case, quick_case = (load_cases(op, quick)[int(index)] for quick in (False, True))
+    print(peak_bytes(case, quick_case, provider, torch.device(device)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""A run of the bench as JSON: the machine, the versions and every row."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fastppo import native
+from fastppo.bench.harness import Row
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes."""
+
+    device: str
+    processor: str
+    threads: int
+    isa: str
+    system: str
+    cache_bytes: int
+    copy_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Record:
+    machine: Machine
+    versions: dict[str, str]
+    revision: str | None
+    date: str
+    quick: bool
+    rounds: int
+    rows: list[Row] = field(default_factory=list)
+
+    def file_name(self) -> str:
+        """<machine>-<date>.json"""
+        machine = re.sub(r"[^a-z0-9]+", "-", f"{self.machine.processor} {self.machine.threads}t".lower()).strip("-")
+        return f"{machine}-{self.date[:10]}.json"
+
+
+def this_machine(device: torch.device, cache_bytes: int, copy_bandwidth: float) -> Machine:
+    return Machine(
+        device=device.type,
+        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        threads=native.threads(),
+        isa=native.cpu_isa(),
+        system=f"{platform.system()} {platform.release()}",
+        cache_bytes=cache_bytes,
+        copy_bandwidth=copy_bandwidth,
+    )
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, else as Python does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that this module lies in, `+` after it where files differ from it; None outside of one."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def save(record: Record, path: Path) -> Path:
+    """Writes `record` to `path`, or into it under `record.file_name()` when it is a folder; returns the file."""
+    file = path / record.file_name() if path.is_dir() else path
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1, allow_nan=False) + "\n")
+    temporary.replace(file)
+    return file
+
+
+def load(path: Path) -> Record:
+    """The record in `path`; ValueError says what the file lacks."""
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path} has schema {found!r}, expected {SCHEMA}: it is no record of this version's bench")
+    del data["schema"]
+    data["machine"] = build(Machine, data.get("machine"), f"{path}: machine")
+    data["rows"] = [build(Row, row, f"{path}: rows[{i}]") for i, row in enumerate(data.get("rows", []))]
+    return build(Record, data, str(path))
+
+
+def build(cls, data: object, where: str):
+    """An instance of dataclass `cls` from a dict that has exactly its fields."""
+    names = {f.name for f in fields(cls)}
+    if not isinstance(data, dict) or data.keys() != names:
+        found = data.keys() if isinstance(data, dict) else set()
+        raise ValueError(f"{where} lacks {sorted(names - found)} and has unknown {sorted(found - names)}")
+    return cls(**data)

@@ -1,0 +1,378 @@
+// One token for each row of logits. All sums that decide are integers: the choice is the same for every order, thread count and chip.
+// fastppo/reference/sample_tokens.py is the specification, bit for bit.
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "online_softmax.h"
+#include "parallel.h"
+
+namespace fastppo::FASTPPO_ISA {
+namespace {
+
+constexpr double kMassScale = 0x1p40;
+// A double near 2^12 has a last place of 2^-40: adding 2^12 to e <= 1 rounds e to a multiple of 2^-40 (to even), and the sum's bits count them.
+constexpr double kMassShifter = 0x1p12;
+constexpr uint64_t kMassShifterBits = 0x40b0000000000000;
+constexpr int kBins = 512;
+
+// round(e * 2^40)
+uint64_t mass_of(float e) {
+  const double shifted = static_cast<double>(e) + kMassShifter;
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  return bits - kMassShifterBits;
+}
+
+// Sum of mass_of over vectors of e.
+class MassSum {
+  typedef float Floats __attribute__((vector_size(kRegisterBytes / 2)));
+  typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kRegisterBytes)));
+  Bits sums_[2] = {};
+  uint64_t vectors_ = 0;
+
+ public:
+  FASTPPO_MEMBER void add(const vfloat& e) {
+    for (int i = 0; i < 2 * vfloat::kParts; ++i) {
+      Floats half;
+      std::memcpy(&half, reinterpret_cast<const char*>(&e) + i * sizeof half, sizeof half);
+      sums_[i % 2] += reinterpret_cast<Bits>(__builtin_convertvector(half, Doubles) + kMassShifter);
+    }
+    ++vectors_;
+  }
+  FASTPPO_MEMBER uint64_t total() const {
+    const Bits both = sums_[0] + sums_[1];
+    uint64_t sum = 0;
+    for (size_t i = 0; i < kRegisterBytes / sizeof(uint64_t); ++i) sum += both[i];
+    return sum - vectors_ * kLanes * kMassShifterBits;
+  }
+};
+
+// Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position, sequence id); the first two words of its output, low one first.
+uint64_t philox(uint64_t seed, uint64_t sequence_id, uint64_t position) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
+  uint32_t c2 = static_cast<uint32_t>(sequence_id), c3 = static_cast<uint32_t>(sequence_id >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(product1);
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return c0 | static_cast<uint64_t>(c1) << 32;
+}
+
+uint64_t multiply_high(uint64_t a, uint64_t b) { return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64); }
+
+// ceil(top_p * total), top_p rounded to a multiple of 2^-31; at least 1, so that the largest logit always stays.
+uint64_t top_p_mass(float top_p, uint64_t total) {
+  const uint64_t share = static_cast<uint64_t>(std::nearbyint(top_p * 0x1p31));
+  const auto product = static_cast<unsigned __int128>(share) * total + ((uint64_t{1} << 31) - 1);
+  return std::max<uint64_t>(1, static_cast<uint64_t>(product >> 31));
+}
+
+// Unsigned integers in the order of their floats, and back; -0 equals 0.
+uint32_t order_key(float z) {
+  const float positive_zero = z + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &positive_zero, sizeof bits);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+float from_order_key(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
+  float z;
+  std::memcpy(&z, &bits, sizeof z);
+  return z;
+}
+
+struct Weighted {
+  uint32_t key;
+  uint64_t weight;
+};
+
+// The largest t for which the weights of {key >= t} reach `need`, which all together do. A radix select over 256 bins of the keys that are left: at
+// most five narrowings, each over fewer items. `items` is used up.
+uint32_t select_key(std::vector<Weighted>& items, uint64_t need) {
+  uint32_t low = 0, high = ~0u;
+  while (low < high) {
+    low = ~0u, high = 0;
+    for (const Weighted& item : items) low = std::min(low, item.key), high = std::max(high, item.key);
+    int shift = 0;
+    while ((high - low) >> shift > 255) ++shift;
+    uint64_t bins[256] = {};
+    for (const Weighted& item : items) bins[(item.key - low) >> shift] += item.weight;
+    uint32_t bin = (high - low) >> shift;
+    for (; bins[bin] < need; --bin) need -= bins[bin];
+    const auto outside = [=](const Weighted& item) { return (item.key - low) >> shift != bin; };
+    items.erase(std::remove_if(items.begin(), items.end(), outside), items.end());
+  }
+  return low;
+}
+
+// One row's parameters; out of range, the row is an error row.
+struct RowParameters {
+  float temperature;
+  int64_t top_k;
+  float top_p, min_p;
+  uint64_t uniform;
+  bool valid() const {
+    return temperature >= 0 && temperature < kInfinity && top_k >= 0 && top_p >= 0 && top_p <= 1 && min_p >= 0 && min_p <= 1;
+  }
+  bool filters(int64_t width) const { return (top_k > 0 && top_k < width) || top_p < 1 || min_p > 0; }
+};
+
+// A thread's memory, used for one row after the other.
+struct Scratch {
+  std::vector<uint64_t> block_mass;  // of each block of kSoftmaxBlock logits
+  std::vector<float> block_base;     // the maximum that block_mass refers to
+  std::vector<float> block_max;      // its largest z
+  std::vector<float> lane_max;       // [blocks, kLanes] each lane's largest z
+  std::vector<Weighted> items;
+  std::vector<float> order;
+  explicit Scratch(int64_t width) {
+    const size_t blocks = (width + kSoftmaxBlock - 1) / kSoftmaxBlock;
+    block_mass.resize(blocks), block_base.resize(blocks), block_max.resize(blocks), lane_max.resize(blocks * kLanes);
+  }
+};
+
+// Keeps what the one read of the row has at hand: masses relative to the maximum so far, and the lanes' maxima.
+struct KeepBlocks {
+  static constexpr bool kWanted = true;
+  Scratch& scratch;
+  FASTPPO_MEMBER void operator()(int64_t block, int vectors, const vfloat& lane_max, float base, const vfloat* e) const {
+    MassSum sum;
+    for (int i = 0; i < vectors; ++i) sum.add(e[i]);
+    scratch.block_mass[block] = sum.total();
+    scratch.block_base[block] = base;
+    scratch.block_max[block] = max_lanes(lane_max);
+    std::memcpy(&scratch.lane_max[block * kLanes], &lane_max, sizeof lane_max);
+  }
+};
+
+template <class Storage>
+class RowSampler {
+  using T = typename Storage::type;
+  const T* row_;
+  const int64_t width_;
+  const LogitTransform transform_;
+  const RowParameters& p_;
+  Scratch& s_;
+  SoftmaxStats stats_;
+  // Kept are tokens with z >= least_z_ and exp(z - max z) >= least_e_.
+  float least_z_ = -kInfinity, least_e_ = 0;
+
+ public:
+  RowSampler(const T* row, int64_t width, const RowParameters& p, Scratch& scratch)
+      : row_(row), width_(width), transform_{1.0f, 0.0f, p.temperature == 0 ? 1.0f : p.temperature}, p_(p), s_(scratch) {
+    stats_ = row_softmax<Storage, false, false>(row, width, transform_, KeepBlocks{s_});
+  }
+
+  void sample(const SampledRows& out, int64_t i) {
+    if (stats_.sum != stats_.sum) return error(out, i);
+    if (p_.temperature == 0) return finish(out, i, first_largest(), 1, 1);
+    const uint64_t total = total_mass();
+    const uint64_t kept = p_.filters(width_) ? filter(total) : total;
+    finish(out, i, draw(multiply_high(p_.uniform, kept)), kept, total);
+  }
+
+  static void error(const SampledRows& out, int64_t i) {
+    out.tokens[i] = -1;
+    out.logprobs[i] = out.processed_logprobs[i] = __builtin_nanf("");
+    out.kept_mass[i] = 0;
+  }
+
+ private:
+  int64_t blocks() const { return static_cast<int64_t>(s_.block_mass.size()); }
+
+  // Calls body(begin, x) for each 16 logits of a block until it returns true; lanes beyond the row are -inf.
+  template <class Body>
+  FASTPPO_MEMBER bool each_raw_vector(int64_t block, const Body& body) const {
+    const int64_t end = std::min(width_, (block + 1) * kSoftmaxBlock);
+    int64_t begin = block * kSoftmaxBlock;
+    for (; begin + kLanes <= end; begin += kLanes)
+      if (body(begin, Storage::load(row_ + begin))) return true;
+    return begin < end && body(begin, load_tail<Storage>(row_ + begin, static_cast<int>(end - begin), -kInfinity));
+  }
+
+  // The same with z = x / temperature.
+  template <class Body>
+  FASTPPO_MEMBER bool each_vector(int64_t block, const Body& body) const {
+    return each_raw_vector(block, [&](int64_t begin, const vfloat& x) { return body(begin, apply_transform<false>(x, transform_)); });
+  }
+
+  void finish(const SampledRows& out, int64_t i, int64_t token, uint64_t kept, uint64_t total) const {
+    const double shifted = static_cast<double>(transform_scalar(load_tail<Storage>(row_ + token, 1, 0)[0], transform_)) - stats_.max;
+    out.tokens[i] = token;
+    out.logprobs[i] = static_cast<float>(shifted - stats_.log_sum());
+    // All mass kept: the same distribution, so the same number.
+    out.processed_logprobs[i] = kept == total ? out.logprobs[i] : static_cast<float>(shifted - std::log(kept / kMassScale));
+    out.kept_mass[i] = static_cast<float>(static_cast<double>(kept) / static_cast<double>(total));
+  }
+
+  int64_t first_largest() const {
+    int64_t found = -1;
+    for (int64_t block = 0; found < 0; ++block) {
+      if (s_.block_max[block] != stats_.max) continue;
+      each_vector(block, [&](int64_t begin, const vfloat& z) {
+        const uint32_t bits = lane_bits(z == stats_.max);
+        if (bits) found = begin + __builtin_ctz(bits);
+        return bits != 0;
+      });
+    }
+    return found;
+  }
+
+  // Blocks that the read met before the maximum had their masses taken against a smaller one: these are done again.
+  uint64_t total_mass() {
+    uint64_t total = 0;
+    for (int64_t block = 0; block < blocks(); ++block) {
+      if (s_.block_base[block] != stats_.max) {
+        MassSum sum;
+        each_vector(block, [&](int64_t begin, const vfloat& z) {
+          sum.add(vexp_nonpositive(z - stats_.max));
+          return false;
+        });
+        s_.block_mass[block] = sum.total();
+      }
+      total += s_.block_mass[block];
+    }
+    return total;
+  }
+
+  FASTPPO_MEMBER vfloat kept_exps(const vfloat& z) const {
+    const vfloat e = vexp_nonpositive(z - stats_.max);
+    return select((z >= least_z_) & (e >= least_e_), e, vfloat(0.0f));
+  }
+
+  // Calls body(begin, z) for each vector that holds a z >= least_z_, and perhaps for some more.
+  template <class Body>
+  FASTPPO_MEMBER void each_kept_vector(const Body& body) const {
+    const double bound = (static_cast<double>(least_z_) - 0x1p-149) * transform_.temperature;
+    const float raw_bound = static_cast<float>(bound - 1e-6 * std::abs(bound));  // most vectors are passed over without the division
+    for (int64_t block = 0; block < blocks(); ++block) {
+      if (s_.block_max[block] < least_z_) continue;
+      each_raw_vector(block, [&](int64_t begin, const vfloat& x) {
+        if (lane_bits(x >= raw_bound)) body(begin, apply_transform<false>(x, transform_));
+        return false;
+      });
+    }
+  }
+
+  // Sets the blocks' masses to those of the kept tokens, and returns the sum.
+  uint64_t kept_mass() {
+    std::fill(s_.block_mass.begin(), s_.block_mass.end(), 0);
+    uint64_t sum = 0;
+    each_kept_vector([&](int64_t begin, const vfloat& z) {
+      MassSum mass;
+      mass.add(kept_exps(z));
+      s_.block_mass[begin / kSoftmaxBlock] += mass.total();
+    });
+    for (uint64_t mass : s_.block_mass) sum += mass;
+    return sum;
+  }
+
+  // The first token whose cumulative kept mass exceeds `target`, which is below the kept mass.
+  int64_t draw(uint64_t target) const {
+    int64_t block = 0;
+    for (; target >= s_.block_mass[block]; ++block) target -= s_.block_mass[block];
+    int64_t token = 0;
+    each_vector(block, [&](int64_t begin, const vfloat& z) {
+      const vfloat e = kept_exps(z);
+      MassSum sum;
+      sum.add(e);
+      if (target >= sum.total()) return target -= sum.total(), false;
+      for (token = begin; target >= mass_of(e[token - begin]); ++token) target -= mass_of(e[token - begin]);
+      return true;
+    });
+    return token;
+  }
+
+  // Top-k, then top-p, then min-p: narrows to the kept tokens and returns their mass.
+  uint64_t filter(uint64_t total) {
+    const bool top_k = p_.top_k > 0 && p_.top_k < width_;
+    const double least = top_k ? 0 : least_reachable(total);
+    // At 2^-42 and below there is no mass; e^-0.001 is room for the rounding of exp and of z - max, and the bound is rounded down.
+    least_z_ = std::nextafter(static_cast<float>(stats_.max + std::log(std::max(least, 0x1p-42)) - 1e-3), -kInfinity);
+    if (top_k) {
+      least_z_ = std::max(least_z_, lane_bound());
+      least_z_ = threshold<false>(p_.top_k);
+    }
+    if (p_.top_p < 1) least_z_ = threshold<true>(top_p_mass(p_.top_p, top_k ? kept_mass() : total));
+    least_e_ = p_.min_p;
+    return kept_mass();
+  }
+
+  // k lanes whose maximum is >= t hold k logits >= t: the k-th largest z is not below the result.
+  float lane_bound() {
+    if (p_.top_k > static_cast<int64_t>(s_.lane_max.size())) return -kInfinity;
+    s_.order = s_.lane_max;
+    std::nth_element(s_.order.begin(), s_.order.begin() + (p_.top_k - 1), s_.order.end(), std::greater<float>());
+    return s_.order[p_.top_k - 1];
+  }
+
+  // A probability, relative to the largest, that top-p and min-p do not keep less than: all tokens of mass <= c weigh <= width * c, and with that
+  // no more than total - needed, top-p stops above them.
+  double least_reachable(uint64_t total) const {
+    const uint64_t spare = (total - top_p_mass(p_.top_p, total)) / width_;
+    return std::max(static_cast<double>(p_.min_p), static_cast<double>(spare) / kMassScale);
+  }
+
+  // The largest t for which {z >= t} among the tokens kept so far weighs `need` (mass, or else number); least_z_ where all of them weigh less.
+  // A histogram over even bins from the maximum down names the bin, whose tokens alone are then looked at one by one.
+  template <bool kMass>
+  float threshold(uint64_t need) {
+    if (!(least_z_ < stats_.max)) return least_z_;
+    const float scale = kBins / (stats_.max - least_z_);
+    uint64_t bins[kBins + 2] = {};
+    each_weight<kMass>(scale, kAllBins, [&](int bin, float, uint64_t weight) { bins[bin] += weight; });
+    int bin = 0;
+    for (; bin < kBins + 2 && bins[bin] < need; ++bin) need -= bins[bin];
+    if (bin == kBins + 2) return least_z_;
+    s_.items.clear();
+    each_weight<kMass>(scale, bin, [&](int, float z, uint64_t weight) { s_.items.push_back({order_key(z), weight}); });
+    return from_order_key(select_key(s_.items, need));
+  }
+
+  // Calls body(bin, z, weight) for each token kept so far, in one bin or in all. The bin, round((max - z) * scale), never falls as z falls: each of
+  // its steps is monotone.
+  static constexpr int kAllBins = -1;
+  template <bool kMass, class Body>
+  FASTPPO_MEMBER void each_weight(float scale, int only, const Body& body) const {
+    each_kept_vector([&](int64_t, const vfloat& z) {
+      const vint bin = bit_cast<int32_t>((stats_.max - z) * scale + kShifter) - bit_cast<int32_t>(vfloat(kShifter));
+      const vint chosen = only == kAllBins ? z >= least_z_ : (z >= least_z_) & (bin == only);
+      uint32_t bits = lane_bits(chosen);
+      if (!bits) return;
+      const vfloat e = kMass ? vexp_nonpositive(z - stats_.max) : vfloat(1.0f);
+      for (; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        body(bin[lane], z[lane], kMass ? mass_of(e[lane]) : 1);
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, int threads) {
+  parallel_ranges(logits.count(), threads, 1, [&](int64_t first, int64_t last) {
+    with_storage(logits.dtype, [&](auto storage) {
+      using Storage = decltype(storage);
+      const auto* data = static_cast<const typename Storage::type*>(logits.data);
+      Scratch scratch(logits.width);
+      for (int64_t i = first; i < last; ++i) {
+        const RowParameters p{parameters.temperature[i], parameters.top_k[i], parameters.top_p[i], parameters.min_p[i],
+                              philox(parameters.seed, parameters.sequence_ids[i], parameters.positions[i])};
+        if (p.valid()) RowSampler<Storage>(data + logits.offset(i), logits.width, p, scratch).sample(out, i);
+        else RowSampler<Storage>::error(out, i);
+      }
+    });
+  });
+}
+
+}  // namespace fastppo::FASTPPO_ISA

@@ -1,0 +1,215 @@
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, hashed, renamed into place when complete.
+
+    root/step-000120/policy.safetensors ... state.json manifest.json
+
+A checkpoint is written to a hidden temporary folder, every file is flushed to the disk, a manifest with sizes and SHA-256 comes last, and one
+rename makes it visible. Older ones are removed only afterwards. One process at a time may write to a root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".writing-"
+_REPLACED = ".replaced-"
+_NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{6,}})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or cannot be read; the message names the path and what to do."""
+
+
+def save_checkpoint(
+    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `tensors` (file name without ending -> named tensors) and `state` (anything JSON can hold) as checkpoint `step`.
+
+    Keeps this checkpoint and the newest before it, `keep` in all. Those of later steps stay: a resume passed over them because they are
+    damaged, and counting them would push out the whole ones. Raises CheckpointError when the disk is full or anything else fails: nothing is
+    left behind, and the checkpoints that were there still are.
+    """
+    root = Path(root)
+    target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}"
+    replaced = root / f"{_REPLACED}{target.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        temporary.mkdir()
+        for name, named in tensors.items():
+            save_file(_separate(named), temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, "state": state}, indent=1))
+        manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if (
+            target.exists()
+        ):  # reached again after a resume from an older one; still found under its other name until the rename below
+            target.rename(replaced)
+        temporary.rename(target)
+        _flush(root)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        state_is_at_fault = isinstance(error, TypeError | ValueError)  # a full disk is an OSError or a SafetensorError
+        cure = "" if state_is_at_fault else "; free some space or choose another output_dir, then resume"
+        raise CheckpointError(
+            f"checkpoint {target} could not be written: {error}. The earlier ones are untouched{cure}"
+        ) from error
+    _remove_leftovers(root)
+    up_to_now = [path for number, path in list_checkpoints(root).items() if number <= step]
+    for old in up_to_now[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]:
+    """(tensors, state, step) of a checkpoint on the CPU. Raises CheckpointError when a file is missing or is not what was written."""
+    path = Path(path)
+    manifest = _verify(path)
+    tensors = {
+        name.removesuffix(".safetensors"): load_file(path / name) for name in manifest if name.endswith(".safetensors")
+    }
+    saved = json.loads((path / "state.json").read_text())
+    return tensors, saved["state"], saved["step"]
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The newest checkpoint under `root` that is whole; damaged ones are passed over with a warning. None when there is none."""
+    for _, path in reversed(list_checkpoints(root).items()):
+        try:
+            _verify(path)
+            return path
+        except CheckpointError as error:
+            warnings.warn(f"{error}; using the one before it", stacklevel=2)
+    return None
+
+
+def list_checkpoints(root: str | Path) -> dict[int, Path]:
+    """step -> folder of every checkpoint that was renamed into place, in order of steps, without a look inside.
+
+    One that was moved aside counts while its successor is not there.
+    """
+    root = Path(root)
+    folders = sorted(root.iterdir()) if root.is_dir() else ()  # ".replaced-" sorts first, so the successor wins
+    matches = ((_NAME.fullmatch(path.name), path) for path in folders)
+    return dict(sorted({int(match.group(1)): path for match, path in matches if match}.items()))
+
+
+def _verify(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest, once every file it lists is there with the size and hash it lists."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or "state.json" not in manifest:
+            raise ValueError(f"{MANIFEST} does not list state.json")
+        for name, expected in manifest.items():
+            if _fingerprint(path / name) != expected:
+                raise CheckpointError(
+                    f"checkpoint {path} is damaged: {name} is not what was written; delete the folder"
+                )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}; delete the folder") from error
+    return manifest
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what a killed process was still writing, and what has a successor in its place."""
+    for path in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+    for path in root.glob(f"{_REPLACED}*"):
+        if (root / path.name.removeprefix(_REPLACED)).exists():
+            shutil.rmtree(path)
+
+
+def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors with storage of their own: safetensors refuses tied weights."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return separate
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON state) of an optimizer, keyed by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`.
+
+    The tensors are the optimizer's own, not copies. Raises ValueError when it holds a parameter that `named` does not name, or state that is
+    no tensor.
+    """
+    names = {parameter: name for name, parameter in named.items()}
+    tensors: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError(f"named lacks a parameter of the optimizer, of shape {list(parameter.shape)}")
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key} of {names[parameter]} is {type(value).__name__}, expected a tensor")
+            tensors[f"{key}/{names[parameter]}"] = value
+    return tensors, {"parameters": sorted(named), "tensors": sorted(tensors)}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put copies of what `flatten_optimizer` took out back, bit for bit.
+
+    Raises CheckpointError when names or shapes are not those of this optimizer; its state is then as it was.
+    """
+    for what, saved, present in (
+        ("parameters", state["parameters"], named),
+        ("tensors", state["tensors"], tensors),
+    ):
+        if different := sorted(set(saved) ^ set(present)):
+            raise CheckpointError(
+                f"the checkpoint's optimizer has other {what} than this model: {', '.join(different[:5])}"
+            )
+    restored: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key_and_name, value in tensors.items():
+        key, name = key_and_name.split("/", 1)
+        parameter = named[name]
+        if key != "step" and value.shape != parameter.shape:
+            raise CheckpointError(f"{key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
+        # AdamW keeps its step count on the CPU whatever the parameter's device.
+        device = value.device if key == "step" else parameter.device
+        restored.setdefault(parameter, {})[key] = value.to(device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(restored)

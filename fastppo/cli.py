@@ -1,0 +1,188 @@
+"""The command line: fastppo train | info | plot | bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+# Heavy packages are imported inside the commands: `fastppo --help` answers at once.
+
+EXTRAS = {
+    "data": "datasets",
+    "math": "math_verify",
+    "plot": "matplotlib",
+    "peft": "peft",
+    "bleu": "sacrebleu",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "flash-attn": "flash_attn",
+    "trl": "trl",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 2 a mistake of the user's (one line says which), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["bench"]:  # its options are its own
+            from fastppo.bench.__main__ import main as bench
+
+            return bench(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("fastppo: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_users(error) or os.environ.get("FASTPPO_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastppo: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether users can mend it: shown as one line, with a traceback only under FASTPPO_TRACEBACK=1."""
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "fastppo":
+        return False  # our own modules do not fit together
+    errors: list[type[Exception]] = [ValueError, TypeError, OSError, ImportError]
+    for module, name in (("fastppo.checkpoint", "CheckpointError"), ("fastppo.trainer", "TrainingError")):
+        if module in sys.modules:
+            errors.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(errors))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastppo", description="PPO for language models")
+    parser.add_argument("--version", action="version", version=f"fastppo {_version('fastppo')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", _train, "Train as a recipe file says.")
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/config.py")
+    train.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. ppo.lr=1e-5"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
+    plot = add("plot", _plot, "Draw the curves of a run.")
+    plot.add_argument("run", metavar="RUN", help="run folder")
+    plot.add_argument("-o", "--out", metavar="FILE", help="picture to write (default: curve.png in the run folder)")
+    commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from fastppo.recipe import load_recipe, resolve_reward
+    from fastppo.run_folder import check_usable
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for section, key in (("model", "name"), ("data", "path"), ("reward", "function")):
+        if not getattr(getattr(recipe, section), key):
+            raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
+    check_usable(recipe.ppo.output_dir, resume=options.resume)  # before minutes go by in loading a model
+    reward = resolve_reward(recipe.reward)
+
+    from fastppo.data import load_train_and_eval
+    from fastppo.models import load_tokenizer
+    from fastppo.trainer import PPOTrainer
+
+    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+    train, held_out = load_train_and_eval(recipe.data, tokenizer, recipe.data.max_prompt_tokens)
+    trainer = PPOTrainer(
+        recipe.model.name,
+        reward=reward,
+        prompts=train,
+        eval_prompts=held_out,
+        config=recipe.ppo,
+        tokenizer=tokenizer,
+        dtype=recipe.model.dtype,
+        recipe=dataclasses.asdict(recipe),
+    )
+    try:
+        metrics = trainer.train(resume=options.resume)
+    except KeyboardInterrupt:
+        print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.ppo.output_dir)}", file=sys.stderr)
+        return 130
+    if not metrics:
+        print(
+            f"nothing to do: {recipe.ppo.output_dir} has all its {recipe.ppo.total_steps} steps; to go on, raise ppo.total_steps"
+        )
+        return 0
+    reward_now = metrics.get("eval/scores", metrics["objective/scores"])
+    print(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.ppo.output_dir}")
+    return 0
+
+
+def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
+    """Where the newest checkpoint is, and the command that resumes from it: the same one, overrides included."""
+    from fastppo.checkpoint import list_checkpoints
+    from fastppo.run_folder import CHECKPOINTS
+
+    checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
+    if not checkpoints:
+        return "there is no checkpoint yet (ppo.save_every sets how often one is written)"
+    command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
+    return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from fastppo.plot import plot_run
+
+    print(plot_run(options.run, options.out))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastppo import native
+    from fastppo.ops._backends import describe
+
+    console = Console(highlight=False, soft_wrap=True)
+    facts = Table(box=None, show_header=False)
+    for package in ("fastppo", "torch", "triton", "transformers", "numpy"):
+        facts.add_row(package, _version(package))
+    facts.add_row("python", platform.python_version())
+    facts.add_row(
+        "CPU kernels", native.unavailable_reason or f"built, {native.cpu_isa()}, {torch.get_num_threads()} threads"
+    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts.add_row("GPUs", ", ".join(gpus) or "none")
+    installed = [name for name, module in EXTRAS.items() if find_spec(module)]
+    facts.add_row("extras", ", ".join(installed) or "none")
+    missing = [name for name in EXTRAS if name not in installed]
+    facts.add_row("not installed", ", ".join(missing) or "none")
+    console.print(facts)
+    for device in ("cpu", *(["cuda"] if gpus else [])):
+        table = Table(
+            "op", "backend", "why not the others", title=f"\nOps on {device} tensors", title_justify="left", box=None
+        )
+        for status in describe(device):
+            table.add_row(
+                status.op, status.backend, "; ".join(f"{name}: {reason}" for name, reason in status.reasons.items())
+            )
+        console.print(table)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,119 @@
+"""What a run shows while it goes on: a live table and progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# Column title -> (metric, format).
+COLUMNS = {
+    "reward": ("objective/scores", "{:.3f}"),
+    "held out": ("eval/scores", "{:.3f}"),
+    "KL": ("objective/kl", "{:.2f}"),
+    "entropy": ("policy/entropy_avg", "{:.2f}"),
+    "length": ("completions/mean_length", "{:.0f}"),
+    "clipped": ("policy/clipfrac_avg", "{:.1%}"),
+    "critic EV": ("val/explained_var", "{:.2f}"),
+    "tok/s": ("perf/tokens_per_second", "{:,.0f}"),
+    "s": ("time/step", "{:.1f}"),
+}
+SHOWN_STEPS = 12
+SHOWN_CHARACTERS = 2000
+# C0 and C1 controls but tab and newline, halves of characters, and the marks that reverse the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Model output without the characters that could move a terminal's cursor, change its settings or reorder its text."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def format_metric(title: str, metrics: Mapping[str, float]) -> str | None:
+    """The cell of column `title`; None where the step has no such metric."""
+    metric, form = COLUMNS[title]
+    value = metrics.get(metric)
+    return None if value is None or not math.isfinite(value) else form.format(value)
+
+
+class Reporter:
+    """Shows the steps of a run; use it as a context manager around them.
+
+    quiet: show nothing (tests, several processes). console: where to write; by default the terminal's standard output.
+    """
+
+    def __init__(self, total_steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.total_steps, self.quiet = total_steps, quiet
+        self.console = console or Console(highlight=False)
+        self.rows: list[tuple[int, Mapping[str, float]]] = []
+        self.live: Live | None = None
+        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console)
+        self.steps_task = self.progress.add_task("steps", total=total_steps)
+        self.phase_task = self.progress.add_task("", total=None)
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal and not self.quiet:
+            self.live = Live(self._view(), console=self.console, refresh_per_second=6)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.live is not None:
+            self.progress.remove_task(self.phase_task)
+            self.live.update(self._view())
+            self.live.stop()
+            self.live = None
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress within a step: rollout, reward, update."""
+        if self.live is not None:
+            self.progress.update(self.phase_task, description=name, completed=done, total=total)
+            self.live.update(self._view())
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One more step of the run is done."""
+        if not self.rows:  # the steps before a resume, and a first step that warms up, say nothing about the time left
+            self.progress.reset(self.steps_task)
+        self.rows = [*self.rows, (step, metrics)][-SHOWN_STEPS:]
+        if self.live is not None:
+            self.progress.update(self.steps_task, completed=step)
+            self.live.update(self._view())
+        elif not self.quiet:
+            cells = ((title, format_metric(title, metrics)) for title in COLUMNS)
+            parts = [f"{title} {cell}" for title, cell in cells if cell is not None]
+            self._print(f"step {step}/{self.total_steps}  " + "  ".join(parts))
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen."""
+        self._print(text)
+
+    def sample(self, title: str, prompt: str, completion: str, score: float) -> None:
+        """A completion under its prompt. Every line of the model's is marked as such: it cannot pass for a record of the run."""
+        self._print(f"{title}  score {score:.3f}")
+        for text in (prompt, completion):
+            cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+            for line in cut.splitlines() or [""]:
+                self._print(f"  | {line}")
+
+    def _print(self, text: str) -> None:
+        if not self.quiet:
+            encoding = self.console.encoding  # a character that the terminal lacks must not end the run
+            shown = printable(text).encode(encoding, "replace").decode(encoding)
+            self.console.print(Text(shown), soft_wrap=True)
+
+    def _view(self) -> Group:
+        shown = [title for title in COLUMNS if any(format_metric(title, metrics) for _, metrics in self.rows)]
+        table = Table(box=None, header_style="bold")
+        for title in ("step", *shown):
+            table.add_column(title, justify="right")
+        for step, metrics in self.rows:
+            table.add_row(str(step), *(format_metric(title, metrics) or "" for title in shown))
+        return Group(table, self.progress)

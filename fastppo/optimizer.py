@@ -1,0 +1,95 @@
+"""AdamW with warm-up and decay, gradient clipping and fp32 master weights, for parameters that live in any type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.config import PPOConfig
+
+
+def learning_rate_factor(config: PPOConfig, step: int) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then constant, linear or cosine decay to `min_lr_ratio`."""
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    if config.lr_schedule == "constant":
+        return 1.0
+    decay_steps = max(1, config.total_steps - config.lr_warmup_steps)
+    progress = min(1.0, (step - config.lr_warmup_steps) / decay_steps)
+    shape = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over named parameters.
+
+    Parameters that are not fp32 get an fp32 master copy: gradients accumulate into it in fp32 (also over micro-batches), AdamW updates it, and
+    the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, config: PPOConfig) -> None:
+        self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+        self.peak_lr, self.max_grad_norm = lr, config.max_grad_norm
+        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        decayed = [master for master in self.masters.values() if master.dim() > 1]
+        rest = [master for master in self.masters.values() if master.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.adam_betas, eps=config.adam_eps)
+
+    def set_learning_rate(self, factor: float) -> float:
+        """Set every group to `factor` times the peak and return that rate."""
+        for group in self.adamw.param_groups:
+            group["lr"] = self.peak_lr * factor
+        return self.peak_lr * factor
+
+    def gradient_norm(self) -> Tensor:
+        """0-d fp32: 2-norm over all gradients, before clipping."""
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+
+    def step(self, norm: Tensor) -> None:
+        """Clip by `norm`, the value of `gradient_norm`, update, and round into the model's parameters."""
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
+        self.adamw.step()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the master weights into the parameters that the model computes with."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def clear_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.masters[name].grad = None
+
+    def separate_masters(self) -> dict[str, Tensor]:
+        """The master weights that are not the parameters themselves: what a checkpoint must hold besides the model."""
+        return {name: master for name, master in self.masters.items() if master is not self.parameters[name]}
+
+    @torch.no_grad()
+    def restore_masters(self, saved: dict[str, Tensor]) -> None:
+        for name, master in self.separate_masters().items():
+            master.copy_(saved[name])
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """`parameter` itself when it is fp32, else an fp32 copy that its gradients flow into as they are made."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+    parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
+    return master
+
+
+def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def move_gradient(parameter: Tensor) -> None:
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move_gradient

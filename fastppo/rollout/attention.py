@@ -1,0 +1,277 @@
+"""The attention that fastppo gives to a Transformers model: packed sequences for training and prefill, a KV cache for decoding.
+
+`register()` adds `attention_forward` to Transformers' attention interface. Every model call passes a *context* in the keyword
+`fastppo`; the context knows where the sequences of the packed [1, T] input lie and does the work of each layer. It travels with the
+call (not in a global), so gradient checkpointing recomputes with the same one.
+
+Shapes: T packed tokens, B sequences, L padded length, Hq/Hkv query and key heads (Hq a multiple of Hkv), D head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "fastppo"
+
+# Sequences up to this length share one padded group whatever their lengths.
+SMALLEST_GROUP_LENGTH = 128
+
+
+class MissingContextError(ValueError):
+    """The attention was reached without the context that says where the sequences lie."""
+
+
+class AttentionOptions(NamedTuple):
+    """What a layer asks of its attention besides q, k and v."""
+
+    scale: float  # multiplies q·k
+    window: int | None = None  # a query sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118)
+    sinks: Tensor | None = None  # [Hq] scores of a key without value (gpt-oss)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Scaled-dot-product attention has neither soft-capping nor sinks."""
+        return self.softcap is not None or self.sinks is not None
+
+
+class AttentionContext(Protocol):
+    """One model call's knowledge of its sequences."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """q [Hq, T, D], k [Hkv, T, D], v [Hkv, T, Dv] -> [T, Hq, Dv]."""
+        ...
+
+
+def register() -> None:
+    """Make the name "fastppo" known to `model.set_attn_implementation`.
+
+    The mask interface stays without that name, so Transformers builds no mask and hands over `attention_mask=None`.
+    """
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    fastppo: AttentionContext | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Dropout must be off (`prepare_model` sees to it): the ratio of the first PPO step would not be 1.
+    """
+    if fastppo is None:
+        raise MissingContextError(
+            f"{type(module).__name__} has fastppo's attention but was not called by fastppo: "
+            f"call model.set_attn_implementation('sdpa') to use the model without fastppo"
+        )
+    if attention_mask is not None or position_bias is not None:
+        raise ValueError(f"{type(module).__name__} passes an attention mask or bias of its own")
+    if dropout:
+        raise ValueError(f"{type(module).__name__} asks for attention dropout {dropout}, expected 0")
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    return fastppo.attend(module.layer_idx, query[0], key[0], value[0], options).unsqueeze(0), None
+
+
+class PackedContext:
+    """Causal attention inside each sequence of a packed batch, without cache; differentiable.
+
+    Sequences of similar length are gathered into right-padded groups (padding at most doubles the work), where a causal mask is
+    all that keeps queries from seeing padding. Padding repeats the sequence's own last token: a NaN stays in its sequence.
+    """
+
+    def __init__(self, bounds: list[int], device: torch.device) -> None:
+        """bounds: B + 1 places, `cu_seqlens` on the host. All indices are made here, once for all layers."""
+        self._bounds, self._device = bounds, device
+        self._groups = self._make_groups()
+        self._unpad = self._make_unpad()
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        padded = [_causal_attention(*group.pad(q, k, v), options, self._mask(group, options)) for group in self._groups]
+        flat = [out.transpose(1, 2).flatten(0, 1) for out in padded]
+        out = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return out if self._unpad is None else out.index_select(0, self._unpad)
+
+    def _make_groups(self) -> list[_Group]:
+        """Sequences whose lengths lie between the same powers of two."""
+        buckets: dict[int, list[int]] = {}
+        for i in range(len(self._bounds) - 1):
+            if length := self._bounds[i + 1] - self._bounds[i]:
+                buckets.setdefault((max(SMALLEST_GROUP_LENGTH, length) - 1).bit_length(), []).append(i)
+        return [_Group(self._bounds, members, self._device) for members in buckets.values()]
+
+    def _make_unpad(self) -> Tensor | None:
+        """[T] row of each token in the groups' padded outputs laid end to end; None where they lie in place already."""
+        if len(self._groups) == 1 and self._groups[0].index is None:
+            return None
+        rows, offset = torch.empty(self._bounds[-1], dtype=torch.int64), 0
+        for group in self._groups:
+            for i, sequence in enumerate(group.members):
+                start, end = self._bounds[sequence], self._bounds[sequence + 1]
+                rows[start:end] = torch.arange(end - start) + (offset + i * group.length)
+            offset += len(group.members) * group.length
+        return rows.to(self._device)
+
+    def _mask(self, group: _Group, options: AttentionOptions) -> Tensor | None:
+        """bool [L, L], built once per length and window; None where `is_causal` says it all."""
+        window = options.window if options.window is not None and options.window < group.length else None
+        if window is None and not options.needs_scores:
+            return None
+        key = (group.length, window)
+        if key not in self._masks:
+            self._masks[key] = _causal_mask(group.length, window, self._device)
+        return self._masks[key]
+
+
+class _Group:
+    """Sequences padded to the length of the longest of them."""
+
+    def __init__(self, bounds: list[int], members: list[int], device: torch.device) -> None:
+        first = torch.tensor([bounds[i] for i in members])
+        lengths = torch.tensor([bounds[i + 1] - bounds[i] for i in members])
+        self.members = members
+        self.length = int(lengths.max())
+        index = first[:, None] + torch.minimum(torch.arange(self.length), lengths[:, None] - 1)
+        in_place = index.numel() == bounds[-1] and bool((lengths == self.length).all())
+        self.index: Tensor | None = None if in_place else index.flatten().to(device)
+
+    def pad(self, *tensors: Tensor) -> list[Tensor]:
+        """[H, T, D] -> [B, H, L, D]."""
+        if self.index is not None:
+            tensors = tuple(t.index_select(1, self.index) for t in tensors)
+        return [t.unflatten(1, (len(self.members), self.length)).transpose(0, 1) for t in tensors]
+
+
+class PrefillContext(PackedContext):
+    """Packed attention that keeps each layer's keys and values [Hkv, T, D] for the cache."""
+
+    def __init__(self, bounds: list[int], device: torch.device) -> None:
+        super().__init__(bounds, device)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        self.layers[layer] = (k, v)
+        return super().attend(layer, q, k, v, options)
+
+
+class KVCache:
+    """Keys and values of every layer, [slots, Hkv, capacity, D] each, growing with the longest sequence.
+
+    It is made of zeros, and `clear` zeroes a row that met a NaN: a masked position has weight 0, and 0 * NaN is NaN.
+    """
+
+    def __init__(self, slots: int, limit: int) -> None:
+        """slots: sequences side by side; limit: the longest a sequence can become."""
+        self.slots, self.limit, self.capacity = slots, limit, 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens; capacity at least doubles, up to the limit."""
+        if length <= self.capacity:
+            return
+        grown = min(self.limit, max(length, 2 * self.capacity))
+        for layer, pair in self.layers.items():
+            self.layers[layer] = tuple(F.pad(t, (0, 0, 0, grown - self.capacity)) for t in pair)
+        self.capacity = grown
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store N tokens: slots and positions int64 [N], k and v [Hkv, N, D]."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(t.new_zeros(self.slots, t.shape[0], self.capacity, t.shape[-1]) for t in (k, v))
+        for stored, new in zip(self.layers[layer], (k, v), strict=True):
+            stored[slots, :, positions] = new.transpose(0, 1)
+
+    def move(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Copy the first `length` tokens of slots `source` to slots `target`, both int64 [N]."""
+        for pair in self.layers.values():
+            for stored in pair:
+                stored[target, :, :length] = stored[source, :, :length]
+
+    def clear(self, slots: Tensor) -> None:
+        for pair in self.layers.values():
+            for stored in pair:
+                stored[slots] = 0
+
+
+class DecodeContext:
+    """One new token for each of the first A slots of a cache: T = A."""
+
+    def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
+        """lengths: int64 [A] tokens of each sequence, the new one included; longest: their maximum, known to the host."""
+        self._cache, self._longest = cache, longest
+        self._slots = torch.arange(lengths.shape[0], device=lengths.device)
+        self._last = lengths - 1
+        offsets = torch.arange(longest, device=lengths.device)
+        self._offsets, self._valid = offsets, offsets < lengths[:, None]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        self._cache.write(layer, self._slots, self._last, k, v)
+        keys, values = (t[: len(self._slots), :, : self._longest] for t in self._cache.layers[layer])
+        queries, mask = q.transpose(0, 1), self._mask(options.window)[:, None, None]
+        # On the CPU two matrix products beat the fused kernel, 1.1 to 4 times.
+        if options.needs_scores or q.device.type == "cpu":
+            return _attention_from_scores(queries.unsqueeze(2), keys, values, options, mask).squeeze(2)
+        # The query heads of one key head become queries of one head: no key or value is repeated.
+        grouped = queries.unflatten(1, (keys.shape[1], -1))
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).flatten(1, 2)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """bool [A, longest]: the positions a row's new token sees."""
+        if window is None or window >= self._longest:
+            return self._valid
+        if window not in self._masks:
+            self._masks[window] = self._valid & (self._offsets > self._last[:, None] - window)
+        return self._masks[window]
+
+
+def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:
+    """q [B, Hq, L, D], k and v [B, Hkv, L, D], mask bool [L, L] or None for plain causal -> [B, Hq, L, Dv]."""
+    if options.needs_scores:
+        return _attention_from_scores(q, k, v, options, mask)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attention_from_scores(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, mask: Tensor) -> Tensor:
+    """softmax(cap(scale q·k), sinks) v, written out: q [B, Hq, L, D], k and v [B, Hkv, S, D], mask [..., L, S] -> [B, Hq, L, Dv].
+
+    The softmax is in fp32 or wider, as in Transformers' eager attention.
+    """
+    batch, heads, length, _ = q.shape
+    # The query heads of one key head become more queries of one head: no key or value is repeated.
+    shared = (batch, k.shape[1], -1)
+    scores = q.reshape(*shared, q.shape[-1]) @ k.transpose(-1, -2) * options.scale
+    scores = scores.view(batch, heads, length, -1)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, heads, length, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    weights = weights[..., : k.shape[2]].reshape(*shared, k.shape[2])
+    return (weights @ v).view(batch, heads, length, -1)

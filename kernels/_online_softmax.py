@@ -1,0 +1,56 @@
+"""The maths of one row's softmax that several kernels share: logit transform, and max / sum / weighted sum read once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh through one exponential of a non-positive number, and its series where 1 - e would cancel."""
+    a = tl.abs(x)
+    e = tl.exp(-2.0 * a)
+    large = (1.0 - e) / (1.0 + e)
+    s = x * x
+    small = a + a * s * (-0.333333333 + s * (0.133333333 + s * (-0.0539682540 + s * 0.0218694885)))
+    magnitude = tl.where(a < 0.1875, small, large)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """z = softcap * tanh(x * scale / softcap) / temperature, fp32."""
+    z = x.to(tl.float32) * scale
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return z / temperature
+
+
+@triton.jit
+def transform_slope(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """dz/dx."""
+    slope = tl.zeros_like(x.to(tl.float32)) + scale / temperature
+    if HAS_SOFTCAP:
+        th = tanh(x.to(tl.float32) * scale / softcap)
+        slope = slope * (1.0 - th * th)
+    return slope
+
+
+@triton.jit
+def online_update(z, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
+    """Fold a block z [BLOCK_V] (-inf where there is nothing) into (max, sum exp(z - max), sum exp(z - max) (z - max)).
+
+    Milakov and Gimelshein 2018. While all is -inf the shift is 0, so that -inf - shift stays -inf and a NaN still shows.
+    """
+    new_max = tl.maximum(running_max, tl.max(z, axis=0))
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    moved = tl.where(
+        running_max == -float("inf"), 0.0, running_max - shift
+    )  # log of the factor for what was summed so far
+    factor = tl.where(running_max == -float("inf"), 0.0, tl.exp(moved))
+    shifted = z - shift
+    e = tl.exp(shifted)
+    if WITH_ENTROPY:
+        # e = 0 adds nothing though `shifted` may be -inf.
+        weighted = factor * (weighted + moved * total) + tl.sum(tl.where(e == 0.0, 0.0, e * shifted), axis=0)
+    total = factor * total + tl.sum(e, axis=0)
+    return new_max, total, weighted

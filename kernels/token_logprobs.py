@@ -1,0 +1,196 @@
+"""Log-probability of each label and entropy of each row from logits [outer, inner, V], forward and backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._online_softmax import online_update, transform_logits, transform_slope
+
+BLOCK_V = 4096  # elements of a row that one program holds at once
+NUM_WARPS = 8
+
+
+@triton.jit
+def _token_logprobs_forward_kernel(
+    logits_ptr,
+    labels_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    max_logsum_ptr,
+    inner,
+    V,
+    stride_outer,
+    stride_inner,
+    scale,
+    softcap,
+    temperature,
+    ignore_index,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a row. logits [outer, inner, V]; labels, logprobs, entropy [outer * inner]; max_logsum [outer * inner, 2]."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:  # the row is not read
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(max_logsum_ptr + 2 * row, 0.0)
+        tl.store(max_logsum_ptr + 2 * row + 1, 0.0)
+        if WITH_ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+        return
+    running_max = -float("inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0, eviction_policy="evict_first")  # [BLOCK_V]
+        z = tl.where(mask_v, transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP), -float("inf"))
+        running_max, total, weighted = online_update(z, running_max, total, weighted, WITH_ENTROPY)
+    # As in torch: a +inf, or nothing but -inf, leaves no distribution; NaN is in the sums already.
+    no_distribution = (running_max == float("inf")) | (running_max == -float("inf"))
+    log_sum = tl.where(no_distribution, float("nan"), tl.log(total))
+    in_range = (label >= 0) & (label < V)
+    x_label = tl.load(row_ptr + label, mask=in_range, other=float("nan"))  # out of range: NaN, and no read outside
+    z_label = transform_logits(x_label, scale, softcap, temperature, HAS_SOFTCAP)
+    tl.store(logprobs_ptr + row, (z_label - running_max) - log_sum)
+    tl.store(max_logsum_ptr + 2 * row, running_max)
+    tl.store(max_logsum_ptr + 2 * row + 1, log_sum)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + row, log_sum - weighted / total)
+
+
+@triton.jit
+def _token_logprobs_backward_kernel(
+    logits_ptr,
+    labels_ptr,
+    max_logsum_ptr,
+    entropy_ptr,
+    d_logprobs_ptr,
+    d_entropy_ptr,
+    grad_ptr,
+    inner,
+    V,
+    stride_outer,
+    stride_inner,
+    grad_stride_outer,
+    grad_stride_inner,
+    scale,
+    softcap,
+    temperature,
+    ignore_index,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program for BLOCK_V elements of one row; each element is read before it is written, so grad may be the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    grad_row_ptr = grad_ptr + (row // inner) * grad_stride_outer + (row % inner) * grad_stride_inner
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(grad_row_ptr + offs_v, tl.zeros([BLOCK_V], tl.float32), mask=mask_v)
+        return
+    row_ptr = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
+    x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0, eviction_policy="evict_first")
+    row_max = tl.load(max_logsum_ptr + 2 * row)
+    log_sum = tl.load(max_logsum_ptr + 2 * row + 1)
+    d_logprob = tl.load(d_logprobs_ptr + row)
+    log_p = (transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP) - row_max) - log_sum
+    p = tl.exp(log_p)
+    # d logprob / dz = onehot - p
+    dz = d_logprob * tl.where(offs_v == label, 1.0 - p, -p)
+    if WITH_ENTROPY:
+        # d H / dz = -p (log p + H); p = 0 contributes 0 though log p is -inf
+        entropy = tl.load(entropy_ptr + row)
+        d_entropy = tl.load(d_entropy_ptr + row)
+        dz -= tl.where(p == 0.0, 0.0, d_entropy * p * (log_p + entropy))
+    slope = transform_slope(x, scale, softcap, temperature, HAS_SOFTCAP)
+    grad = tl.where(dz == 0.0, 0.0, dz * slope)  # where dz is 0 the slope may be NaN
+    tl.store(grad_row_ptr + offs_v, grad, mask=mask_v)
+
+
+def _block(V: int) -> int:
+    return min(BLOCK_V, triton.next_power_of_2(V))
+
+
+def token_logprobs_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """logits [outer, inner, V] with last stride 1, labels int64 [outer * inner] contiguous.
+
+    transform: (scale, softcap or 0, temperature). Returns fp32 logprobs, entropy (or None) and (max, log-sum) [outer * inner, 2].
+    """
+    outer, inner, V = logits.shape
+    logprobs = torch.empty(outer * inner, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logprobs) if with_entropy else None
+    max_logsum = torch.empty((outer * inner, 2), dtype=torch.float32, device=logits.device)
+    scale, softcap, temperature = transform
+    if outer * inner:
+        _token_logprobs_forward_kernel[(outer * inner,)](
+            logits,
+            labels,
+            logprobs,
+            entropy if with_entropy else logprobs,
+            max_logsum,
+            inner,
+            V,
+            logits.stride(0),
+            logits.stride(1),
+            scale,
+            softcap,
+            temperature,
+            ignore_index,
+            HAS_SOFTCAP=softcap > 0,
+            WITH_ENTROPY=with_entropy,
+            BLOCK_V=_block(V),
+            num_warps=NUM_WARPS,
+        )
+    return logprobs, entropy, max_logsum
+
+
+def token_logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    transform: tuple[float, float, float],
+    max_logsum: Tensor,
+    entropy: Tensor | None,
+    d_logprobs: Tensor,
+    d_entropy: Tensor | None,
+    grad: Tensor,
+) -> None:
+    """Writes the gradient of logits [outer, inner, V] into `grad`, of the same shape; `grad` may be `logits` itself."""
+    outer, inner, V = logits.shape
+    scale, softcap, temperature = transform
+    if not outer * inner:
+        return
+    block = _block(V)
+    with_entropy = d_entropy is not None
+    _token_logprobs_backward_kernel[(outer * inner, triton.cdiv(V, block))](
+        logits,
+        labels,
+        max_logsum,
+        entropy if with_entropy else max_logsum,
+        d_logprobs,
+        d_entropy if with_entropy else d_logprobs,
+        grad,
+        inner,
+        V,
+        logits.stride(0),
+        logits.stride(1),
+        grad.stride(0),
+        grad.stride(1),
+        scale,
+        softcap,
+        temperature,
+        ignore_index,
+        HAS_SOFTCAP=softcap > 0,
+        WITH_ENTROPY=with_entropy,
+        BLOCK_V=block,
+        num_warps=NUM_WARPS,
+    )

@@ -1,0 +1,155 @@
+"""`linear_token_logprobs` against its fp64 reference: values, gradients, chunk boundaries, frozen and mixed operands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastppo.ops import _chunked_head, linear_token_logprobs, token_logprobs
+from fastppo.reference.linear_token_logprobs import linear_token_logprobs as reference
+from tests.cases import DTYPES
+from tests.tolerance import assert_as_exact_as_native
+
+OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0, "logit_scale": 0.25, "temperature": 1.3}]
+
+
+def operands(rows=13, hidden=24, vocab=70, dtype=torch.float32, bias=True):
+    made = torch.randn(rows, hidden), torch.randn(vocab, hidden), torch.randn(vocab) if bias else None
+    return [None if x is None else x.to(dtype) for x in made] + [torch.randint(0, vocab, (rows,))]
+
+
+def run(function, hidden, weight, bias, labels, **options):
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+    logprobs, entropy = function(leaves[0], leaves[1], labels, leaves[2], return_entropy=True, **options)
+    up = torch.linspace(-1, 2, logprobs.numel(), dtype=logprobs.dtype).view(logprobs.shape)
+    ((logprobs * up).sum() + (entropy * up.flip(0)).sum()).backward()
+    return logprobs.detach(), entropy.detach(), *(x.grad for x in leaves if x is not None)
+
+
+def compare(hidden, weight, bias, labels, **options):
+    ours = run(linear_token_logprobs, hidden, weight, bias, labels, **options)
+    native = run(reference, hidden, weight, bias, labels, **options)
+    wide = [x if x is None else x.double() for x in (hidden, weight, bias)]
+    exact = run(reference, *wide, labels, **options)
+    names = ["logprobs", "entropy", "d_hidden", "d_weight", "d_bias"]
+    for name, a, b, c in zip(names, ours, native, exact, strict=False):
+        assert_as_exact_as_native(a, b, c, name)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Four rows to a chunk, and a half-precision weight in blocks of a few rows."""
+    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 4 * 4 * 70)
+    monkeypatch.setattr(_chunked_head, "LARGE_VOCABULARY_ROWS", 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "temperature", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients(backend, small_chunks, dtype, bias, options):
+    compare(*operands(dtype=dtype, bias=bias), **options)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 8])
+def test_chunk_boundaries(backend, small_chunks, rows):
+    compare(*operands(rows=rows))
+
+
+def test_chunks_do_not_change_the_result(cpu_backend, monkeypatch):
+    hidden, weight, bias, labels = operands(rows=9)
+    whole = linear_token_logprobs(hidden, weight, labels, bias)
+    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 1)  # a row at a time
+    assert torch.allclose(linear_token_logprobs(hidden, weight, labels, bias), whole, atol=1e-5)
+
+
+def test_ignored_rows_reach_nothing(backend, small_chunks):
+    hidden, weight, bias, labels = operands()
+    labels[::3], hidden[::3] = -100, torch.nan
+    logprobs, entropy, d_hidden, d_weight, d_bias = run(linear_token_logprobs, hidden, weight, bias, labels)
+    assert (logprobs[::3] == 0).all() and (entropy[::3] == 0).all() and (d_hidden[::3] == 0).all()
+    kept = labels != -100
+    clean = run(linear_token_logprobs, hidden[kept], weight, bias, labels[kept])
+    assert torch.allclose(logprobs[kept], clean[0], atol=1e-6)
+    assert d_weight.isfinite().all() and d_bias.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_operands_get_no_gradient(backend, frozen):
+    *leaves, labels = operands()
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i != frozen)
+    linear_token_logprobs(leaves[0], leaves[1], labels, leaves[2]).sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(3)]
+
+
+def test_tied_weight(backend):
+    """The weight is the embedding too: both gradients add up."""
+    embedding = nn.Embedding(70, 24)
+    tokens, labels = torch.randint(0, 70, (6,)), torch.randint(0, 70, (6,))
+    linear_token_logprobs(embedding(tokens), embedding.weight, labels).sum().backward()
+    ours = embedding.weight.grad.clone()
+    embedding.zero_grad()
+    token_logprobs(embedding(tokens) @ embedding.weight.T, labels).sum().backward()
+    assert torch.allclose(ours, embedding.weight.grad, atol=1e-4)
+
+
+def test_mixed_types_as_autocast_makes_them(backend):
+    hidden, weight, bias, labels = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_token_logprobs(hidden.bfloat16(), weight, labels, bias)
+    exact = reference(hidden.bfloat16().double(), weight.double(), labels, bias.double())
+    assert ours.dtype == torch.float32 and (ours - exact).abs().max() < 1e-4, "no rounding to bf16 on the way"
+
+
+def test_leading_shapes(backend):
+    hidden, weight, bias, labels = operands(rows=12)
+    flat = linear_token_logprobs(hidden, weight, labels, bias)
+    shaped = linear_token_logprobs(hidden.view(3, 4, 24), weight, labels.view(3, 4).int(), bias)
+    assert torch.equal(shaped, flat.view(3, 4))
+    transposed = hidden.view(3, 4, 24).transpose(0, 1)
+    assert torch.allclose(
+        linear_token_logprobs(transposed, weight, labels.view(3, 4).T, bias), flat.view(3, 4).T, atol=1e-5
+    )
+
+
+def test_float64_is_exact():
+    hidden, weight, bias, labels = operands(rows=3, hidden=4, vocab=7, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_token_logprobs(h, w, labels, b), leaves)
+
+
+def test_opcheck(cpu_backend):
+    hidden, weight, bias, labels = operands()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    for b in (None, bias.requires_grad_()):
+        torch.library.opcheck(torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True))
+
+
+def test_compiles_without_graph_breaks(cpu_backend):
+    hidden, weight, bias, labels = operands()
+    compiled = torch.compile(linear_token_logprobs, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, labels, bias), linear_token_logprobs(hidden, weight, labels, bias))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"labels": torch.tensor([0, 70])}, ValueError, "labels holds 70 at flat position 1"),
+        ({"labels": torch.tensor([0])}, ValueError, r"labels has shape \[1\]"),
+        ({"weight": torch.zeros(70, 23)}, ValueError, r"hidden has shape \[2, 24\], expected \[..., 23\]"),
+        ({"bias": torch.zeros(69)}, ValueError, r"bias has shape \[69\]"),
+        ({"weight": torch.zeros(70)}, ValueError, r"weight has shape \[70\]"),
+        ({"hidden": torch.zeros(2, 24, dtype=torch.int32)}, TypeError, "hidden has dtype torch.int32"),
+    ],
+)
+def test_errors_name_the_argument(cpu_backend, change, error, message):
+    arguments = {
+        "hidden": torch.zeros(2, 24),
+        "weight": torch.zeros(70, 24),
+        "labels": torch.tensor([1, 2]),
+        "bias": None,
+    }
+    with pytest.raises(error, match=message):
+        linear_token_logprobs(**arguments | change)

@@ -1,0 +1,159 @@
+"""The attention by itself, against its formula one sequence at a time in fp64."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from fastppo.rollout.attention import (
+    AttentionOptions,
+    DecodeContext,
+    KVCache,
+    MissingContextError,
+    PackedContext,
+    PrefillContext,
+    attention_forward,
+)
+
+HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 6
+
+
+def _options(case: str) -> AttentionOptions:
+    return {
+        "plain": AttentionOptions(0.3),
+        "window": AttentionOptions(0.3, window=5),
+        "softcap": AttentionOptions(0.3, softcap=1.5),
+        "sinks": AttentionOptions(0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)),
+        "all": AttentionOptions(0.3, 5, 1.5, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)),
+    }[case]
+
+
+CPU = torch.device("cpu")
+CASES = ["plain", "window", "softcap", "sinks", "all"]
+
+
+def _bounds(lengths: list[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
+
+
+def _inputs(total: int) -> list[torch.Tensor]:
+    shapes = [(HEADS, total, SIZE), (KV_HEADS, total, SIZE), (KV_HEADS, total, VALUE_SIZE)]
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def _formula(q, k, v, options: AttentionOptions) -> torch.Tensor:
+    """One sequence, one head and one query after another: q [Hq, L, D] -> [L, Hq, Dv]."""
+    out = []
+    for t in range(q.shape[1]):
+        first = 0 if options.window is None else max(0, t + 1 - options.window)
+        for head in range(HEADS):
+            source = head // (HEADS // KV_HEADS)
+            scores = options.scale * k[source, first : t + 1] @ q[head, t]
+            if options.softcap is not None:
+                scores = options.softcap * torch.tanh(scores / options.softcap)
+            if options.sinks is not None:
+                scores = torch.cat([scores, options.sinks[head : head + 1]])
+            out.append(scores.softmax(0)[: t + 1 - first] @ v[source, first : t + 1])
+    return torch.stack(out).view(q.shape[1], HEADS, VALUE_SIZE)
+
+
+@pytest.mark.parametrize("lengths", [[7], [4, 4], [1, 9, 3], [0, 6, 0, 2, 0]], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_packed_values_and_gradients(case, lengths):
+    options, bounds = _options(case), _bounds(lengths)
+    inputs = _inputs(sum(lengths))
+    found = PackedContext(bounds, CPU).attend(0, *inputs, options)
+    spans = [slice(a, b) for a, b in pairwise(bounds) if a < b]
+    expected = torch.cat([_formula(*(x[:, span] for x in inputs), options) for span in spans])
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lengths_far_apart_are_padded_in_groups(case):
+    options, lengths = _options(case), [300, 2, 140, 1, 290, 130]
+    bounds = _bounds(lengths)
+    inputs = _inputs(sum(lengths))
+    context = PackedContext(bounds, CPU)
+    padded = sum(len(group.members) * group.length for group in context._groups)
+    assert padded < 2 * sum(lengths)
+    found = context.attend(0, *inputs, options)
+    alone = [
+        PackedContext([0, b - a], CPU).attend(0, *(x[:, a:b] for x in inputs), options) for a, b in pairwise(bounds)
+    ]
+    torch.testing.assert_close(found, torch.cat(alone))
+
+
+def test_nan_stays_in_its_sequence():
+    inputs = [x.detach() for x in _inputs(10)]
+    for x in inputs:
+        x[:, 3:6] = torch.nan
+    out = PackedContext([0, 3, 6, 10], CPU).attend(0, *inputs, _options("plain"))
+    assert out[:3].isfinite().all() and out[6:].isfinite().all() and out[3:6].isnan().all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_then_decode_equals_packed(case):
+    """Three sequences of 4, 1 and 7 tokens, then four more each, in a cache that has to grow."""
+    options, lengths, extra = _options(case), [4, 1, 7], 4
+    full = [length + extra for length in lengths]
+    bounds = _bounds(full)
+    inputs = [x.detach() for x in _inputs(sum(full))]
+    expected = PackedContext(bounds, CPU).attend(0, *inputs, options)
+
+    starts = bounds[:-1]
+    prompt_places = torch.tensor([s + i for s, n in zip(starts, lengths, strict=True) for i in range(n)])
+    prefill = PrefillContext(_bounds(lengths), CPU)
+    found = torch.empty_like(expected)
+    found[prompt_places] = prefill.attend(0, *(x[:, prompt_places] for x in inputs), options)
+
+    cache = KVCache(5, limit=11)
+    cache.reserve(7)
+    slots = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor(lengths))
+    cache.write(0, slots, torch.cat([torch.arange(n) for n in lengths]), *prefill.layers[0])
+    for step in range(extra):
+        places = torch.tensor([s + n + step for s, n in zip(starts, lengths, strict=True)])
+        longest = max(lengths) + step + 1
+        cache.reserve(longest)
+        context = DecodeContext(cache, torch.tensor(lengths) + step + 1, longest)
+        found[places] = context.attend(0, *(x[:, places] for x in inputs), options)
+    torch.testing.assert_close(found, expected)
+    assert cache.capacity == 11 and cache.layers[0][1].shape == (5, KV_HEADS, 11, VALUE_SIZE)
+
+
+def test_cache_moves_and_clears_rows():
+    cache = KVCache(3, limit=4)
+    cache.reserve(4)
+    k = torch.arange(1.0, 7).view(1, 6, 1)
+    cache.write(7, torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1] * 3), k, torch.full_like(k, torch.nan))
+    cache.move(torch.tensor([2]), torch.tensor([0]), 2)
+    assert cache.layers[7][0][:, 0, :, 0].tolist() == [[5, 6, 0, 0], [3, 4, 0, 0], [5, 6, 0, 0]]
+    cache.clear(torch.tensor([0, 1]))
+    keys, values = cache.layers[7]
+    assert not keys[:2].any() and not values[:2].any() and values[2].isnan().any()
+
+
+class _Layer(nn.Module):
+    layer_idx = 0
+
+
+@pytest.mark.parametrize("keyword", ["attention_mask", "position_bias"])
+def test_masks_of_the_model_are_refused(keyword):
+    arguments = {"attention_mask": None, keyword: torch.zeros(1), "fastppo": PackedContext([0, 1], CPU)}
+    with pytest.raises(ValueError, match="_Layer passes an attention mask or bias"):
+        attention_forward(_Layer(), *[torch.zeros(1, 1, 1, 2)] * 3, **arguments)
+
+
+def test_dropout_is_refused():
+    context = PackedContext([0, 1], CPU)
+    with pytest.raises(ValueError, match="dropout 0.1"):
+        attention_forward(_Layer(), *[torch.zeros(1, 1, 1, 2)] * 3, None, dropout=0.1, fastppo=context)
+
+
+def test_calls_from_elsewhere_are_refused():
+    with pytest.raises(MissingContextError, match="set_attn_implementation"):
+        attention_forward(_Layer(), *[torch.zeros(1, 1, 1, 2)] * 3, None)

@@ -1,0 +1,319 @@
+"""The engine: order, independence of the batch, shared prefill, finish reasons, errors, recovery."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastppo.models import lm_head, prepare_model
+from fastppo.rollout import Engine, FinishReason, SamplingParams
+from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, make_chain, make_model, ragged_prompts
+
+STOP, LENGTH, ERROR = (int(reason) for reason in FinishReason)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama", eos_token_id=7)
+
+
+def _generate(model, prompts, *, max_batch_size=64, **params):
+    return Engine(model, max_batch_size=max_batch_size).generate(prompts, SamplingParams(**params))
+
+
+class TestIndependence:
+    """A completion depends on weights, prompt, seed and sequence number only."""
+
+    params = dict(n=3, temperature=1.0, max_new_tokens=14, seed=5)
+
+    @pytest.mark.parametrize("max_batch_size", [1, 2, 5, 16])
+    def test_of_batch_size_and_refill(self, llama, max_batch_size):
+        prompts = ragged_prompts()
+        whole = _generate(llama, prompts, **self.params)
+        other = _generate(llama, prompts, max_batch_size=max_batch_size, **self.params)
+        assert other.completions() == whole.completions()
+        assert other.finish_reasons.equal(whole.finish_reasons)
+        torch.testing.assert_close(other.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
+    def test_of_later_prompts(self, llama):
+        prompts = ragged_prompts()
+        few = _generate(llama, prompts[:2], **self.params)
+        assert few.completions() == _generate(llama, prompts, **self.params).completions()[: 2 * 3]
+
+    def test_of_prompt_order_when_greedy(self, llama):
+        prompts = ragged_prompts()
+        forward = _generate(llama, prompts, temperature=0, max_new_tokens=9).completions()
+        assert _generate(llama, prompts[::-1], temperature=0, max_new_tokens=9).completions() == forward[::-1]
+
+    def test_of_global_random_state(self, llama):
+        first = _generate(llama, ragged_prompts(), **self.params)
+        torch.manual_seed(99)
+        assert _generate(llama, ragged_prompts(), **self.params).completions() == first.completions()
+
+    def test_but_not_of_seed_and_sample(self, llama):
+        rollout = _generate(llama, ragged_prompts(), **self.params)
+        assert rollout.completions()[0] != rollout.completions()[1]
+        other = _generate(llama, ragged_prompts(), **{**self.params, "seed": 6})
+        assert other.completions() != rollout.completions()
+
+
+class TestOrder:
+    def test_prompt_major_whatever_finishes_first(self):
+        # From token k it takes k steps to 0, which is EOS.
+        model = make_chain([0, 0, 1, 2, 3, 4, 5, 6])
+        rollout = _generate(model, [[7], [1], [4], [2]], max_batch_size=2, n=2, temperature=0, max_new_tokens=20)
+        chains = [[6, 5, 4, 3, 2, 1, 0], [0], [3, 2, 1, 0], [1, 0]]
+        assert rollout.completions() == [chain for chain in chains for _ in range(2)]
+        assert rollout.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert rollout.finish_reasons.tolist() == [STOP] * 8
+
+    def test_prompts_as_tensors_and_arrays(self):
+        model = make_chain([0, 0, 1, 2])
+        for prompts in (torch.tensor([[3], [2]]), torch.tensor([[3], [2]]).numpy()):
+            assert _generate(model, prompts, temperature=0).completions() == [[2, 1, 0], [1, 0]]
+
+    def test_packed_layout(self):
+        rollout = _generate(make_chain([0, 0, 1, 2]), [[3], [2, 3, 1]], temperature=0)
+        assert rollout.tokens.tolist() == [3, 2, 1, 0, 2, 3, 1, 0]
+        assert rollout.cu_seqlens.tolist() == [0, 4, 8]
+        assert rollout.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+        assert rollout.action_mask.tolist() == [False, True, True, True, False, False, False, True]
+        assert not rollout.logprobs[~rollout.action_mask].any()
+        assert (rollout.logprobs[rollout.action_mask] < 0).all()
+
+    def test_progress_counts_up_to_all(self):
+        seen = []
+        engine = Engine(make_chain([0, 0, 1, 2]), max_batch_size=2)
+        engine.generate([[3], [1], [2]], SamplingParams(temperature=0), progress=lambda *counts: seen.append(counts))
+        assert seen == sorted(seen) and seen[-1] == (3, 3)
+
+
+@pytest.mark.parametrize("n, max_batch_size", [(1, 64), (4, 64), (4, 4), (5, 2), (3, 4)])
+def test_each_prompt_is_run_once_for_all_its_samples(llama, n, max_batch_size):
+    sizes = []
+    hook = llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(args[0].numel()))
+    prompts = ragged_prompts()
+    try:
+        rollout = _generate(llama, prompts, n=n, max_new_tokens=4, ignore_eos=True, max_batch_size=max_batch_size)
+    finally:
+        hook.remove()
+    decoded = int((rollout.completion_lengths - 1).sum())  # the last token of a completion is never run
+    assert sum(sizes) == sum(map(len, prompts)) + decoded
+
+
+def test_long_prompts_are_prefilled_in_several_forwards(llama, monkeypatch):
+    expected = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions()
+    monkeypatch.setattr("fastppo.rollout.engine.PREFILL_TOKENS", 10)
+    assert _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions() == expected
+
+
+def test_cache_grows(llama, monkeypatch):
+    expected = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=30, ignore_eos=True).completions()
+    monkeypatch.setattr("fastppo.rollout.engine.FIRST_CAPACITY", 1)
+    found = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=30, ignore_eos=True)
+    assert found.completions() == expected
+
+
+class TestFinish:
+    chain = [0, 0, 1, 2, 3, 4, 5, 6]
+
+    def _run(self, prompt=(5,), model=None, **params):
+        rollout = _generate(model or make_chain(self.chain), [list(prompt)], **{"temperature": 0, **params})
+        return rollout.completions()[0], rollout.finish_reasons.item()
+
+    def test_eos_stops_and_is_kept(self):
+        assert self._run() == ([4, 3, 2, 1, 0], STOP)
+
+    def test_eos_as_the_last_allowed_token_is_a_stop(self):
+        assert self._run(max_new_tokens=5) == ([4, 3, 2, 1, 0], STOP)
+
+    def test_max_new_tokens(self):
+        assert self._run(max_new_tokens=4) == ([4, 3, 2, 1], LENGTH)
+
+    def test_ignore_eos(self):
+        assert self._run(max_new_tokens=7, ignore_eos=True) == ([4, 3, 2, 1, 0, 0, 0], LENGTH)
+
+    def test_stop_token_ids(self):
+        assert self._run(stop_token_ids=(2, 6)) == ([4, 3, 2], STOP)
+        assert self._run(stop_token_ids=(2,), ignore_eos=True) == ([4, 3, 2], STOP)
+
+    def test_several_eos_ids_of_the_generation_config(self):
+        model = make_chain(self.chain)
+        model.generation_config.eos_token_id = [3, 0, 4_000_000]
+        assert self._run(model=model) == ([4, 3], STOP)
+
+    def test_pad_equal_to_eos_changes_nothing(self):
+        model = make_chain(self.chain)
+        model.config.pad_token_id = model.generation_config.pad_token_id = 0
+        assert self._run(model=model) == ([4, 3, 2, 1, 0], STOP)
+        assert self._run(prompt=(0, 5), model=model) == ([4, 3, 2, 1, 0], STOP)
+
+    def test_context_is_the_limit(self):
+        completion, reason = self._run(prompt=[3] * (CONTEXT - 2), ignore_eos=True)
+        assert (completion, reason) == ([2, 1], LENGTH)
+
+    def test_min_new_tokens_bans_stops_until_then(self):
+        completion, reason = self._run(prompt=(1,), min_new_tokens=3, max_new_tokens=40, stop_token_ids=(1,))
+        assert not {0, 1} & set(completion[:3])
+        assert completion[-1] in (0, 1) and reason == STOP
+
+    def test_min_new_tokens_leaves_raw_logprobs_of_the_untouched_logits(self):
+        model = make_chain(self.chain, gap=3.0)
+        rollout = _generate(model, [[1]], n=64, min_new_tokens=1, max_new_tokens=1, seed=3)
+        assert 0 not in sum(rollout.completions(), [])
+        actions = rollout.action_mask
+        # 8 tokens, EOS is 3 nats ahead of 7 others, which share the distribution when it is banned.
+        untouched = -torch.log(torch.tensor(3.0).exp() + 7)
+        torch.testing.assert_close(rollout.logprobs[actions], untouched.expand(64), atol=1e-4, rtol=0)
+        banned = -torch.log(torch.tensor(7.0))
+        torch.testing.assert_close(rollout.processed_logprobs[actions], banned.expand(64), atol=1e-4, rtol=0)
+
+
+class TestNaN:
+    """A token whose embedding is NaN poisons the sequences that hold it and no other, nor the slots they leave."""
+
+    @pytest.fixture
+    def poisoned(self):
+        model = prepare_model(make_model("llama", tie_word_embeddings=False))
+        model.get_input_embeddings().weight.data[50] = torch.nan
+        return model
+
+    @pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+    def test_prompt(self, poisoned, max_batch_size):
+        good = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
+        prompts = [good[0], [1, 50, 2], good[1], [50], good[2], good[3]]
+        params = dict(temperature=0, max_new_tokens=6, max_batch_size=max_batch_size)
+        rollout = _generate(poisoned, prompts, **params)
+        assert rollout.finish_reasons.tolist() == [LENGTH, ERROR, LENGTH, ERROR, LENGTH, LENGTH]
+        completions = rollout.completions()
+        assert completions[1] == completions[3] == []
+        expected = _generate(poisoned, good, **params).completions()
+        assert [completions[i] for i in (0, 2, 4, 5)] == expected
+        assert rollout.logprobs.isfinite().all()
+        assert rollout.last_action.tolist()[1] == -1
+
+    def test_in_the_middle(self):
+        model = prepare_model(make_chain([0, 0, 1, 2, 3, 4]))
+        model.model.embed_tokens.weight.data[2] = torch.nan
+        rollout = _generate(model, [[5], [1], [4], [5], [1]], temperature=0, max_batch_size=2)
+        # 2 is drawn like any token; only what follows it cannot be.
+        assert rollout.completions() == [[4, 3, 2], [0], [3, 2], [4, 3, 2], [0]]
+        assert rollout.finish_reasons.tolist() == [ERROR, STOP, ERROR, ERROR, STOP]
+
+    def test_while_stops_are_banned(self, poisoned):
+        rollout = _generate(poisoned, [[50], [3]], stop_token_ids=(1,), min_new_tokens=3, max_new_tokens=3)
+        assert rollout.finish_reasons.tolist() == [ERROR, LENGTH]
+
+
+class TestRecovery:
+    def test_exception_or_interrupt_in_the_middle(self, llama):
+        engine = Engine(llama, max_batch_size=2)
+        params = SamplingParams(n=2, max_new_tokens=6, seed=1)
+        expected = engine.generate(ragged_prompts(), params).completions()
+
+        def interrupt(done, total):
+            raise KeyboardInterrupt
+
+        llama.train()
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(ragged_prompts(), params, progress=interrupt)
+        assert llama.training
+        assert engine.generate(ragged_prompts(), params).completions() == expected
+
+    def test_modes_of_single_modules_are_restored(self, llama):
+        llama.train()
+        llama.model.norm.eval()
+        _generate(llama, [[1]], max_new_tokens=2)
+        assert llama.training and llama.lm_head.training and not llama.model.norm.training
+
+    def test_results_can_be_used_in_autograd(self, llama):
+        rollout = _generate(llama, [[1]], max_new_tokens=2)
+        weight = torch.ones(1, requires_grad=True)
+        (weight * rollout.logprobs).sum().backward()
+        assert weight.grad is not None and torch.is_grad_enabled()
+
+    def test_weights_are_live(self):
+        model = make_chain([0, 0, 1, 2, 3])
+        engine = Engine(model)
+        assert engine.generate([[4]], SamplingParams(temperature=0)).completions() == [[3, 2, 1, 0]]
+        with torch.no_grad():
+            model.lm_head.weight.copy_(make_chain([0, 0, 0, 2, 2]).lm_head.weight)
+        assert engine.generate([[4]], SamplingParams(temperature=0)).completions() == [[2, 0]]
+
+
+class TestErrors:
+    def _raises(self, message, prompts, error=ValueError, model=None, **params):
+        with pytest.raises(error, match=message):
+            _generate(model or make_chain([0, 0, 1]), prompts, **params)
+
+    def test_no_prompts(self):
+        self._raises("prompts is empty", [])
+
+    def test_empty_prompt(self):
+        self._raises(r"prompts\[1\] is empty", [[1], []])
+
+    def test_prompt_without_room(self):
+        self._raises(rf"prompts\[1\] has {CONTEXT} tokens, expected at most {CONTEXT - 1}", [[1], [1] * CONTEXT])
+        assert len(_generate(make_chain([0, 0, 1]), [[1] * (CONTEXT - 1)]).completions()[0]) == 1
+
+    def test_token_outside_the_vocabulary(self):
+        self._raises(r"prompts\[0\] has token ids from 1 to 3, expected 0 to 2", [[1, 3]])
+
+    def test_token_that_is_no_integer(self):
+        self._raises(r"prompts\[0\] holds 1.5", [[1, 1.5]], error=TypeError)
+
+    def test_single_string(self):
+        self._raises("single string", "hello", error=TypeError)
+
+    def test_text_without_tokenizer(self):
+        self._raises(r"prompts\[0\] is text", ["hello"])
+        self._raises("stop_strings needs a tokenizer", [[1]], stop_strings=("x",))
+
+    def test_stop_id_outside_the_vocabulary(self):
+        self._raises(r"stop_token_ids\[0\] is 3", [[1]], stop_token_ids=(3,))
+
+    def test_model_that_was_taken_back(self, llama):
+        engine = Engine(make_chain([0, 0]))
+        engine.model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="call prepare_model"):
+            engine.generate([[1]], SamplingParams())
+
+    @pytest.mark.parametrize("size", [0, -1, 2.0, True])
+    def test_batch_size(self, size):
+        with pytest.raises(ValueError, match="max_batch_size"):
+            Engine(make_chain([0, 0]), max_batch_size=size)
+
+
+class TestSampling:
+    def test_follows_the_distribution(self):
+        model = make_chain([0, 3, 1, 2], gap=1.0)
+        rollout = _generate(model, [[1]], n=4000, max_new_tokens=1, max_batch_size=4000)
+        found = torch.bincount(torch.tensor(rollout.completions()).flatten(), minlength=4) / 4000
+        expected = torch.tensor([0.0, 0, 0, 1]).softmax(0)
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+
+    def test_top_k_keeps_raw_and_processed_apart(self, llama):
+        rollout = _generate(llama, ragged_prompts(), top_k=3, temperature=1.5, max_new_tokens=6)
+        actions = rollout.action_mask
+        assert (rollout.processed_logprobs[actions] >= rollout.logprobs[actions] - 1e-6).all()
+        assert (rollout.processed_logprobs[actions] > rollout.logprobs[actions] + 1e-3).any()
+
+    def test_half_precision_logits_are_not_rounded(self):
+        model = prepare_model(make_model("qwen2", dtype=torch.bfloat16))
+        head, hidden = lm_head(model), torch.randn(5, 32, dtype=torch.bfloat16)
+        expected = hidden.double() @ model.lm_head.weight.double().t()
+        torch.testing.assert_close(head.logits(hidden).double(), expected, atol=1e-5, rtol=1e-5)
+        rollout = _generate(model, ragged_prompts(), max_new_tokens=5)
+        assert rollout.logprobs.dtype == torch.float32
+        assert max(max(completion) for completion in rollout.completions()) < VOCAB_SIZE
+
+
+def test_real_model_tells_a_story(stories_model):
+    from fastppo.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(stories_model, dtype="float32", device="cpu"), load_tokenizer(stories_model)
+    params = SamplingParams(temperature=0, max_new_tokens=60, stop_strings=(".",))
+    rollout = Engine(model, tokenizer).generate(["Once upon a time", "The little dog"], params)
+    assert rollout.finish_reasons.tolist() == [STOP, STOP]
+    text = tokenizer.decode(rollout.completions()[0])
+    assert text.endswith(".") and text.count(".") == 1 and "little" in text

@@ -1,0 +1,61 @@
+"""Every supported architecture: what the engine does equals what Transformers does with one prompt at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastppo.models import lm_head, packed_hidden, prepare_model
+from fastppo.rollout import Engine, SamplingParams
+from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    """(prepared model, untouched copy in eager attention, which has every model's soft-capping and sinks)"""
+    model = make_model(request.param)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    return prepare_model(model), plain
+
+
+def _generate_alone(model, prompt: list[int], new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_single_prompt_generate(pair):
+    """Ragged prompts, two slots for five prompts: rows finish and are refilled."""
+    model, plain = pair
+    prompts = ragged_prompts()
+    rollout = Engine(model, max_batch_size=2).generate(prompts, SamplingParams(temperature=0, max_new_tokens=12))
+    assert rollout.completions() == [_generate_alone(plain, prompt, 12) for prompt in prompts]
+    assert rollout.prompts() == prompts
+
+
+def test_sampling_logprobs_equal_packed_recomputation(pair):
+    model, _ = pair
+    params = SamplingParams(n=2, temperature=0.7, max_new_tokens=10)
+    rollout = Engine(model, max_batch_size=4).generate(ragged_prompts(), params)
+    hidden = packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.cu_seqlens)
+    actions = rollout.action_mask.nonzero().squeeze(1)
+    logits = lm_head(model).logits(hidden[actions - 1]) / 0.7
+    expected = logits.log_softmax(-1).gather(1, rollout.tokens[actions, None]).squeeze(1)
+    torch.testing.assert_close(rollout.logprobs[actions], expected, atol=1e-4, rtol=0)
+
+
+def test_packed_logits_equal_own_forward(pair):
+    model, plain = pair
+    prompts = ragged_prompts((5, 21, 1, 12))
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    positions = torch.tensor([i for prompt in prompts for i in range(len(prompt))])
+    bounds = torch.tensor([0, 5, 26, 27, 39], dtype=torch.int32)
+    expected = torch.cat([plain(torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts])
+    for training in (False, True):  # no dropout, no router noise
+        model.train(training)
+        found = lm_head(model).logits(packed_hidden(model, tokens, positions, bounds))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    model.eval()

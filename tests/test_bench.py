@@ -1,0 +1,382 @@
+"""The bench: counted floors, checks before timing, balanced turns, records, docs and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastppo.bench import __main__ as cli
+from fastppo.bench import floors, harness, memory, record, report
+from fastppo.bench.catalog import OPS, load_cases
+from fastppo.bench.harness import Case, Row, Schedule, Target, WrongResult, compare_tensors, fill_ratios, measure
+
+CPU = torch.device("cpu")
+COPY_BANDWIDTH = 1e10
+
+
+def double(x):
+    return {"y": x["x"] * 2}
+
+
+def toy_case(**changes) -> Case:
+    case = Case(
+        op="toy",
+        name="[1000]",
+        inputs=lambda generator: {"x": torch.randn(1000, generator=generator)},
+        providers={"fastppo": double, "eager": lambda x: {"y": x["x"] + x["x"]}},
+        exact=double,
+        work=floors.Work(8000),
+        target=Target(speedup=1.0),
+    )
+    return replace(case, **changes)
+
+
+def measured(case: Case, rounds: int = 2) -> dict[str, Row]:
+    rows = measure(case, CPU, Schedule(rounds), COPY_BANDWIDTH)
+    fill_ratios(rows, case.target)
+    return rows
+
+
+@pytest.fixture
+def few_inputs(monkeypatch):
+    """Input sets that exceed this cache are few and quickly made."""
+    monkeypatch.setattr(floors, "cache_bytes", lambda device: 6000)
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        # 2 rows of 3 fp32 logits (24), 2 labels (16), 2 log-probs (8)
+        (floors.token_logprobs(2, 3, 4), (48, 0)),
+        # bf16: logits 3 times (36), labels twice (32), log-probs and entropy out (16), their gradients in (16)
+        (floors.token_logprobs(2, 3, 2, entropy=True, backward=True), (100, 0)),
+        # hidden 2x3 and weight 5x3 in fp32 (84), labels (16), log-probs (8); 2·2·3·5 flops
+        (floors.linear_token_logprobs(2, 3, 5, 4), (108, 60)),
+        # operands twice in, once out (252), labels twice (32), log-probs out, their gradient in (16); three products
+        (floors.linear_token_logprobs(2, 3, 5, 4, backward=True), (300, 180)),
+        # operands in, gradients out (168), labels (16), old_logprobs and advantages (16), mask (2)
+        (floors.linear_ppo_loss(2, 3, 5, 4), (202, 180)),
+        (floors.gae(10), (160, 0)),
+        (floors.gae(10, mask=True), (170, 0)),
+        (floors.masked_whiten(10), (90, 0)),
+        (floors.approx_kl(10), (120, 0)),
+        # forward 3 fp32; backward reads both and the upstream gradient, writes one
+        (floors.approx_kl(10, backward=True), (280, 0)),
+        # 17 bytes a token, 16 more with values, 4 more with a reference
+        (floors.ppo_loss(10), (170, 0)),
+        (floors.ppo_loss(10, values=True, reference=True), (370, 0)),
+        # 2x3 bf16 logits (12), 2 tokens (16), 3 fp32 each (24)
+        (floors.sample_tokens(2, 3, 2), (52, 0)),
+    ],
+)
+def test_floors_equal_hand_counts(work, expected):
+    assert tuple(work) == expected
+
+
+def test_a_wrong_provider_is_not_timed(few_inputs):
+    rows = measured(toy_case(providers={"fastppo": lambda x: {"y": x["x"] * 2.001}, "eager": double}))
+    ours = rows["fastppo"]
+    assert (ours.status, ours.median_s, ours.speedup, ours.target_met) == ("wrong", None, None, False)
+    assert "y is off by" in ours.reason and ours.error > 1e-4
+    assert rows["eager"].status == "ok" and rows["eager"].rounds > 0
+
+
+@pytest.mark.parametrize(
+    "y", [torch.zeros(1000), torch.full((1000,), torch.nan), torch.zeros(3)], ids=["zeros", "nan", "shape"]
+)
+def test_wrong_outputs_are_told_apart(y):
+    with pytest.raises(WrongResult, match="^y "):
+        compare_tensors({}, {"y": y}, {"y": torch.ones(1000, dtype=torch.float64)})
+
+
+def test_a_missing_output_is_wrong():
+    with pytest.raises(WrongResult, match="returns z, expected y"):
+        compare_tensors({}, {"z": torch.ones(1)}, {"y": torch.ones(1)})
+
+
+def test_a_wrong_eager_gives_no_ratio(few_inputs):
+    rows = measured(toy_case(providers={"fastppo": double, "eager": lambda x: {"y": x["x"]}}))
+    assert rows["fastppo"].status == "ok" and rows["fastppo"].speedup is None and rows["fastppo"].target_met is False
+
+
+def test_a_raising_provider_gets_its_reason_and_the_rest_goes_on(few_inputs):
+    def broken(x):
+        raise RuntimeError("no kernel\nsecond line")
+
+    rows = measured(toy_case(providers={"fastppo": broken, "eager": double}))
+    assert (rows["fastppo"].status, rows["fastppo"].reason) == ("raised", "RuntimeError: no kernel")
+    assert rows["eager"].status == "ok" and rows["eager"].median_s > 0
+
+
+def test_a_provider_may_raise_later(few_inputs):
+    calls = []
+
+    def fails_at_its_third_call(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("worn out")
+        return double(x)
+
+    rows = measured(toy_case(providers={"fastppo": fails_at_its_third_call, "eager": double}))
+    assert rows["fastppo"].status == "raised" and rows["fastppo"].median_s is None
+    assert rows["eager"].rounds == 2
+
+
+def test_failing_inputs_are_a_reason_for_every_provider():
+    def no_inputs(generator):
+        raise MemoryError("too large")
+
+    rows = measured(toy_case(inputs=no_inputs))
+    assert [row.reason for row in rows.values()] == ["the inputs or the reference failed: MemoryError: too large"] * 2
+
+
+def test_turns_alternate_and_inputs_rotate(few_inputs):
+    calls = []
+
+    def provider(name):
+        return lambda x: calls.append((name, x["x"].data_ptr())) or double(x)
+
+    measured(toy_case(providers={"fastppo": provider("A"), "eager": provider("B")}), rounds=4)
+    timed = calls[2:]  # after one checked call each
+    assert "".join(name for name, _ in timed) == "ABBAABBA"
+    assert len({pointer for _, pointer in timed[:3]}) == 3, "2 x 6000 bytes of cache take 3 sets of 4000 bytes"
+
+
+def test_cheap_cases_run_on_for_steadier_medians():
+    schedule = Schedule(rounds=20, seconds=0.5)
+    assert schedule.goes_on(19, 60.0) and not schedule.goes_on(20, 60.0), "never fewer than asked for"
+    assert schedule.goes_on(199, 0.4) and not schedule.goes_on(200, 0.4)
+    assert not Schedule(rounds=2).goes_on(2, 0.0)
+
+
+def test_times_and_ratio_are_of_medians():
+    row = Row("toy", "[1000]", "fastppo", "ok")
+    harness.fill_times(row, toy_case(work=floors.Work(8000, 500)), [4e-6, 1e-6, 2e-6, 3e-6, 100e-6], COPY_BANDWIDTH)
+    assert row.median_s == 3e-6 and row.rounds == 5
+    assert row.p20_s == pytest.approx(1.8e-6) and row.p80_s == pytest.approx(23.2e-6)
+    assert row.gb_per_s == pytest.approx(8 / 3) and row.copy_share == pytest.approx(8 / 30)
+    assert row.gflop_per_s == pytest.approx(1 / 6)
+    rows = {"fastppo": row, "eager": Row("toy", "[1000]", "eager", "ok", median_s=9e-6, peak_bytes=100)}
+    row.peak_bytes = 20
+    fill_ratios(rows, Target(speedup=3.1, memory_share=0.2))
+    assert row.speedup == pytest.approx(3.0) and row.memory_share == 0.2 and row.target_met is False
+    fill_ratios(rows, Target(speedup=2.9, memory_share=0.2))
+    assert row.target_met is True and rows["eager"].target_met is None
+
+
+def test_inputs_are_random_and_reach_the_reference_in_fp64():
+    case = load_cases("token_logprobs", quick=True)[1]
+    first, second = (harness.make_inputs(case, CPU, index)["logits"] for index in (0, 1))
+    assert first.requires_grad and first.ne(second).all()
+    assert torch.equal(first, harness.make_inputs(case, CPU, 0)["logits"])
+    wide = harness.in_fp64(harness.make_inputs(case, CPU))
+    assert (
+        wide["logits"].dtype == torch.float64 and wide["logits"].requires_grad and wide["labels"].dtype == torch.int64
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_names_its_baseline(op):
+    full, quick = load_cases(op, quick=False), load_cases(op, quick=True)
+    assert len(full) == len(quick), "a case and its quick one have the same index"
+    assert all(case.op == op and {"fastppo", "eager"} <= case.providers.keys() for case in full)
+    assert all(case.target == Target() for case in quick)
+    assert len({case.name for case in full}) == len(full)
+
+
+def test_the_promised_targets_are_rows():
+    promised = {(case.op, case.name): case.target for op in OPS for case in load_cases(op, quick=False)}
+    expected = {
+        ("token_logprobs", "[512, 32000] fp32 forward"): Target(5.0),
+        ("token_logprobs", "[512, 32000] fp32 forward + backward, with entropy"): Target(3.0),
+        ("token_logprobs", "[512, 32000] bf16 forward"): Target(8.0),
+        ("gae", "[256, 1024]"): Target(80.0),
+        ("ppo_loss", "262144 tokens, policy + value + KL, forward + backward"): Target(4.0),
+        ("sample_tokens", "[64, 32000] fp32, top-k 50, top-p 0.9"): Target(20.0),
+        ("linear_token_logprobs", "2048 tokens, H=512, V=32000, forward + backward"): Target(1 / 1.1, 0.1),
+    }
+    assert {key: target for key, target in promised.items() if target != Target()} == expected
+
+
+def test_peak_counts_what_is_touched_beyond_the_outputs():
+    def with_scratch(x):
+        scratch = torch.ones(16 << 20)  # 64 MiB
+        return {"y": scratch[: 8 << 20] + x["x"]}  # 32 MiB that the caller gets
+
+    try:
+        peak = memory.cpu_peak(with_scratch, {"x": torch.ones(1)})
+    except memory.CannotMeasure as error:
+        pytest.skip(str(error))
+    assert peak == pytest.approx(64 << 20, abs=4 << 20)
+
+
+def test_peak_in_a_fresh_process():
+    """Eager's log-softmax of [512, 32000] fp32 is 65.5 MB."""
+    try:
+        peak = memory.measure_peak("token_logprobs", 0, "eager", CPU)
+    except memory.CannotMeasure as error:
+        if "clear_refs" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert 60e6 < peak < 75e6
+
+
+def test_a_failing_measurement_says_why(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nKeyError: 'nobody'\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+    with pytest.raises(memory.CannotMeasure, match="KeyError: 'nobody'"):
+        memory.measure_peak("token_logprobs", 0, "nobody", CPU)
+
+
+def a_record(**changes) -> record.Record:
+    rows = [
+        Row(
+            "gae",
+            "[256, 1024]",
+            "fastppo",
+            "ok",
+            None,
+            1e-7,
+            20,
+            1e-3,
+            0.9e-3,
+            1.1e-3,
+            8000,
+            None,
+            8e-3,
+            None,
+            0.01,
+            50.0,
+            80.0,
+        ),
+        Row("gae", "[256, 1024]", "eager", "ok", None, 2e-7, 20, 5e-2, 4e-2, 6e-2, 8000, None, 1e-4, None, 0.001),
+        Row("ppo_loss", "16 tokens", "fastppo", "wrong", "loss is off", 0.5),
+    ]
+    machine = record.Machine("cpu", "A Processor (R) 3", 2, "avx2", "Linux 6", 32 << 20, 2.5e10)
+    whole = record.Record(machine, {"torch": "2.13.0"}, "a" * 40, "2026-11-22T10:00:00+00:00", False, 20, rows)
+    return replace(whole, **changes)
+
+
+def test_record_survives_json(tmp_path):
+    file = record.save(a_record(), tmp_path)
+    assert file.name == "a-processor-r-3-2t-2026-11-22.json"
+    assert record.load(file) == a_record()
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.pop("schema"), "schema None, expected 1"),
+        (lambda data: data.pop("date"), r"lacks \['date'\]"),
+        (lambda data: data["machine"].pop("isa"), r"machine lacks \['isa'\]"),
+        (lambda data: data["rows"][1].update(colour=1), r"rows\[1\].*unknown \['colour'\]"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, damage, message):
+    file = record.save(a_record(), tmp_path / "r.json")
+    data = json.loads(file.read_text())
+    damage(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        record.load(file)
+
+
+def test_docs_are_written_between_the_markers(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):  # writing again changes nothing
+        report.write_docs(a_record(), "r.json", page)
+        text = page.read_text()
+        assert (
+            text.startswith(f"before\n{report.BEGIN}\n")
+            and text.endswith(f"{report.END}\nafter\n")
+            and "old" not in text
+        )
+    assert "| gae [256, 1024] | **fastppo** | 1 ms |" in text
+    assert "- gae [256, 1024]: 50.00x eager's speed, target >= 80x: not met" in text
+    assert "- ppo_loss 16 tokens, fastppo: wrong: loss is off" in text
+
+
+def test_docs_refuse_quick_records_and_pages_without_markers(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text("nothing to replace")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.write_docs(a_record(), "r.json", page)
+    with pytest.raises(ValueError, match="quick run"):
+        report.write_docs(a_record(quick=True), "r.json", page)
+
+
+def test_the_page_is_what_its_record_gives(tmp_path):
+    """docs/performance.md was written by the command, from the record it names."""
+    text = cli.DOCS.read_text()
+    if f"{report.BEGIN}\n{report.END}" in text:
+        pytest.skip("the page holds no record yet")
+    name = text.split("Record: `")[1].split("`")[0]
+    page = tmp_path / "performance.md"
+    page.write_text(text)
+    report.write_docs(record.load(record.ROOT / name), name, page)
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "gea"], "unknown op 'gea', did you mean 'gae'?"),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--quick", "--check"], "drop --quick"),
+        (["--device", "cuda"], "sees no CUDA device here"),
+        (["--json", "no/such/folder/r.json"], "there is no folder no/such/folder"),
+    ],
+)
+def test_usage_errors_name_the_cause(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_quick_run_of_one_op(tmp_path, capsys):
+    file = tmp_path / "r.json"
+    assert cli.main(["--op", "token_logprobs", "--quick", "--rounds", "2", "--json", str(file)]) == 0
+    result = record.load(file)
+    assert (
+        result.quick
+        and result.rounds == 2
+        and result.machine.copy_bandwidth > 0
+        and result.versions["torch"] == torch.__version__
+    )
+    assert [row.provider for row in result.rows] == ["fastppo", "eager"] * 3
+    assert all(row.status == "ok" and row.median_s > 0 and row.error is not None for row in result.rows)
+    assert "[16, 4000] bf16 forward" in capsys.readouterr().out
+
+
+def test_check_and_failures_set_the_exit_status(monkeypatch, capsys, few_inputs):
+    slow = toy_case(target=Target(speedup=1e6))
+    monkeypatch.setattr(cli, "load_cases", lambda op, quick: [slow])
+    monkeypatch.setattr(floors, "copy_bandwidth", lambda device, rounds: COPY_BANDWIDTH)
+    assert cli.main(["--op", "gae", "--rounds", "1"]) == 0
+    assert cli.main(["--op", "gae", "--rounds", "1", "--check"]) == 1
+    assert "below target: toy [1000]: " in capsys.readouterr().err
+    monkeypatch.setattr(cli, "load_cases", lambda op, quick: 1 / 0)
+    assert cli.main(["--op", "gae", "--rounds", "1"]) == 1
+    assert "failed: gae all, all: raised: its cases do not load: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_transformers_works_beside_our_kernels_folder(tmp_path):
+    """In the checkout `import kernels` finds our folder, even where the package of that name is installed."""
+    metadata = tmp_path / "kernels-0.16.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.16.1\n")
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(tmp_path))))
+    command = [sys.executable, "-m", "fastppo.bench", "--op", "sample_tokens", "--quick", "--rounds", "1"]
+    done = subprocess.run(
+        command, cwd=record.ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,199 @@
+"""The command line: exit codes, one-line errors, and commands that do what they say."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from fastppo import cli
+from fastppo.checkpoint import CheckpointError, save_checkpoint
+from fastppo.run_folder import RunFolder
+
+RECIPE = """
+model: {{name: {model}}}
+data: {{path: {data}}}
+reward: {{function: '{reward}'}}
+ppo: {{total_steps: 1, output_dir: '{run}'}}
+"""
+
+
+def write_recipe(tmp_path, model="", data="", reward="fastppo.rewards:exact_answer"):
+    path = tmp_path / "recipe.yaml"
+    values = {
+        "model": model or "./no-model",
+        "data": data or "./no-data.jsonl",
+        "reward": reward,
+        "run": tmp_path / "run",
+    }
+    path.write_text(RECIPE.format(**values))
+    return path
+
+
+def error_of(capsys, *arguments) -> str:
+    assert cli.main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastppo: error: ") and captured.err.count("\n") == 1, "one line, no traceback"
+    return captured.err
+
+
+def test_mistakes_are_one_line_each(tmp_path, capsys):
+    assert "nowhere.yaml" in error_of(capsys, "train", tmp_path / "nowhere.yaml")
+    assert "nearest is lr" in error_of(capsys, "train", write_recipe(tmp_path), "ppo.lrr=1")
+    assert "no-model" in error_of(capsys, "train", write_recipe(tmp_path))
+    assert "sqr" in error_of(capsys, "train", write_recipe(tmp_path, reward="math:sqr"))
+    assert "data.path is empty" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=''")
+    assert "data.path is None" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=")
+    assert "no run folder" in error_of(capsys, "plot", tmp_path)
+
+
+def test_traceback_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTPPO_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", str(tmp_path / "nowhere.yaml")])
+
+
+def test_info_lists_every_op(capsys):
+    from fastppo.ops._backends import FAST_BACKENDS
+
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in FAST_BACKENDS)
+
+
+def test_help_and_version_answer_at_once():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "fastppo", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout and "bench" in done.stdout
+    code = "import sys, fastppo.cli; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "no Transformers import"
+    assert time.perf_counter() - start < 60
+
+
+@pytest.fixture
+def fake_trainer(monkeypatch):
+    """Stands for everything below the command line; `outcome` is what `train` returns or raises, `seen` what it was given."""
+    fake = SimpleNamespace(outcome={"objective/scores": 0.5}, seen={})
+
+    class Trainer:
+        def __init__(self, model, **keywords):
+            fake.seen = {"model": model, **keywords}
+
+        def train(self, resume=False):
+            fake.seen["resume"] = resume
+            if isinstance(fake.outcome, BaseException):
+                raise fake.outcome
+            return fake.outcome
+
+    data = SimpleNamespace(load_train_and_eval=lambda *arguments: ("train", "held out"))
+    monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer, TrainingError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "fastppo.data", data)
+    monkeypatch.setitem(
+        sys.modules, "fastppo.models", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")
+    )
+    return fake
+
+
+def test_the_recipe_reaches_the_trainer(tmp_path, fake_trainer, capsys):
+    path = write_recipe(tmp_path)
+    assert cli.main(["train", str(path), "model.dtype=float32", "model.tokenizer=t", "lr=0.5", "--resume"]) == 0
+    seen = fake_trainer.seen
+    assert (seen["model"], seen["tokenizer"], seen["dtype"]) == ("./no-model", "tokenizer of t", "float32")
+    assert (seen["prompts"], seen["eval_prompts"], seen["resume"]) == ("train", "held out", True)
+    assert seen["config"].lr == seen["recipe"]["ppo"]["lr"] == 0.5 and callable(seen["reward"])
+    assert "done: reward 0.500" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_taken_is_noticed_before_anything_is_loaded(tmp_path, fake_trainer, capsys):
+    RunFolder(tmp_path / "run", {}).log_metrics(1, {})
+    arguments = ("train", write_recipe(tmp_path))
+    assert "--resume" in error_of(capsys, *arguments) and not fake_trainer.seen
+    assert cli.main([*map(str, arguments), "--resume"]) == 0
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path, fake_trainer, capsys):
+    fake_trainer.outcome = {}
+    assert cli.main(["train", str(write_recipe(tmp_path)), "--resume"]) == 0
+    assert "raise ppo.total_steps" in capsys.readouterr().out
+
+
+def test_interrupting_a_run_says_how_to_go_on(tmp_path, fake_trainer, capsys):
+    """The command that is shown is the one that was given: without its overrides it would look in another folder."""
+    fake_trainer.outcome = KeyboardInterrupt()
+    recipe, override = write_recipe(tmp_path), f"ppo.output_dir={tmp_path / 'a run'}"
+    assert cli.main(["train", str(recipe), override]) == 130
+    assert "no checkpoint yet" in capsys.readouterr().err
+    folder = RunFolder(tmp_path / "a run", {})
+    for step in (9, 10):
+        save_checkpoint(folder.checkpoints, step, {}, {}, keep=2)
+    assert cli.main(["train", str(recipe), override, "--resume"]) == 130
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "a run" / "checkpoints" / "step-000010") in printed
+    assert shlex.split(printed.split("go on with: ")[1]) == ["fastppo", "train", str(recipe), override, "--resume"]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("two\nlines"), TypeError(), CheckpointError("two\nlines"), OSError("two\nlines")]
+)
+def test_every_error_of_the_user_is_one_line(tmp_path, fake_trainer, capsys, error):
+    fake_trainer.outcome = error
+    assert (str(error) and "two lines" or "TypeError") in error_of(capsys, "train", write_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError(), ImportError("no such name", name="fastppo.ops")])
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, fake_trainer, fault):
+    fake_trainer.outcome = fault
+    with pytest.raises(type(fault)):
+        cli.main(["train", str(write_recipe(tmp_path))])
+
+
+def test_bench_gets_its_own_arguments_and_the_same_error_line(monkeypatch, capsys):
+    def bench(arguments):
+        assert arguments == ["--op", "gae"]
+        raise ValueError("no such op")
+
+    monkeypatch.setitem(sys.modules, "fastppo.bench.__main__", SimpleNamespace(main=bench))
+    assert "no such op" in error_of(capsys, "bench", "--op", "gae")
+
+
+def train(recipe, *arguments) -> int:
+    return cli.main(["train", str(recipe), "device=cpu", *map(str, arguments)])
+
+
+TINY_STEPS = ["ppo.total_steps=2", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=1", "ppo.max_new_tokens=16"]
+
+
+def test_training_a_real_model_from_its_recipe(stories_model, tmp_path, capsys):
+    """recipes/stories.yaml on the real pretrained Llama, shortened: runs, records, plots, resumes."""
+    run = tmp_path / "run"
+    arguments = [*TINY_STEPS, "data.eval_size=4", f"ppo.output_dir={run}"]
+    assert train("recipes/stories.yaml", *arguments) == 0
+    assert "done: reward" in capsys.readouterr().out
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert cli.main(["plot", str(run), "-o", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").exists()
+    assert "--resume" in error_of(capsys, "train", "recipes/stories.yaml", *arguments)
+    assert train(run / "config.yaml", "ppo.total_steps=3", "--resume") == 0
+
+
+def test_gsm8k_end_to_end_on_a_tiny_model_of_its_architecture(gsm8k_train, stories_model, tmp_path):
+    """recipes/gsm8k.yaml with a random Qwen2 of two layers: real questions, the real reward, every part of the path."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    changes = [f"model.name={tmp_path / 'model'}", f"ppo.output_dir={run}", "data.eval_size=4", *TINY_STEPS]
+    assert train("recipes/gsm8k.yaml", *changes) == 0
+    assert (run / "model" / "model.safetensors").exists()

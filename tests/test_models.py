@@ -1,0 +1,356 @@
+"""Models: the check before use, packed training forwards, heads, critics, loading."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from fastppo.models import (
+    Critic,
+    ValueHead,
+    context_length,
+    lm_head,
+    load_model,
+    load_tokenizer,
+    packed_hidden,
+    prepare_model,
+    shift_right,
+)
+from fastppo.rollout import Engine
+from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, WINDOW, make_chain, make_model
+
+# Transformers' norms and rotary angles are fp32 in fp64 models too: a last bit of fp64 can flip one of fp32.
+CLOSE = dict(atol=2e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _pack(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens, position_ids, cu_seqlens"""
+    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
+    return torch.cat(sequences), torch.cat([torch.arange(len(s)) for s in sequences]), bounds
+
+
+def _sequences(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(1, VOCAB_SIZE, (length,)) for length in lengths]
+
+
+class TestPackedTraining:
+    """Packing changes neither values nor gradients, in fp64."""
+
+    families = ["llama", "qwen3", "mistral-window", "gemma2", "gpt_oss", "gpt2", "phi", "mixtral"]
+    lengths = (5, 33, 1, 12, 12)
+
+    @staticmethod
+    def _make(family: str):
+        model = make_model(family, dtype=torch.float64)
+        if family in ("gpt_oss", "mixtral"):
+            model.set_experts_implementation("eager")  # the grouped product has no fp64
+        return model
+
+    @staticmethod
+    def _loss_and_gradients(model, groups: list[list[torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sum over all tokens of a fixed function of the logits, the groups packed one after the other."""
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for sequences in groups:
+            logits = lm_head(model).logits(packed_hidden(model, *_pack(sequences)))
+            total = total + logits.log_softmax(-1)[:, ::7].sum()
+        total.backward()
+        return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    @pytest.mark.parametrize("family", families)
+    def test_equals_own_forward_one_at_a_time(self, family):
+        plain = self._make(family)
+        model = prepare_model(copy.deepcopy(plain)).train()
+        plain.set_attn_implementation("eager")
+        sequences = _sequences(*self.lengths)
+        loss, gradients = self._loss_and_gradients(model, [sequences])
+        expected = sum(plain(s[None], use_cache=False).logits.log_softmax(-1)[0, :, ::7].sum() for s in sequences)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach(), **CLOSE)
+        own = [p.grad for p in plain.parameters() if p.grad is not None]
+        assert len(own) == len(gradients)
+        for found, wanted in zip(gradients, own, strict=True):
+            torch.testing.assert_close(found, wanted, **CLOSE)
+
+    @pytest.mark.parametrize("family", families)
+    def test_does_not_depend_on_the_packing(self, family):
+        model = prepare_model(self._make(family))
+        sequences = _sequences(*self.lengths)
+        loss, gradients = self._loss_and_gradients(model, [[s] for s in sequences])
+        for groups in ([sequences], [sequences[::-1]], [sequences[:2], sequences[2:]]):
+            other_loss, other = self._loss_and_gradients(model, groups)
+            torch.testing.assert_close(other_loss, loss, **CLOSE)
+            for found, wanted in zip(other, gradients, strict=True):
+                torch.testing.assert_close(found, wanted, **CLOSE)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        model = prepare_model(make_model("qwen3", dtype=torch.float64)).train()
+        sequences = _sequences(*self.lengths)
+        loss, gradients = self._loss_and_gradients(model, [sequences])
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        other_loss, other = self._loss_and_gradients(model, [sequences])
+        torch.testing.assert_close(other_loss, loss, **CLOSE)
+        for found, wanted in zip(other, gradients, strict=True):
+            torch.testing.assert_close(found, wanted, **CLOSE)
+
+    def test_nan_stays_in_its_sequence(self):
+        model = prepare_model(make_model("llama", tie_word_embeddings=False))
+        model.get_input_embeddings().weight.data[50] = torch.nan
+        good, bad = _sequences(5)[0].clamp_max(49), torch.tensor([1, 50, 2])
+        hidden = packed_hidden(model, *_pack([bad, good, bad, good]))
+        assert hidden[3:8].isfinite().all() and hidden[11:].isfinite().all() and hidden[1:3].isnan().all()
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(tokens=torch.ones(5, dtype=torch.int64)), r"tokens and position_ids have shapes \[5\] and \[6\]"),
+            (dict(tokens=torch.ones(0, dtype=torch.int64), position_ids=torch.arange(0)), "T >= 1"),
+            (dict(cu_seqlens=torch.tensor([0, 4, 5])), "cu_seqlens is"),
+            (dict(cu_seqlens=torch.tensor([0, 5, 4, 6])), "cu_seqlens is"),
+            (dict(cu_seqlens=torch.tensor([1, 6])), "cu_seqlens is"),
+        ],
+    )
+    def test_errors(self, change, message):
+        arguments = dict(
+            tokens=torch.ones(6, dtype=torch.int64), position_ids=torch.arange(6), cu_seqlens=torch.tensor([0, 6])
+        )
+        with pytest.raises(ValueError, match=message):
+            packed_hidden(prepare_model(make_chain([0, 0])), **(arguments | change))
+
+    def test_sequence_beyond_the_context(self):
+        model = prepare_model(make_chain([0, 0]))
+        tokens, positions, bounds = _pack(
+            [torch.ones(3, dtype=torch.int64), torch.ones(CONTEXT + 1, dtype=torch.int64)]
+        )
+        with pytest.raises(ValueError, match=f"sequence 1 has {CONTEXT + 1} tokens, expected at most {CONTEXT}"):
+            packed_hidden(model, tokens, positions, bounds)
+
+    def test_unprepared_model(self):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has attention implementation 'sdpa'.*prepare_model"):
+            packed_hidden(make_chain([0, 0]), *_pack([torch.ones(3, dtype=torch.int64)]))
+
+
+class TestPrepare:
+    def test_returns_the_same_model_in_the_same_mode(self):
+        model = make_model("llama").train()
+        model.model.norm.eval()
+        assert prepare_model(model) is model and prepare_model(model) is model
+        assert model.training and not model.model.norm.training
+
+    def test_switches_dropout_and_noise_off(self):
+        for family in ("gpt2", "opt", "mixtral", "llama"):
+            model = prepare_model(make_model(family)).train()
+            assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+            arguments = _pack(_sequences(9, 4))
+            assert torch.equal(packed_hidden(model, *arguments), packed_hidden(model.eval(), *arguments))
+
+    def test_leaves_random_state_alone(self):
+        model = make_model("llama")
+        state = torch.get_rng_state()
+        prepare_model(model)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_copies_are_prepared(self):
+        model = prepare_model(make_model("llama"))
+        arguments = _pack(_sequences(9, 4))
+        assert torch.equal(packed_hidden(copy.deepcopy(model), *arguments), packed_hidden(model, *arguments))
+
+    def test_a_saved_model_is_plain_again(self, tmp_path):
+        model = prepare_model(make_model("llama"))
+        model.save_pretrained(tmp_path)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+    def test_direct_calls_say_what_to_do(self):
+        model = prepare_model(make_model("llama"))
+        with pytest.raises(ValueError, match=r"model.set_attn_implementation\('sdpa'\)"):
+            model(torch.tensor([[1, 2]]))
+        model.set_attn_implementation("sdpa")
+        assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+    def test_gradient_checkpointing_may_be_on(self):
+        model = make_model("llama")
+        model.gradient_checkpointing_enable()
+        prepare_model(model.train())
+
+    def test_only_models(self):
+        with pytest.raises(TypeError, match="model is Linear, expected a transformers.PreTrainedModel"):
+            prepare_model(nn.Linear(2, 2))
+
+
+SMALL = dict(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None)
+WIDE = SMALL | dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=CONTEXT, head_dim=8)
+EXPERTS = WIDE | dict(num_local_experts=4, num_experts_per_tok=2, attention_dropout=0.1)
+REFUSED = {
+    "bloom": ("bloom", SMALL, "attention interface"),
+    "falcon": ("falcon", SMALL, "attention interface"),
+    "gptj": ("gptj", dict(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, resid_pdrop=0.1), "attention interface"),
+    "mamba": ("mamba", SMALL | dict(state_size=4), "recurrent state"),
+    "conv": ("lfm2", WIDE | dict(layer_types=["conv", "full_attention"]), "layers of type (conv|linear_attention)"),
+    "linear": ("qwen3_next", WIDE | dict(num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+               linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8), "recurrent state"),
+    "chunked": ("llama4_text", EXPERTS | dict(intermediate_size_mlp=48), "chunked_attention"),
+    "stablelm": ("stablelm", WIDE | dict(hidden_dropout=0.1), "drops keyword arguments|attention interface"),
+    "nemotron": ("nemotron", WIDE, "drops keyword arguments|attention interface"),
+    "own-mask": ("doge", WIDE, "a mask|an attention mask"),
+    "window-unused": ("phimoe", EXPERTS | dict(sliding_window=WINDOW), "window None, expected 8"),
+    "not-causal": ("bert", SMALL | dict(intermediate_size=48), "differ from its own forward"),
+    "odd-head": ("hyperclovax", WIDE | dict(logits_scaling=3.0), "differ from its own forward"),
+}  # fmt: skip
+
+
+class TestRefused:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_names_architecture_and_reason_and_leaves_the_model_alone(self, case):
+        name, settings, reason = REFUSED[case]
+        if name not in CONFIG_MAPPING:
+            pytest.skip(f"this Transformers has no {name}")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).train()
+        before = (model.config._attn_implementation, repr(model), copy.deepcopy(vars(model.config)))
+        with pytest.raises(ValueError, match=f"^{type(model).__name__} is not supported: .*({reason})"):
+            prepare_model(model)
+        assert (model.config._attn_implementation, repr(model), vars(model.config)) == before
+        assert all(module.training for module in model.modules())
+
+    def test_by_the_engine_too(self):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **SMALL))
+        with pytest.raises(ValueError, match="BloomForCausalLM is not supported"):
+            Engine(model)
+
+    def test_encoder_decoder(self):
+        config = T5Config(vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration is not supported: encoder-decoder"):
+            prepare_model(T5ForConditionalGeneration(config))
+
+    def test_model_without_head(self):
+        with pytest.raises(ValueError, match="LlamaModel is not supported: LlamaModel has no language-model head"):
+            prepare_model(make_model("llama").model)
+
+    def test_broken_weights(self):
+        model = make_model("llama")
+        model.model.norm.weight.data[0] = torch.nan
+        with pytest.raises(ValueError, match="its own logits hold NaN"):
+            prepare_model(model)
+
+
+class TestHead:
+    def test_views_are_live(self):
+        model = make_model("llama", tie_word_embeddings=True)
+        head = lm_head(model)
+        assert head.weight is model.get_input_embeddings().weight
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(1)
+        assert torch.equal(lm_head(model).weight, head.weight)
+        assert head[1:] == (None, None, 1.0)
+
+    @pytest.mark.parametrize(
+        "family, softcap, scale",
+        [("gemma2", 3.0, 1.0), ("cohere", None, 0.25), ("granite", None, 0.25), ("phi", None, 1.0)],
+    )
+    def test_options(self, family, softcap, scale):
+        head = lm_head(make_model(family))
+        assert (head.softcap, head.logit_scale) == (softcap, scale)
+        assert (head.bias is not None) == (family == "phi")
+
+
+def test_context_length():
+    assert context_length(make_model("llama")) == CONTEXT
+    factors = [1.0] * 4
+    rope = dict(
+        rope_type="longrope",
+        short_factor=factors,
+        long_factor=factors,
+        original_max_position_embeddings=16,
+        rope_theta=1e4,
+    )
+    assert context_length(make_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)) == 16
+
+
+class TestShiftRight:
+    def test_inside_each_sequence(self):
+        bounds = torch.tensor([0, 0, 3, 3, 4, 6, 6], dtype=torch.int32)
+        assert shift_right(torch.arange(1.0, 7), bounds).tolist() == [0, 1, 2, 0, 0, 5]
+        pairs = torch.arange(12).view(6, 2)
+        assert shift_right(pairs, bounds).tolist() == [[0, 0], [0, 1], [2, 3], [0, 0], [0, 0], [8, 9]]
+        assert shift_right(torch.zeros(0), torch.tensor([0])).shape == (0,)
+
+    def test_nan_of_the_sequence_before_stays_there(self):
+        x = torch.tensor([1.0, torch.nan, 2.0], requires_grad=True)
+        y = shift_right(x, torch.tensor([0, 2, 3]))
+        assert y.tolist() == [0, 1, 0]
+        y.sum().backward()
+        assert x.grad.tolist() == [1, 0, 0]
+
+
+class TestCritic:
+    def test_starts_at_zero_from_a_copy_of_the_trunk(self):
+        model = prepare_model(make_model("qwen2"))
+        critic, arguments = Critic.from_model(model), _pack(_sequences(4, 7))
+        values = critic(*arguments)
+        assert values.shape == (11,) and values.dtype == torch.float32 and not values.any()
+        assert torch.equal(packed_hidden(critic.trunk, *arguments), packed_hidden(model, *arguments))
+        shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in critic.parameters()}
+        assert not shared
+
+    def test_values_and_gradients_do_not_depend_on_packing(self):
+        critic = Critic.from_model(prepare_model(make_model("llama", dtype=torch.float64))).double()
+        nn.init.normal_(critic.head.weight)
+        sequences = _sequences(4, 7, 1)
+        packed = critic(*_pack(sequences))
+        torch.testing.assert_close(packed, torch.cat([critic(*_pack([s])) for s in sequences]), **CLOSE)
+        packed.sum().backward()
+        assert all(p.grad is not None for p in critic.parameters())
+
+    def test_fp32_head_on_a_bf16_trunk(self):
+        model = prepare_model(make_model("qwen2", dtype=torch.bfloat16))
+        critic = Critic.from_model(model)
+        assert critic.head.weight.dtype == torch.float32
+        assert critic(*_pack(_sequences(4, 7))).dtype == torch.float32
+        assert ValueHead(32)(torch.randn(3, 32, dtype=torch.float16)).dtype == torch.float32
+
+    def test_needs_a_prepared_model(self):
+        with pytest.raises(ValueError, match="prepare_model"):
+            Critic.from_model(make_model("llama"))
+
+
+class TestLoading:
+    def test_round_trip(self, tmp_path):
+        model = make_model("llama")
+        model.save_pretrained(tmp_path)
+        loaded = load_model(str(tmp_path), dtype="auto", device="cpu")
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+        assert load_model(tmp_path, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+
+    def test_real_model_and_tokenizer(self, stories_model):
+        model, tokenizer = load_model(stories_model, dtype=torch.float32, device="cpu"), load_tokenizer(stories_model)
+        assert tokenizer.decode(tokenizer.encode("Once upon a time", add_special_tokens=False)) == "Once upon a time"
+        prepare_model(model)
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="model is '.*nowhere', expected a folder"):
+            load_model(str(tmp_path / "nowhere"), dtype="auto", device="cpu")
+        with pytest.raises(ValueError, match="tokenizer is './nowhere'"):
+            load_tokenizer("./nowhere")
+
+    def test_folder_without_model(self, tmp_path):
+        with pytest.raises(ValueError, match="model '.*' cannot be read from this folder"):
+            load_model(str(tmp_path), dtype="auto", device="cpu")
+
+    def test_unknown_dtype(self, tmp_path):
+        make_model("llama").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="dtype is 'float33'"):
+            load_model(str(tmp_path), dtype="float33", device="cpu")

@@ -1,0 +1,181 @@
+"""Recipes: one to one on the dataclasses, and every mistake is named with the nearest right thing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastppo.config import Recipe, RewardConfig
+from fastppo.recipe import load_recipe, resolve_reward
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+MINIMAL = "model: {name: m}\ndata: {path: p}\nreward: {function: 'math:sqrt'}\nppo: {total_steps: 5, lr: 1e-5}\n"
+
+
+def write(tmp_path, text=MINIMAL) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_our_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    assert isinstance(recipe, Recipe)
+    assert callable(resolve_reward(recipe.reward))
+
+
+def test_values_and_overrides(tmp_path):
+    recipe = load_recipe(write(tmp_path), ["ppo.lr=2e-5", "gamma=0.9", "data.chat=false", "ppo.stop_strings=[a, b]"])
+    assert (recipe.ppo.total_steps, recipe.ppo.lr, recipe.ppo.gamma) == (5, 2e-5, 0.9)
+    assert recipe.data.chat is False and recipe.ppo.stop_strings == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.lrr=1", "key ppo.lrr is not known; the nearest is lr"),
+        ("gama=1", "key gama is not known; the nearest is gamma"),
+        ("ppoo.lr=1", "section ppoo is not known; the nearest is ppo"),
+        ("ppo.lr", "has no '='"),
+        ("ppo.lr=fast", "ppo.lr is 'fast'"),
+        ("ppo.lr=-1", "ppo.lr is -1: expected greater than or equal to 0"),
+        ("ppo.critic=both", "ppo.critic is 'both': expected 'separate' or 'shared'"),
+        ("ppo.total_steps=2.5", "ppo.total_steps is 2.5"),
+        ("ppo.min_new_tokens=1000", "ppo.min_new_tokens is 1000, expected at most max_new_tokens = 256"),
+        ("ppo.lr=[", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(tmp_path, override, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe(write(tmp_path), [override])
+    assert message in str(error.value) and "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected sections"),
+        ("- a", "is list, expected sections"),
+        ("ppo: 3", "ppo is 3, expected keys and values"),
+        ("ppo: {lr: 1, lr: 2}", "lr stands there twice"),
+        ("ppo: {lr: 1", "not valid YAML"),
+        ("pppo: {}", "section pppo is not known; the nearest is ppo"),
+        ("ppo: {learning_rate: 1}", "key ppo.learning_rate is not known"),
+        ("ppo: {lr: !!python/object/apply:os.system [ls]}", "not valid YAML"),
+    ],
+)
+def test_wrong_files(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message.replace("!", ".")):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "reward.py").write_text(
+        "def score(prompts, completions, scale=1, **_):\n    return [scale] * len(completions)\n"
+    )
+    text = "model: {name: model}\ndata: {path: hub/data}\nreward: {function: 'reward.py:score', arguments: {scale: 3}}"
+    monkeypatch.chdir("/")
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.model.name == str(tmp_path / "model")
+    assert recipe.data.path == "hub/data", "a name that is no file stays a hub name"
+    reward = resolve_reward(recipe.reward)
+    assert reward(["a"], ["b"]) == [3] and reward.__name__ == "score"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("", "expected package.module:function"),
+        ("math", "expected package.module:function"),
+        ("no_such_module_here:f", "module no_such_module_here cannot be imported"),
+        ("math:sqr", "has no function sqr; the nearest is sqrt"),
+        ("math:pi", "has no function pi"),
+    ],
+)
+def test_wrong_reward_names(function, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_reward(RewardConfig(function=function))
+
+
+def test_the_written_config_is_a_recipe_again(tmp_path):
+    import dataclasses
+
+    from fastppo.run_folder import RunFolder
+
+    recipe = load_recipe(write(tmp_path), ["ppo.stop_token_ids=[3]"])
+    folder = RunFolder(tmp_path / "run", dataclasses.asdict(recipe))
+    assert load_recipe(folder.path / "config.yaml") == recipe
+    assert yaml.safe_load((folder.path / "config.yaml").read_text())["ppo"]["total_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.lr=true", "ppo.lr is True: expected no true or false"),
+        ("total_steps=yes", "ppo.total_steps is True"),
+        ("model.lr=1", "key model.lr is not known; ppo.lr is"),
+        ("reward.arguments=on", "reward.arguments is True"),
+    ],
+)
+def test_slips_that_would_pass_for_a_number_or_hide_in_another_section(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize("text", ["ppo: {lr: 1", "? [a]\n: 1", "a: b: c"])
+def test_a_yaml_error_is_one_line(tmp_path, text):
+    with pytest.raises(ValueError, match="not valid YAML") as error:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def reward(tmp_path, code, **arguments):
+    path = tmp_path / "my_reward.py"
+    path.write_text(code)
+    return resolve_reward(RewardConfig(function=f"{path}:f", arguments=arguments))
+
+
+def test_a_bound_argument_that_the_function_requires_is_not_asked_for_again(tmp_path):
+    from fastppo.rewards import RewardRunner
+
+    bound = reward(tmp_path, "def f(prompts, completions, scale):\n    return [scale for _ in completions]\n", scale=3)
+    with RewardRunner(bound, timeout=None) as runner:
+        assert runner(["a"], ["b"], {}).scores == [3.0]
+
+
+def test_a_misspelt_argument_is_found_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match="reward.arguments is {'sclae': 3}.*unexpected keyword argument 'sclae'"):
+        reward(tmp_path, "def f(prompts, completions, scale=1):\n    return []\n", sclae=3)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("import nowhere_xyz", "nowhere_xyz")],
+)
+def test_a_reward_file_that_fails_is_named(tmp_path, code, message):
+    with pytest.raises(ValueError, match=f"my_reward.py cannot be imported: .*{message}"):
+        reward(tmp_path, code)
+
+
+def test_a_reward_file_may_define_dataclasses(tmp_path):
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+    code += "@dataclass\nclass Rule:\n    weight: ClassVar[int] = 1\ndef f(prompts, completions):\n    return []\n"
+    assert reward(tmp_path, code)([], []) == []
+
+
+def test_a_file_named_as_a_module_gets_a_hint(tmp_path, monkeypatch):
+    (tmp_path / "score_xyz.py").write_text("def f():\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    with pytest.raises(ValueError, match=r"write \./score_xyz.py:function"):
+        resolve_reward(RewardConfig(function="score_xyz:f"))

@@ -1,0 +1,194 @@
+"""A run's folder, its curves and its console output."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fastppo.console import Reporter, printable
+from fastppo.plot import PANELS, _draw, plot_run
+from fastppo.run_folder import RunFolder, read_metrics
+
+
+def test_rows_come_back(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"ppo": {"lr": 0.1}})
+    folder.log_metrics(1, {"a": 0.5, "b": math.nan})
+    folder.log_metrics(2, {"a": math.inf})
+    folder.log_sample(1, "p", "c\n", math.nan)
+    assert read_metrics(folder.path) == [{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": None}]
+    assert json.loads((folder.path / "samples.jsonl").read_text())["completion"] == "c\n"
+
+
+def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    for step in (1, 2, 3):
+        folder.log_metrics(step, {"a": step})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "a"')
+    assert [row["step"] for row in read_metrics(folder.path)] == [1, 2, 3]
+    RunFolder(folder.path, {}, resume=True).rewind(2)
+    folder.log_metrics(3, {"a": 9})
+    assert [row["step"] for row in read_metrics(folder.path)] == [1, 2, 3]
+
+
+def test_foreign_and_finished_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        RunFolder(tmp_path, {})
+    with pytest.raises(ValueError, match="which is a file"):
+        RunFolder(tmp_path / "thesis.txt", {})
+    (tmp_path / "config.yaml").write_text("somebody: else\n")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds other files"):
+            RunFolder(tmp_path, {}, resume=resume)
+    assert (tmp_path / "config.yaml").read_text() == "somebody: else\n"
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_metrics(1, {})
+    with pytest.raises(ValueError, match="--resume"):
+        RunFolder(tmp_path / "run", {})
+    RunFolder(tmp_path / "run", {}, resume=True)
+    folder = RunFolder(tmp_path / "unrecorded", {})
+    folder.checkpoints.mkdir()
+    with pytest.raises(ValueError, match="--resume"):
+        RunFolder(folder.path, {})
+
+
+def test_a_run_that_ended_in_its_first_step_starts_afresh(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_sample(1, "p", "c", 0.0)
+    folder = RunFolder(tmp_path / "run", {})
+    assert (folder.path / "samples.jsonl").read_text() == ""
+
+
+def test_any_text_and_any_kind_of_number_is_recorded(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"ppo": {"output_dir": "é"}})
+    folder.log_sample(1, "half \ud83d", "中\u2028", 1.0)
+    folder.log_metrics(1, {"numpy": np.float32(0.5), "tensor": torch.tensor(2.0)})
+    folder.rewind(1)
+    sample = json.loads((folder.path / "samples.jsonl").read_text(encoding="utf-8"))
+    assert (sample["prompt"], sample["completion"]) == ("half \ud83d", "中\u2028")
+    assert read_metrics(folder.path) == [{"step": 1, "numpy": 0.5, "tensor": 2.0}]
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"[]", b'{"a": 1}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_metrics(1, {"a": 1.0})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+        read_metrics(folder.path)
+
+
+def test_a_folder_without_metrics_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        read_metrics(tmp_path)
+
+
+def make_run(tmp_path, steps=20):
+    folder = RunFolder(tmp_path / "run", {})
+    for step in range(steps):
+        score = step / steps
+        row = {
+            "objective/scores": score,
+            "objective/scores_std": 0.2,
+            "policy/entropy_avg": 2 - score,
+            "objective/kl": score**2,
+        }
+        row |= {"completions/mean_length": 30 + step, "policy/clipfrac_avg": 0.1, "val/explained_var": score}
+        folder.log_metrics(step, row | ({"eval/scores": score} if step % 5 == 0 else {}))
+    return folder.path
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    path = plot_run(make_run(tmp_path))
+    assert path.name == "curve.png" and path.read_bytes()[:4] == b"\x89PNG"
+    assert plot_run(tmp_path / "run", tmp_path / "other.png").exists()
+
+
+def test_a_run_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    run = make_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install fastppo\[plot\]"):
+        plot_run(run)
+
+
+def test_nothing_to_draw(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.log_metrics(1, {"other": 1.0})
+    with pytest.raises(ValueError, match="no metrics to draw"):
+        plot_run(folder.path)
+
+
+def report(terminal: bool, quiet: bool = False) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120, highlight=False)
+    with Reporter(2, quiet=quiet, console=console) as reporter:
+        reporter.phase("rollout", 1, 4)
+        reporter.step(1, {"objective/scores": 0.25, "time/step": 1.5, "objective/kl": math.nan})
+        reporter.note("resumed [bold]here[/bold] \x1b[2J")
+        reporter.step(2, {"objective/scores": 0.75, "time/step": 1.5})
+    return output.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    lines = report(terminal=False).splitlines()
+    assert lines[0].startswith("step 1/2  reward 0.250") and "KL" not in lines[0]
+    assert "\x1b" not in "".join(lines), "no escape codes in a log file"
+
+
+def test_a_live_table_on_a_terminal():
+    text = report(terminal=True)
+    assert "reward" in text and "0.750" in text and "rollout" in text
+
+
+def test_quiet_says_nothing():
+    assert report(terminal=False, quiet=True) == report(terminal=True, quiet=True) == ""
+
+
+def test_model_output_cannot_drive_the_terminal():
+    assert printable("a\x1b[2Jb\x07\nc\t") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\nc\t"
+    assert "[bold]here[/bold]" in report(terminal=False), "brackets are text, not markup"
+    assert printable("\u202egpj.exe\ud83d") == "\N{REPLACEMENT CHARACTER}gpj.exe\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_sample_cannot_pass_for_a_record_of_the_run():
+    output = io.StringIO()
+    with Reporter(9, console=Console(file=output, force_terminal=False, width=120)) as reporter:
+        reporter.sample("before", "2+2=", "[red]5[/red]\nstep 9/9  reward 1.000\r\x1b[2J", math.nan)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "before  score nan" and lines[2] == "  | [red]5[/red]"
+    assert all(line.startswith("  | ") for line in lines[1:]) and "\x1b" not in output.getvalue()
+
+
+def test_a_terminal_without_unicode_does_not_end_the_run():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Reporter(2, console=Console(file=output, force_terminal=False)) as reporter:
+        reporter.note("é")
+    output.flush()
+    assert output.buffer.getvalue() == b"?\n"
+
+
+def test_the_steps_before_a_resume_say_nothing_about_the_time_left():
+    with Reporter(200, console=Console(file=io.StringIO(), force_terminal=True)) as reporter:
+        reporter.step(150, {})
+        reporter.step(151, {})
+        task = reporter.progress.tasks[0]
+        assert task.completed == 151 and (task.speed is None or task.speed * task.elapsed < 10)
+
+
+def test_an_outlier_of_the_critic_is_cut_off():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    panel = next(panel for panel in PANELS if panel.title == "Critic")
+    _draw(axes, panel, [{"step": 1, "val/explained_var": -50.0}, {"step": 2, "val/explained_var": 0.2}])
+    assert axes.get_ylim() == panel.limits and "cut at -1" in axes.get_ylabel()

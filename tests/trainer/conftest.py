@@ -1,0 +1,54 @@
+"""A trainer of a tiny model, for the trainer's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.console import Reporter
+from tests.tiny import make_model, make_tokenizer
+
+
+def count_a(prompts, completions, **_):
+    """Share of the letter a."""
+    return [text.count("a") / max(1, len(text)) for text in completions]
+
+
+def tiny_config(output_dir, **changes) -> PPOConfig:
+    settings = {
+        "output_dir": str(output_dir),
+        "total_steps": 2,
+        "prompts_per_step": 8,
+        "max_new_tokens": 6,
+        "num_minibatches": 2,
+        "ppo_epochs": 1,
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+        "reward_timeout": None,
+        "device": "cpu",
+    }
+    return PPOConfig(**settings | changes)
+
+
+PROMPTS = ["ab", "cde", "f", "ghijk", "lm", "nop", "ba", "dc"]
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """make_trainer(reward=..., model=..., prompts=..., eval_prompts=..., **config changes) -> PPOTrainer"""
+
+    def make(
+        reward=count_a, *, model=None, prompts=PROMPTS, eval_prompts=None, output_dir=None, **changes
+    ) -> PPOTrainer:
+        config = tiny_config(output_dir or tmp_path / "run", **changes)
+        return PPOTrainer(
+            make_model() if model is None else model,
+            reward=reward,
+            prompts=prompts,
+            eval_prompts=eval_prompts,
+            config=config,
+            tokenizer=make_tokenizer(),
+            reporter=Reporter(config.total_steps, quiet=True),
+        )
+
+    return make

@@ -1,0 +1,73 @@
+"""PPO learns, and only from the reward: a task goes from chance to > 0.9, its controls stay at chance."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fastppo.run_folder import read_metrics
+
+LENGTH = 6
+SETTINGS = {
+    "total_steps": 20,
+    "prompts_per_step": 32,
+    "samples_per_prompt": 4,
+    "rollout_batch_size": 128,
+    "max_new_tokens": LENGTH,
+    "min_new_tokens": LENGTH,
+    "lr": 3e-3,
+    "critic_lr": 3e-3,
+    "num_minibatches": 4,
+    "ppo_epochs": 2,
+    "gae_lambda": 1.0,
+    "lr_schedule": "linear",
+}
+PROMPTS = ["a", "b"]  # what is right depends on the prompt
+
+
+def copies_of_first(prompts, completions, **_):
+    """Share of the completion's letters that equal the prompt: chance is 1/17."""
+    return [text.count(prompt) / LENGTH for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def shuffled(prompts, completions, **_):
+    """The same rewards, dealt to the wrong samples."""
+    scores = copies_of_first(prompts, completions)
+    random.Random(0).shuffle(scores)
+    return scores
+
+
+def learn(make_trainer, tmp_path, reward=copies_of_first, **changes) -> tuple[float, float]:
+    """True task reward in the first and over the last steps, measured on what the policy samples."""
+    true_rewards = []
+
+    def recording(prompts, completions, **_):
+        scores = copies_of_first(prompts, completions)
+        true_rewards.append(sum(scores) / len(scores))
+        return reward(prompts, completions)
+
+    make_trainer(recording, prompts=PROMPTS, **(SETTINGS | changes)).train()
+    return true_rewards[0], sum(true_rewards[-3:]) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_ppo_learns_from_chance_to_mastery(make_trainer, tmp_path, critic):
+    first, last = learn(make_trainer, tmp_path, critic=critic)
+    assert first < 0.15
+    assert last > 0.9
+    variances = [row["val/explained_var"] for row in read_metrics(tmp_path / "run") if "val/explained_var" in row]
+    assert max(variances[5:]) > 0.15, "the critic learns too"
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_at_learning_rate_zero(make_trainer, tmp_path):
+    first, last = learn(make_trainer, tmp_path, lr=0.0, critic_lr=0.0)
+    assert first < 0.15 and last < 0.15
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_from_shuffled_rewards(make_trainer, tmp_path):
+    first, last = learn(make_trainer, tmp_path, reward=shuffled)
+    assert first < 0.15 and last < 0.25

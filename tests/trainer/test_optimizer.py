@@ -1,0 +1,80 @@
+"""AdamW with fp32 masters: schedule, clipping, and small updates that bf16 weights alone would lose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastppo.config import PPOConfig
+from fastppo.optimizer import Optimizer, learning_rate_factor
+
+
+def test_schedule_warms_up_then_decays():
+    config = PPOConfig(total_steps=12, lr_warmup_steps=2, lr_schedule="linear", min_lr_ratio=0.1)
+    factors = [learning_rate_factor(config, step) for step in range(12)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors == sorted(factors[:2]) + sorted(factors[2:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1 + 0.9 * 0.1)
+    cosine = PPOConfig(total_steps=10, lr_schedule="cosine")
+    assert learning_rate_factor(cosine, 5) == pytest.approx(0.5)
+    assert learning_rate_factor(PPOConfig(), 10**6) == 1.0
+
+
+def one_step(optimizer: Optimizer) -> float:
+    norm = optimizer.gradient_norm()
+    optimizer.step(norm)
+    optimizer.clear_gradients()
+    return norm.item()
+
+
+def test_masters_keep_updates_that_bf16_cannot_hold():
+    """100 updates of 1e-4 on a weight of 1: each is lost in bf16 (spacing 2^-7), their sum must not be."""
+    layer = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    optimizer = Optimizer(layer.named_parameters(), 1e-4, PPOConfig())
+    for _ in range(100):
+        layer.weight.sum().backward()
+        one_step(optimizer)
+    assert layer.weight.dtype == torch.bfloat16
+    assert optimizer.masters["weight"].detach() == pytest.approx(1 - 100 * 1e-4, abs=1e-4)
+    assert (layer.weight < 1).all()
+
+
+def test_masters_accumulate_micro_batches_in_fp32():
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = Optimizer([("w", parameter)], 0.0, PPOConfig())
+    for _ in range(300):  # bf16 accumulation would stop at 256
+        parameter.sum().backward()
+    assert optimizer.gradient_norm().item() == 300
+    assert parameter.grad is None
+
+
+def test_updates_stay_in_the_same_storage():
+    """The sampler reads the same memory as the optimizer writes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = nn.Linear(3, 3, dtype=dtype)
+        address = layer.weight.data_ptr()
+        optimizer = Optimizer(layer.named_parameters(), 0.1, PPOConfig())
+        layer.weight.sum().backward()
+        one_step(optimizer)
+        assert layer.weight.data_ptr() == address
+
+
+def test_gradients_are_clipped_to_the_norm():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = Optimizer([("w", parameter)], 1.0, PPOConfig(max_grad_norm=0.5))
+    parameter.grad = torch.full((4,), 3.0)
+    norm = optimizer.gradient_norm()
+    assert norm == 6
+    optimizer.step(norm)
+    assert parameter.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_weight_decay_spares_vectors():
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = Optimizer([("m", matrix), ("v", vector)], 0.1, PPOConfig(weight_decay=0.5))
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    one_step(optimizer)
+    assert (matrix < 1).all() and (vector == 1).all()

@@ -1,0 +1,202 @@
+"""The trainer as users call it: records, evaluation, bad rewards and bad arguments."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from fastppo import PPOConfig, PPOTrainer
+from fastppo.rollout import FinishReason
+from fastppo.run_folder import read_metrics
+from fastppo.trainer import TrainingError
+from tests.tiny import make_model, make_tokenizer
+from tests.trainer.conftest import PROMPTS, count_a
+
+
+def test_a_run_writes_its_records(make_trainer, tmp_path):
+    trainer = make_trainer(eval_prompts=["ab", "cd"], total_steps=3, save_every=1, eval_every=2, kl_coef=0.05)
+    trainer.train()
+    folder = tmp_path / "run"
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    expected = (
+        "objective/scores objective/kl objective/entropy objective/rlhf_reward policy/approxkl_avg policy/clipfrac_avg"
+    )
+    expected += " policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/explained_var val/ratio lr"
+    expected += " completions/mean_length completions/clipped_ratio rewards/count_a/mean rewards/count_a/std"
+    expected += " rollout/logprob_diff_mean rollout/logprob_diff_max grad_norm/policy grad_norm/critic time/rollout"
+    expected += " time/reward time/update perf/tokens_per_second perf/max_memory_gb"
+    assert set(expected.split()) <= set(rows[1])
+    assert "eval/scores" in rows[0] and "eval/scores" in rows[2] and "eval/scores" not in rows[1]
+    assert rows[1]["objective/kl"] == 0, "policy and reference are the same before the first update"
+    assert rows[1]["rollout/logprob_diff_max"] < 1e-4
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * trainer.config.num_logged_samples
+    assert (folder / "config.yaml").exists() and (folder / "curve.png").exists()
+    assert len(list(folder.glob("checkpoints/step-*"))) == 2, "keep_checkpoints"
+
+
+def test_the_exported_model_loads_in_transformers(make_trainer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make_trainer(total_steps=1)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert model.config._attn_implementation != "fastppo"
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name])
+
+
+def test_same_seed_same_run(make_trainer, tmp_path):
+    def run(name, **changes):
+        trainer = make_trainer(output_dir=tmp_path / name, **changes)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    first, second, other = run("a"), run("b"), run("c", seed=1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_several_samples_and_columns(make_trainer):
+    seen = {}
+
+    def reward(prompts, completions, target, completion_ids, **_):
+        seen.update(prompts=prompts, target=target, ids=completion_ids)
+        return [float(t in c) for t, c in zip(target, completions, strict=True)]
+
+    rows = [{"prompt": "ab", "target": "c"}, {"prompt": "de", "target": "f"}]
+    make_trainer(reward, prompts=rows, prompts_per_step=2, samples_per_prompt=3, total_steps=1).train()
+    assert sorted(seen["prompts"]) == ["ab"] * 3 + ["de"] * 3
+    assert all(
+        target == {"ab": "c", "de": "f"}[prompt] for prompt, target in zip(seen["prompts"], seen["target"], strict=True)
+    )
+    assert all(isinstance(ids, list) for ids in seen["ids"])
+
+
+def raising(prompts, completions, **_):
+    raise KeyError("no such column")
+
+
+def wrong_length(prompts, completions, **_):
+    return [1.0]
+
+
+def always_nan(prompts, completions, **_):
+    return [math.nan] * len(completions)
+
+
+def never_returning(prompts, completions, **_):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising, "no such column"),
+        (wrong_length, "1"),
+        (always_nan, "NaN"),
+        (never_returning, "no answer within 0.5 s"),
+    ],
+)
+def test_a_broken_reward_stops_the_run_and_says_why(make_trainer, tmp_path, reward, message):
+    trainer = make_trainer(reward, reward_timeout=0.5 if reward is never_returning else 20.0, reward_retries=0)
+    with pytest.raises(TrainingError, match=message):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_invalid_samples_are_left_out_never_scored_zero(make_trainer):
+    calls = []
+
+    def sometimes(prompts, completions, **_):
+        calls.append(completions)
+        return [math.nan if i % 4 == 0 else 1.0 for i in range(len(completions))]
+
+    metrics = make_trainer(sometimes, total_steps=1).train()
+    assert metrics["objective/scores"] == 1.0
+    assert metrics["rewards/sometimes/mean"] == 1.0
+
+
+def test_missing_eos_penalty_follows_the_finish_reason(make_trainer):
+    """Not the length: an end-of-sequence as the last allowed token is an ending (trl#1536)."""
+    from fastppo.experience import penalise_unfinished
+
+    trainer = make_trainer()
+    rollout = trainer.engine.generate([[2, 3]] * 64, trainer._sampling(0))
+    rollout.scores = torch.zeros(64)
+    penalise_unfinished(rollout, 2.0)
+    assert torch.equal(rollout.scores == -2, rollout.finish_reasons == FinishReason.LENGTH)
+    full = rollout.completion_lengths == trainer.config.max_new_tokens
+    assert (full & (rollout.scores == 0)).any(), "the case this test is about occurs"
+
+
+def test_learning_rate_zero_changes_nothing(make_trainer):
+    trainer = make_trainer(lr=0.0, critic_lr=0.0)
+    before = {name: value.clone() for name, value in trainer.networks.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.networks.state_dict().items())
+
+
+def test_shared_trunk_trains(make_trainer):
+    metrics = make_trainer(
+        critic="shared", whiten_rewards=True, bootstrap_truncated=True, missing_eos_penalty=0.5
+    ).train()
+    assert math.isfinite(metrics["loss/value_avg"])
+
+
+def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path):
+    trainer = make_trainer(max_skipped_updates=2)
+    with torch.no_grad():
+        trainer.networks.critic_parameters()[-1][1].fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite.*offending-batch"):
+        trainer.train()
+    assert list((tmp_path / "run").glob("offending-batch-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [""]}, "prompt"),
+        ({"prompts": ["a" * 60]}, "60"),
+        ({"prompts": ["ab", 3]}, "prompts"),
+        ({"reward": "count_a"}, "reward"),
+        ({"device": "abacus"}, "device is 'abacus'"),
+        ({"max_new_tokens": 64}, "max_new_tokens is 64"),
+        ({"eval_prompts": []}, "eval_prompts"),
+    ],
+)
+def test_bad_arguments_name_themselves_and_write_nothing(make_trainer, tmp_path, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_trainer(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loaded_model_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        PPOTrainer(make_model(), reward=count_a, prompts=PROMPTS, config=PPOConfig(device="cpu"))
+
+
+def test_an_unknown_model_name_is_an_error():
+    with pytest.raises(ValueError, match="no-such-model"):
+        PPOTrainer("./no-such-model", reward=count_a, prompts=PROMPTS, tokenizer=make_tokenizer())
+
+
+def test_an_unsupported_architecture_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=18, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="BloomForCausalLM"):
+        PPOTrainer(model, reward=count_a, prompts=PROMPTS, tokenizer=make_tokenizer(), config=PPOConfig(device="cpu"))
+
+
+def test_a_finished_run_is_not_overwritten(make_trainer):
+    make_trainer(total_steps=1).train()
+    with pytest.raises(ValueError, match="resume"):
+        make_trainer(total_steps=1).train()
