@@ -59,7 +59,7 @@ def masked_whiten(
     if group is not None:
         moments = _merge_over_group(moments, group)
     if choose("masked_whiten", x) == "reference":
-        return reference.masked_whiten(x, mask, moments, shift_mean)
+        return reference.masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
     return _masked_whiten(x, mask, *moments, not shift_mean)
 
 

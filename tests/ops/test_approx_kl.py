@@ -10,7 +10,7 @@ from fastppo.ops import approx_kl, kl_shaped_rewards
 from fastppo.ops.approx_kl import KINDS
 from fastppo.reference.approx_kl import approx_kl as reference
 from fastppo.reference.approx_kl import kl_shaped_rewards as reference_rewards
-from tests.cases import DTYPES
+from tests.cases import DTYPES, with_threads
 from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
@@ -231,13 +231,8 @@ def test_bits_do_not_depend_on_threads(cpu_backend):
     def outputs():
         return approx_kl(case["logprobs"], case["ref_logprobs"], "k3"), kl_shaped_rewards(**case, kind="k3")
 
-    whole, threads = outputs(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = outputs()
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(whole[0], single[0]) and torch.equal(whole[1], single[1])
+    single, several = with_threads(1, outputs), with_threads(3, outputs)
+    assert torch.equal(single[0], several[0]) and torch.equal(single[1], several[1])
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))

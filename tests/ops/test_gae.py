@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo.ops import gae
 from fastppo.reference.gae import gae as reference
-from tests.cases import DTYPES
+from tests.cases import DTYPES, with_threads
 from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
@@ -302,14 +302,8 @@ def test_outputs_are_detached(backend):
 
 def test_bits_do_not_depend_on_threads(cpu_backend):
     case = make_case(70, 600, "all")
-    whole = gae(**case)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = gae(**case)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(whole.advantages, single.advantages)
+    single, several = with_threads(1, lambda: gae(**case)), with_threads(3, lambda: gae(**case))
+    assert torch.equal(single.advantages, several.advantages) and torch.equal(single.returns, several.returns)
 
 
 def isa_outputs() -> list[Tensor]:

@@ -9,18 +9,13 @@ from torch import Tensor
 
 from fastppo.ops import masked_mean, masked_whiten
 from fastppo.reference.masked_whiten import masked_mean as reference_mean
-from fastppo.reference.masked_whiten import masked_moments
-from fastppo.reference.masked_whiten import masked_whiten as reference_apply
-from tests.cases import DTYPES
+from fastppo.reference.masked_whiten import masked_whiten as reference
+from tests.cases import DTYPES, with_threads
 from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 # One element, tails of sixteen lanes and of the 1024-element block, several blocks, nothing.
 SHAPES = [(1,), (5,), (17,), (3, 7, 11), (1024,), (1025,), (33, 100), (0,), (4, 0)]
-
-
-def reference(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    return reference_apply(x, mask, masked_moments(x, mask), shift_mean)
 
 
 def compare(x: Tensor, mask: Tensor | None, **options) -> Tensor:
@@ -146,14 +141,8 @@ def test_float64_and_detachment(backend):
 
 def test_bits_do_not_depend_on_threads(cpu_backend):
     x, mask = torch.randn(100_001), torch.rand(100_001) < 0.5
-    whole = masked_whiten(x, mask), masked_mean(x, mask)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = masked_whiten(x, mask), masked_mean(x, mask)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(whole[0], single[0]) and torch.equal(whole[1], single[1])
+    single, several = (with_threads(n, lambda: (masked_whiten(x, mask), masked_mean(x, mask))) for n in (1, 3))
+    assert torch.equal(single[0], several[0]) and torch.equal(single[1], several[1])
 
 
 def isa_outputs() -> list[Tensor]:
@@ -184,8 +173,8 @@ def test_a_group_whitens_together(bounds, tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for i, shift_mean in enumerate((True, False)):
         ours = torch.cat([part[i] for part in parts])
-        exact = reference(x.double(), mask, shift_mean)
-        assert_as_exact_as_native(ours, reference(x, mask, shift_mean), exact)
+        native, exact = (reference(y, mask, shift_mean=shift_mean) for y in (x, x.double()))
+        assert_as_exact_as_native(ours, native, exact)
 
 
 def test_opcheck(cpu_backend):
