@@ -166,15 +166,16 @@ PYBIND11_MODULE(_C, m) {
                   const StepsTuple& truncated, uintptr_t bootstrap, uintptr_t decays, float gamma, float decay, const SequencesTuple& shape,
                   uintptr_t advantages, uintptr_t returns, int threads) {
     py::gil_scoped_release release;
-    const GaeInputs inputs{steps(rewards),   steps(values), steps(next_values), steps(mask), steps(dones), steps(truncated), pointer<const float>(bootstrap),
-                           pointer<const float>(decays), gamma, decay};
+    const GaeInputs inputs{steps(rewards), steps(values), steps(next_values), steps(mask), steps(dones), steps(truncated),
+                           pointer<const float>(bootstrap), pointer<const float>(decays), gamma, decay};
     FASTPPO_CPU(gae, inputs, sequences(shape), pointer<float>(advantages), pointer<float>(returns), threads);
   });
 
-  m.def("first_unbootstrapped_truncation", [](const StepsTuple& mask, const StepsTuple& dones, const StepsTuple& truncated, const SequencesTuple& shape) {
-    py::gil_scoped_release release;
-    return FASTPPO_CPU(first_unbootstrapped_truncation, steps(mask), steps(dones), steps(truncated), sequences(shape));
-  });
+  m.def("first_unbootstrapped_truncation",
+        [](const StepsTuple& mask, const StepsTuple& dones, const StepsTuple& truncated, const SequencesTuple& shape) {
+          py::gil_scoped_release release;
+          return FASTPPO_CPU(first_unbootstrapped_truncation, steps(mask), steps(dones), steps(truncated), sequences(shape));
+        });
 
   m.def("masked_moments", [](uintptr_t x, uintptr_t mask, int64_t count, int threads) {
     py::gil_scoped_release release;
@@ -182,8 +183,8 @@ PYBIND11_MODULE(_C, m) {
     return std::make_tuple(moments.count, moments.mean, moments.squares);
   });
 
-  m.def("masked_whiten", [](uintptr_t x, uintptr_t mask, int64_t count, const std::tuple<double, double, double>& moments, bool keep_mean, uintptr_t out,
-                            int threads) {
+  m.def("masked_whiten", [](uintptr_t x, uintptr_t mask, int64_t count, const std::tuple<double, double, double>& moments, bool keep_mean,
+                            uintptr_t out, int threads) {
     py::gil_scoped_release release;
     FASTPPO_CPU(masked_whiten, pointer<const float>(x), pointer<const uint8_t>(mask), count,
                 (Moments{std::get<0>(moments), std::get<1>(moments), std::get<2>(moments)}), keep_mean, pointer<float>(out), threads);
@@ -191,7 +192,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("approx_kl", [](uintptr_t logprobs, uintptr_t ref_logprobs, int64_t count, int kind, uintptr_t kl, int threads) {
     py::gil_scoped_release release;
-    FASTPPO_CPU(approx_kl, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), count, static_cast<KLKind>(kind), pointer<float>(kl), threads);
+    FASTPPO_CPU(approx_kl, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), count, static_cast<KLKind>(kind),
+                pointer<float>(kl), threads);
   });
 
   m.def("approx_kl_backward",

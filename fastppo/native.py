@@ -257,7 +257,7 @@ def steps(x: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
-    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at contiguous int64 `offsets` [B + 1]."""
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at int64 `offsets` [B + 1]."""
     if offsets is None:
         return (0, *x.shape)
     tokens, count = x.shape[0], offsets.shape[0] - 1
@@ -352,21 +352,17 @@ def approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kin
 
 
 def kl_shaped_rewards(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    coef: float,
-    kind: int,
-) -> Tensor:
-    """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in the shape of `logprobs`."""
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    coef: float, kind: int,
+) -> Tensor:  # fmt: skip
+    """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in logprobs' shape."""
     offsets = as_offsets(cu_seqlens)
     shape = sequences(logprobs, offsets)
     scores, logprobs, ref_logprobs = flat_float(scores), flat_float(logprobs), flat_float(ref_logprobs)
     mask = mask.contiguous()
     rewards = torch.empty(logprobs.shape, dtype=torch.float32)
     _C.kl_shaped_rewards(
-        address(scores), address(logprobs), address(ref_logprobs), address(mask), shape, coef, kind, address(rewards), threads()
+        address(scores), address(logprobs), address(ref_logprobs), address(mask), shape,
+        coef, kind, address(rewards), threads(),
     )  # fmt: skip
     return rewards

@@ -1,4 +1,4 @@
-"""The C++ kernels give the same bits on every instruction set; each is tried in a process of its own, as it is chosen at load."""
+"""The C++ kernels give the same bits on every instruction set; each needs a process of its own, as it is chosen at load."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const 
   });
 }
 
-void kl_shaped_rewards(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask, const Sequences& sequences, float coef,
-                       KLKind kind, float* rewards, int threads) {
+void kl_shaped_rewards(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask, const Sequences& sequences,
+                       float coef, KLKind kind, float* rewards, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_sequences(sequences, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
       shaped_range<decltype(estimator)>(scores, logprobs, ref_logprobs, mask, sequences, coef, rewards, first, last);

@@ -1,5 +1,5 @@
-// Generalised advantage estimation, sixteen sequences at a time: the recursion runs backwards in time in one vector lane each, so every advantage has
-// the bits of the plain sequential loop, whatever the batch, the padding or the packing. A lane whose sequence is done takes the next one.
+// Generalised advantage estimation, sixteen sequences at a time: the recursion runs backwards in time in one vector lane each, so every advantage
+// has the bits of the plain sequential loop, whatever the batch, the padding or the packing. A lane whose sequence is done takes the next one.
 #include <type_traits>
 
 #include "masks.h"
@@ -67,8 +67,8 @@ class Lanes {
   bool side_by_side_ = false;
 };
 
-// Four lanes side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: 4 x 4 blocks turn from one into the
-// other in registers, on every machine. (Tried: wider blocks through memory wait for their own stores, and are slower.)
+// Four lanes side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: 4 x 4 blocks turn from one
+// into the other in registers, on every machine. (Tried: wider blocks through memory wait for their own stores, and are slower.)
 constexpr int kQuad = 4;
 typedef float QuadFloat __attribute__((vector_size(16)));
 typedef int32_t QuadInt __attribute__((vector_size(16)));
@@ -223,9 +223,11 @@ struct TileData {
 
 // Four steps of four lanes, the latest first.
 template <bool kMixed, bool kNextValues>
-FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, QuadFloat& gae, QuadFloat& next_value, const QuadFloat& decay) {
+FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, QuadFloat& gae, QuadFloat& next_value,
+                              const QuadFloat& decay) {
   const QuadFloat zero = {};
-  const Block<QuadFloat> rewards = load_block<QuadFloat>(tile.rewards.row + lane, column), values = load_block<QuadFloat>(tile.values.row + lane, column);
+  const Block<QuadFloat> rewards = load_block<QuadFloat>(tile.rewards.row + lane, column);
+  const Block<QuadFloat> values = load_block<QuadFloat>(tile.values.row + lane, column);
   Block<QuadFloat> next_values, advantages;
   Block<QuadInt> flags;
   if (kNextValues) next_values = load_block<QuadFloat>(tile.next_values.row + lane, column);

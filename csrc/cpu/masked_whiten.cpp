@@ -1,5 +1,5 @@
-// Mean and variance of the masked elements in one read, and the whitened tensor in one more. Sums are doubles over blocks of fixed size, added in order:
-// the bits depend neither on threads nor on the instruction set.
+// Mean and variance of the masked elements in one read, and the whitened tensor in one more. Sums are doubles over blocks of fixed size, added in
+// order: the bits depend neither on threads nor on the instruction set.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -58,8 +58,8 @@ FASTPPO_INLINE Kept load_kept(const float* x, const uint8_t* mask, int count, fl
   return {keep, select(keep, whole ? F32::load(x) : load_tail<F32>(x, count, 0), vfloat(absent))};
 }
 
-// Sums of d = x - pivot and of d^2, where the pivot is one of the elements: its own square bounds what the difference of the sums can lose to 1024 roundings
-// of fp64, and equal elements give exactly 0. Elements left out are set to the pivot.
+// Sums of d = x - pivot and of d^2, where the pivot is one of the elements: its own square bounds what the difference of the sums can lose to about
+// 1024 roundings of fp64, and equal elements give exactly 0. Elements left out are set to the pivot.
 Moments block_moments(const float* x, const uint8_t* mask, int size) {
   int first = 0;
   while (mask && first < size && !mask[first]) ++first;

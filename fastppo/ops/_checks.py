@@ -86,6 +86,11 @@ def cu_seqlens(name: str, value: object, packed_name: str, packed: Tensor) -> No
 
 def offsets_in_order(name: str, value: Tensor, total: int) -> None:
     """What the kernels check themselves, for the reference: offsets start at 0, never fall and end at `total`."""
-    expected = f"expected 0 first, no decrease and {total} (all tokens) last"
-    if value[0] != 0 or value[-1] != total or (value.diff() < 0).any():
-        raise ValueError(f"{name} is {value.tolist()}, {expected}")
+    wrong = torch.cat([value[:1] != 0, (value.diff() < 0) | (value[1:] > total)])
+    wrong[-1] |= value[-1] != total
+    if wrong.any():
+        bad = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} holds {value[bad].item()} at position {bad}, "
+            f"expected 0 first, no decrease and {total} (all tokens) last"
+        )

@@ -14,7 +14,8 @@ KINDS = native.KL_KINDS
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Elementwise estimates of KL(policy || reference) at tokens sampled from the policy, differentiable in both arguments.
+    """Elementwise estimates of KL(policy || reference) at tokens sampled from the policy, differentiable in both
+    arguments.
 
     With d = logprobs - ref_logprobs (Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html):
 
@@ -24,8 +25,8 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tenso
         abs  |d|                  gradient sign(d), 0 at 0
         k1+, k3+                  value of k1, k3 with the gradient of k2 (straight-through)
 
-    In k3 and k3+, -d is clamped to [-20, 20] and the value to at most 10, as verl does. Where a clamp holds (d < -2.61 or
-    d > 11) the gradient of k3 is 0: as a loss it lets go of the tokens that are furthest off; k2 and k3+ do not.
+    In k3 and k3+, -d is clamped to [-20, 20] and the value to at most 10, as verl does. Where a clamp holds (d < -2.61
+    or d > 11) the gradient of k3 is 0: as a loss it lets go of the tokens that are furthest off; k2 and k3+ do not.
 
     Args:
         logprobs, ref_logprobs: [...] of one shape; float32, bfloat16 or float16 (float64 runs in the reference).
@@ -56,13 +57,13 @@ def kl_shaped_rewards(
 ) -> Tensor:
     """Rewards for each token: -coef * kl_t where `mask` is set, plus the sequence's score at its last such token.
 
-    One read of each input; not differentiable. What lies outside the mask (NaN) reaches nothing, and nothing is written there
-    but 0: the score never lands on padding or on a token that the policy did not choose.
+    One read of each input; not differentiable. What lies outside the mask (NaN) reaches nothing, and nothing is written
+    there but 0: the score never lands on padding or on a token that the policy did not choose.
 
     Args:
         scores: [B] floating; NaN marks the last token's reward.
-        logprobs, ref_logprobs: [B, T], or packed [total] with `cu_seqlens`; float32, bfloat16 or float16 (float64 runs in the
-            reference).
+        logprobs, ref_logprobs: [B, T], or packed [total] with `cu_seqlens`; float32, bfloat16 or float16 (float64 runs
+            in the reference).
         mask: bool in logprobs' shape: the tokens that the policy chose.
         coef: the KL coefficient, >= 0. At 0 the log-probabilities are not looked at.
         kind: estimator, see `approx_kl`; "k1+" and "k3+" are "k1" and "k3" here.
@@ -72,7 +73,8 @@ def kl_shaped_rewards(
         float32 (float64 for float64) in logprobs' shape. A sequence with an empty mask gets zeros.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, an unknown kind, a negative coef or, on the CPU, wrong offsets.
+        TypeError, ValueError: wrong type, shape or device, an unknown kind, a negative coef or, on the CPU, wrong
+            offsets.
     """
     _check_logprobs(logprobs, ref_logprobs, kind)
     _check_sequences(scores, logprobs, mask, cu_seqlens)

@@ -35,32 +35,32 @@ def gae(
 
         delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   return_t = A_t + V_t
 
-    Every input is read once, where it lies: a transposed time-major tensor costs no copy. Each sequence has the bits of the
-    sequential fp32 recursion, whatever the batch, padding, packing or threads.
+    Every input is read once, where it lies: a transposed time-major tensor costs no copy. Each sequence has the bits of
+    the sequential fp32 recursion, whatever the batch, padding, packing or threads.
 
     Args:
         rewards, values: [B, T], or packed [total] with `cu_seqlens`; float32, bfloat16 or float16 (float64 runs in the
             reference). values[t] is V of the state before step t.
-        mask: bool in values' shape; None keeps all. Steps left out, wherever they are, carry V_{t+1} and A_{t+1} through to
-            the step before (verl's semantics), and nothing that lies there (NaN, flags) reaches anything.
+        mask: bool in values' shape; None keeps all. Steps left out, wherever they are, carry V_{t+1} and A_{t+1}
+            through to the step before (verl's semantics), and nothing that lies there (NaN, flags) reaches anything.
         gamma: discount in [0, 1].
         lam: float in [0, 1], or a tensor [B] with one for each sequence (not checked).
         dones: bool in values' shape: the episode terminates after this step. V_{t+1} = A_{t+1} = 0.
-        truncated: bool in values' shape: the episode is cut off after this step. A_{t+1} = 0 and V_{t+1} from `next_values`,
-            which must then be given. Where `dones` is set too, `dones` wins.
-        next_values: values' shape: V of the state that each step led to, used for every V_{t+1} (torchrl's convention; where
-            environments reset themselves, values[t + 1] after a cut belongs to the next episode). Or [B]: V after each
-            sequence's last unmasked step; then `truncated` may be set at that step only, as no other cut has a value.
-            None: 0 after the last step. (Packed, with as many sequences as tokens, a tensor [B] is read as [total].)
-        cu_seqlens: int32 or int64 [B + 1]: sequence i is [cu_seqlens[i], cu_seqlens[i + 1]) of the packed tensors; sequences
-            may be empty.
+        truncated: bool in values' shape: the episode is cut off after this step. A_{t+1} = 0 and V_{t+1} from
+            `next_values`, which must then be given. Where `dones` is set too, `dones` wins.
+        next_values: values' shape: V of the state that each step led to, used for every V_{t+1} (torchrl's convention;
+            where environments reset themselves, values[t + 1] after a cut belongs to the next episode). Or [B]: V after
+            each sequence's last unmasked step; then `truncated` may be set at that step only, as no other cut has a
+            value. None: 0 after the last step. (Packed, with as many sequences as tokens, [B] is read as [total].)
+        cu_seqlens: int32 or int64 [B + 1]: sequence i is [cu_seqlens[i], cu_seqlens[i + 1]) of the packed tensors;
+            sequences may be empty.
 
     Returns:
         `GAE(advantages, returns)`: float32 (float64 for float64) in values' shape, 0 at steps left out.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, gamma or lam outside [0, 1], `truncated` without `next_values`; on
-            the CPU also wrong offsets and a truncated step without a value (on a GPU that gives NaN).
+        TypeError, ValueError: wrong type, shape or device, gamma or lam outside [0, 1], `truncated` without
+            `next_values`; on the CPU also wrong offsets and a truncated step without a value (on a GPU that gives NaN).
     """
     _check_inputs(rewards, values, mask, dones, truncated, next_values, cu_seqlens)
     gamma = _checks.number("gamma", gamma, at_least=0, at_most=1)

@@ -15,8 +15,8 @@ from fastppo.reference import masked_whiten as reference
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of the elements of `x` where `mask` is set; differentiable.
 
-    Summed in float64 in an order that depends neither on threads nor on the instruction set. The gradient is 1 / n where the
-    mask is set and exactly 0 elsewhere, whatever lies there.
+    Summed in float64 in an order that depends neither on threads nor on the instruction set. The gradient is 1 / n
+    where the mask is set and exactly 0 elsewhere, whatever lies there.
 
     Args:
         x: [...] float32, bfloat16 or float16 (float64 runs in the reference).
@@ -37,17 +37,17 @@ def masked_whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over the elements where `mask` is set, 0 elsewhere; not differentiable.
 
-    variance = sum (x - mean)^2 / (n - 1) (Bessel's correction), 0 for n <= 1: as TRL and verl whiten, but an empty mask, a
-    single element or equal elements give zeros, never NaN. Sums are float64 of deviations from the mean: a large mean costs
-    no digits.
+    variance = sum (x - mean)^2 / (n - 1) (Bessel's correction), 0 for n <= 1: as TRL and verl whiten, but an empty mask,
+    a single element or equal elements give zeros, never NaN. Sums are float64 of deviations from the mean: a large mean
+    costs no digits.
 
     Args:
         x: [...] float32, bfloat16 or float16 (float64 runs in the reference).
         mask: bool of the same shape; None takes all.
         shift_mean: False adds the mean back (whitened rewards keep theirs).
-        group: process group whose members whiten together, each with its own part of the batch (any shapes): one gather of
-            24 bytes each. Every member gets the same bits of the statistics, which equal those of the whole batch in one
-            process up to float64 rounding.
+        group: process group whose members whiten together, each with its own part of the batch (any shapes): one gather
+            of 24 bytes each. Every member gets the same bits of the statistics, which equal those of the whole batch in
+            one process up to float64 rounding.
 
     Returns:
         float32 in the shape of `x` (float64 for float64).
@@ -59,7 +59,7 @@ def masked_whiten(
     if group is not None:
         moments = _merge_over_group(moments, group)
     if choose("masked_whiten", x) == "reference":
-        return reference.masked_whiten(x, mask, moments, shift_mean)
+        return reference.masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
     return _masked_whiten(x, mask, *moments, not shift_mean)
 
 
@@ -80,7 +80,8 @@ def _merge_over_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of all members' elements together (Chan, Golub and LeVeque 1979), added in the order of the ranks.
 
-    Gathered rather than all-reduced: the order of additions, and so the bits, cannot depend on the collective's algorithm.
+    Gathered rather than all-reduced: the order of additions, and so the bits, cannot depend on the collective's
+    algorithm.
     """
     own = torch.stack(moments)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

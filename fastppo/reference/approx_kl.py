@@ -1,4 +1,5 @@
-"""Estimators of the KL divergence from log-probabilities of sampled tokens, and rewards shaped by them; plain PyTorch."""
+"""Estimators of the KL divergence from log-probabilities of sampled tokens, and rewards shaped by them; plain
+PyTorch."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ MAX_K3 = 10.0
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Estimates of KL(policy || reference) at tokens sampled from the policy (Schulman 2020, "Approximating KL Divergence",
-    http://joschu.net/blog/kl-approx.html), with d = logprobs - ref_logprobs:
+    """Estimates of KL(policy || reference) at tokens sampled from the policy (Schulman 2020, "Approximating KL
+    Divergence", http://joschu.net/blog/kl-approx.html), with d = logprobs - ref_logprobs:
 
         k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d,   abs = |d|
 
-    In k3, -d is clamped to [-20, 20] and the value to at most 10, gradients included (verl's low_var_kl). "k1+" and "k3+" have
-    that value and the gradient of k2. logprobs, ref_logprobs [...] -> fp32 [...] (fp64 if any input is).
+    In k3, -d is clamped to [-20, 20] and the value to at most 10, gradients included (verl's low_var_kl). "k1+" and
+    "k3+" have that value and the gradient of k2. logprobs, ref_logprobs [...] -> fp32 [...] (fp64 if any input is).
     """
     dtype = torch.float64 if torch.float64 in (logprobs.dtype, ref_logprobs.dtype) else torch.float32
     d = logprobs.to(dtype) - ref_logprobs.to(dtype)
@@ -45,8 +46,9 @@ def kl_shaped_rewards(
 ) -> Tensor:
     """r_t = -coef * kl_t where mask is set, 0 elsewhere, plus the sequence's score at its last set position.
 
-    scores [B]; logprobs, ref_logprobs, mask [B, T], or packed [total] with cu_seqlens [B + 1] -> fp32 rewards of that shape
-    (fp64 if any input is). A sequence with an empty mask gets nothing; with coef = 0 the log-probabilities are not looked at.
+    scores [B]; logprobs, ref_logprobs, mask [B, T], or packed [total] with cu_seqlens [B + 1] -> fp32 rewards of that
+    shape (fp64 if any input is). A sequence with an empty mask gets nothing; with coef = 0 the log-probabilities are not
+    looked at.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype for x in (scores, logprobs, ref_logprobs)) else torch.float32
     rewards = torch.zeros(logprobs.shape, dtype=dtype, device=logprobs.device)

@@ -24,13 +24,15 @@ def gae(
         A_t     = delta_t + gamma * lam * A_{t+1}
         return_t = A_t + V_t
 
-    rewards, values [B, T] floating, or packed [total] with cu_seqlens [B + 1] -> fp32 advantages and returns of that shape
-    (fp64 if any input is). lam: float or [B]. mask, dones, truncated: bool in values' shape; next_values: [B] or values' shape.
+    rewards, values [B, T] floating, or packed [total] with cu_seqlens [B + 1] -> fp32 advantages and returns of that
+    shape (fp64 if any input is). lam: float or [B]. mask, dones, truncated: bool in values' shape; next_values: [B] or
+    values' shape.
 
-    A step outside the mask gives 0 and hands (V_{t+1}, A_{t+1}) through to the step before it. After a done step V_{t+1} and
-    A_{t+1} are 0; after a truncated one A_{t+1} is 0. V_{t+1} is next_values at t where every step has one; otherwise the value
-    of the next step inside the mask, and after the last such step next_values of the sequence (None: 0). Without a value
-    for every step, a truncation elsewhere than there has nothing to bootstrap from: ValueError on the CPU, NaN on a GPU.
+    A step outside the mask gives 0 and hands (V_{t+1}, A_{t+1}) through to the step before it. After a done step
+    V_{t+1} and A_{t+1} are 0; after a truncated one A_{t+1} is 0. V_{t+1} is next_values at t where every step has one;
+    otherwise the value of the next step inside the mask, and after the last such step next_values of the sequence
+    (None: 0). Without a value for every step, a truncation elsewhere than there has nothing to bootstrap from:
+    ValueError on the CPU, NaN on a GPU.
     """
     if cu_seqlens is not None:
         return _packed(rewards, values, mask, cu_seqlens, gamma, lam, dones, truncated, next_values)
