@@ -38,7 +38,6 @@ def test_without_a_compiler_the_reference_serves(tmp_path):
         "-m",
         "pip",
         "install",
-        "-q",
         "--no-build-isolation",
         "--no-deps",
         "--target",

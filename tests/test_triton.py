@@ -59,7 +59,7 @@ LAUNCHES = [("token_logprobs", *launch) for launch in token_logprobs_launches()]
 def test_interpreter_agrees_with_the_reference(op):
     """The op's whole test file again, its kernels interpreted: a process of its own, since Triton reads the switch at import."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPPO_TEST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-n0"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-n0"]
     done = subprocess.run(
         [*command, f"tests/ops/test_{op}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
