@@ -82,6 +82,42 @@ def test_kept_logits_serve_every_backward_pass(cpu_backend, monkeypatch, ignored
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("banned", [slice(0, 30), slice(30, 60), slice(60, 70), slice(0, 69)], ids=str)
+def test_tiles_of_minus_infinity(backend, small_tiles, banned):
+    """A whole tile of banned tokens, the first one too, adds nothing and breaks nothing."""
+    hidden, weight, bias, labels = operands(rows=6)
+    bias[banned], labels[:] = -torch.inf, 69
+    labels[0], bias[69] = 10, 0.5  # the first label may be banned itself
+    ours = linear_token_logprobs(hidden, weight, labels, bias, return_entropy=True)
+    exact = reference(hidden.double(), weight.double(), labels, bias.double(), return_entropy=True)
+    for a, b in zip(ours, exact, strict=True):
+        assert_as_exact_as_native(a, b, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 35, 69])
+def test_rows_without_a_distribution_give_nan_alone(backend, small_tiles, value, column):
+    hidden, weight, bias, labels = operands()
+    hidden[:, 0] = 0
+    hidden[7, 0], weight[:, 0] = 1.0, 0
+    weight[column, 0] = 3e38 if value == torch.inf else 0
+    hidden[7, 0] = 3e38 if value == torch.inf else value
+    for out in linear_token_logprobs(hidden, weight, labels, bias, return_entropy=True):
+        assert out.isnan().tolist() == [row == 7 for row in range(13)]
+
+
+def test_no_memory_is_left_unwritten(cpu_backend, small_tiles):
+    """Deterministic mode fills new tensors with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in DTYPES:
+            hidden, weight, bias, labels = operands(dtype=dtype)
+            labels[2:5] = -100
+            assert all(x.isfinite().all() for x in run(linear_token_logprobs, hidden, weight, bias, labels))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_ignored_rows_reach_nothing(backend, small_tiles):
     hidden, weight, bias, labels = operands()
     labels[::3], hidden[::3] = -100, torch.nan
