@@ -66,15 +66,28 @@ using PPOTokensTuple = std::tuple<std::array<std::pair<uintptr_t, int>, kNumPPOC
 
 PPOTokens ppo_tokens(const PPOTokensTuple& t) {
   PPOTokens tokens{{}, pointer<const uint8_t>(std::get<1>(t)), std::get<2>(t)};
-  for (int c = 0; c < kNumPPOColumns; ++c) tokens.columns[c] = {pointer<const void>(std::get<0>(t)[c].first), static_cast<DType>(std::get<0>(t)[c].second)};
+  for (int c = 0; c < kNumPPOColumns; ++c) {
+    const auto& [address, dtype] = std::get<0>(t)[c];
+    tokens.columns[c] = {pointer<const void>(address), static_cast<DType>(dtype)};
+  }
   return tokens;
 }
 
 // The numbers and the choices of PPOOptions, in its order.
-PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 4>& choice) {
+PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
   return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-          static_cast<KLKind>(choice[0]), static_cast<KLKind>(choice[1]), static_cast<RolloutCorrection>(choice[2]), choice[3] != 0};
+          static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
 }
+
+// (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
+using StepsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+Steps steps(const StepsTuple& t) { return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)}; }
+
+// (address of offsets or 0, count, length), as `native.sequences` makes it.
+using SequencesTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+Sequences sequences(const SequencesTuple& t) { return {pointer<const int64_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
 }  // namespace
 
@@ -135,19 +148,72 @@ PYBIND11_MODULE(_C, m) {
     return FASTPPO_CPU(write_kv, arguments);
   });
 
-  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights, uintptr_t log_ratios, int threads) {
+  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
+                                 uintptr_t log_ratios, int threads) {
     py::gil_scoped_release release;
     const PPOCounts counts = FASTPPO_CPU(ppo_loss_sequences, ppo_tokens(tokens), Sequences{pointer<const int64_t>(offsets), count, length},
                                          pointer<float>(weights), pointer<float>(log_ratios), threads);
     return std::make_tuple(counts.tokens, counts.sequences, counts.bad_offset);
   });
 
-  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 4>& choices, uintptr_t d_logprobs,
-                              uintptr_t d_values, uintptr_t d_entropy, int threads) {
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 3>& choices,
+                              uintptr_t d_logprobs, uintptr_t d_values, uintptr_t d_entropy, int threads) {
     py::gil_scoped_release release;
     std::array<double, kNumPPOSums> sums;
     FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),
                 PPOGradients{pointer<float>(d_logprobs), pointer<float>(d_values), pointer<float>(d_entropy)}, threads);
     return sums;
+  });
+
+  m.def("first_bad_offset", [](uintptr_t offsets, int64_t count, int64_t tokens) {
+    return FASTPPO_CPU(first_bad_offset, pointer<const int64_t>(offsets), count, tokens);
+  });
+
+  m.def("gae", [](const StepsTuple& rewards, const StepsTuple& values, const StepsTuple& next_values, const StepsTuple& mask, const StepsTuple& dones,
+                  const StepsTuple& truncated, uintptr_t bootstrap, uintptr_t decays, float gamma, float decay, const SequencesTuple& shape,
+                  uintptr_t advantages, uintptr_t returns, int threads) {
+    py::gil_scoped_release release;
+    const GaeInputs inputs{steps(rewards), steps(values), steps(next_values), steps(mask), steps(dones), steps(truncated),
+                           pointer<const float>(bootstrap), pointer<const float>(decays), gamma, decay};
+    FASTPPO_CPU(gae, inputs, sequences(shape), pointer<float>(advantages), pointer<float>(returns), threads);
+  });
+
+  m.def("first_unbootstrapped_truncation",
+        [](const StepsTuple& mask, const StepsTuple& dones, const StepsTuple& truncated, const SequencesTuple& shape) {
+          py::gil_scoped_release release;
+          return FASTPPO_CPU(first_unbootstrapped_truncation, steps(mask), steps(dones), steps(truncated), sequences(shape));
+        });
+
+  m.def("masked_moments", [](uintptr_t x, uintptr_t mask, int64_t count, int threads) {
+    py::gil_scoped_release release;
+    const Moments moments = FASTPPO_CPU(masked_moments, pointer<const float>(x), pointer<const uint8_t>(mask), count, threads);
+    return std::make_tuple(moments.count, moments.mean, moments.squares);
+  });
+
+  m.def("masked_whiten", [](uintptr_t x, uintptr_t mask, int64_t count, const std::tuple<double, double, double>& moments, bool keep_mean,
+                            uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(masked_whiten, pointer<const float>(x), pointer<const uint8_t>(mask), count,
+                (Moments{std::get<0>(moments), std::get<1>(moments), std::get<2>(moments)}), keep_mean, pointer<float>(out), threads);
+  });
+
+  m.def("approx_kl", [](uintptr_t logprobs, uintptr_t ref_logprobs, int64_t count, int kind, uintptr_t kl, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(approx_kl, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), count, static_cast<KLKind>(kind),
+                pointer<float>(kl), threads);
+  });
+
+  m.def("approx_kl_backward",
+        [](uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t d_kl, int64_t count, int kind, uintptr_t grad, int threads) {
+          py::gil_scoped_release release;
+          FASTPPO_CPU(approx_kl_backward, pointer<const float>(logprobs), pointer<const float>(ref_logprobs), pointer<const float>(d_kl), count,
+                      static_cast<KLKind>(kind), pointer<float>(grad), threads);
+        });
+
+  m.def("kl_shaped_rewards", [](uintptr_t scores, uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t mask, const SequencesTuple& shape, float coef,
+                                int kind, uintptr_t rewards, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(kl_shaped_rewards, pointer<const float>(scores), pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
+                pointer<const uint8_t>(mask), sequences(shape), coef, static_cast<KLKind>(kind), pointer<float>(rewards), threads);
   });
 }

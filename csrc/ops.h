@@ -36,6 +36,38 @@ struct PartialRow {
   double max, sum, weighted, label_z;
 };
 
+// Sequences of tokens: a table [count, length] (offsets null), or packed, where sequence i holds tokens [offsets[i], offsets[i + 1]).
+struct Sequences {
+  const int64_t* offsets;
+  int64_t count, length;
+  int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * length; }  // flat positions, as contiguous outputs have them
+  int64_t end(int64_t i) const { return begin(i + 1); }
+  int64_t tokens() const { return begin(count); }
+};
+
+// An input over sequences, of any strides: element (i, t) of a table, (0, flat position) of packed tokens. Null data: not given.
+struct Steps {
+  const void* data;
+  DType dtype;  // of numbers; masks and flags are bytes
+  int64_t stride_sequence, stride_step;
+};
+
+struct GaeInputs {
+  Steps rewards, values;
+  Steps next_values;             // V(s_{t+1}) of each step; null: the next kept step's value
+  Steps mask, dones, truncated;  // steps left out; episodes that end, or are cut, after a step. `truncated` only beside next_values
+  const float* bootstrap;        // [count] value after each sequence's last step, where next_values is null; null: 0
+  const float* decays;           // [count] gamma * lambda of each sequence; null: `decay` for all
+  float gamma, decay;
+};
+
+// Of a set of numbers; `squares` is the sum of squared deviations from the mean.
+struct Moments {
+  double count, mean, squares;
+};
+
+enum KLKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3, kK1Plus = 4, kK3Plus = 5 };
+
 // One value for each row of logits.
 struct SamplingParameters {
   const float* temperature;
@@ -52,7 +84,8 @@ struct SampledRows {
 
 // The PPO loss: what each token brings. The last two are made by ppo_loss_sequences.
 enum PPOColumn {
-  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios, kNumPPOColumns
+  kLogprobs, kOldLogprobs, kAdvantages, kValues, kOldValues, kReturns, kRefLogprobs, kEntropy, kRolloutLogprobs, kWeights, kSequenceLogRatios,
+  kNumPPOColumns
 };
 
 struct PPOTokens {
@@ -61,28 +94,20 @@ struct PPOTokens {
   int64_t count;
 };
 
-// Sequence s is offsets[s] .. offsets[s + 1], or without offsets s * length .. (s + 1) * length.
-struct Sequences {
-  const int64_t* offsets;
-  int64_t count, length;
-  int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * length; }
-};
-
-enum KLKind : int { kK1, kK2, kK3, kAbs };
 enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
 
 // A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
 struct PPOOptions {
   float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
-  KLKind kl_value, kl_gradient;
+  KLKind kl_kind;
   RolloutCorrection correction;
   bool cispo;
 };
 
 // Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
 enum PPOSum {
-  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL, kRolloutWeight,
-  kRolloutClipped, kRatioMax, kNumPPOSums
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL,
+  kRolloutWeight, kRolloutClipped, kRatioMax, kNumPPOSums
 };
 
 struct PPOGradients {
@@ -123,8 +148,9 @@ FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_
 FASTPPO_EACH_ISA(void token_logprobs_add_tile(const float* tile, const int64_t* labels, int64_t count, int64_t width, LogitTransform transform, bool entropy,
                                               PartialRow* state, int threads))
 
-// A label outside [0, width) stands in columns that `logits` does not hold. grad_logits (same storage type, contiguous rows unless grad_logits == logits.data, then the rows' own places) =
-// d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null.
+// grad_logits (same storage type, contiguous rows unless grad_logits == logits.data, then the rows' own places) =
+// d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null. A label outside
+// [0, width) that is not ignore_index stands in columns that `logits` does not hold.
 FASTPPO_EACH_ISA(void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, const float* max_logsum,
                                               const float* entropy, const float* d_logprobs, const float* d_entropy, void* grad_logits, int threads))
 
@@ -173,3 +199,29 @@ FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Seq
 
 // The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
 FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))
+
+// First i whose offset is wrong, or -1: offsets [count + 1] start at 0, never fall and end at `tokens`.
+FASTPPO_EACH_ISA(int64_t first_bad_offset(const int64_t* offsets, int64_t count, int64_t tokens))
+
+// delta_t = r_t + gamma V_{t+1} - V_t; advantages_t = delta_t + decay * advantages_{t+1}; returns = advantages + V; fp32, 0 at masked steps.
+FASTPPO_EACH_ISA(void gae(const GaeInputs& inputs, const Sequences& sequences, float* advantages, float* returns, int threads))
+
+// Flat position of the first truncated step, kept and not done, that is not its sequence's last kept step; -1 when there is none.
+FASTPPO_EACH_ISA(int64_t first_unbootstrapped_truncation(const Steps& mask, const Steps& dones, const Steps& truncated, const Sequences& sequences))
+
+// Of the elements of x [count] where mask is set; mask may be null.
+FASTPPO_EACH_ISA(Moments masked_moments(const float* x, const uint8_t* mask, int64_t count, int threads))
+
+// out [count] = (x - mean) / sqrt(variance + 1e-8), plus the mean if keep_mean, 0 where masked; variance = squares / (moments.count - 1).
+FASTPPO_EACH_ISA(void masked_whiten(const float* x, const uint8_t* mask, int64_t count, Moments moments, bool keep_mean, float* out, int threads))
+
+// kl [count] estimated from logprobs - ref_logprobs.
+FASTPPO_EACH_ISA(void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KLKind kind, float* kl, int threads))
+
+// grad [count] = d_kl * d kl / d logprobs; the gradient of ref_logprobs is its negative.
+FASTPPO_EACH_ISA(void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KLKind kind, float* grad,
+                                         int threads))
+
+// rewards (flat) = -coef * kl where mask is set, 0 elsewhere, plus scores[i] at the last set position of sequence i. coef 0: no kl is computed.
+FASTPPO_EACH_ISA(void kl_shaped_rewards(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask,
+                                        const Sequences& sequences, float coef, KLKind kind, float* rewards, int threads))

@@ -107,6 +107,6 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig) -> dict[str, float]:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns); 0 where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns); 0 where the returns do not vary beyond rounding."""
     variance = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / variance).item() if variance > 0 else 0.0
+    return (1 - (returns - values).var(correction=0) / variance).item() if variance > 1e-8 else 0.0

@@ -179,8 +179,8 @@ PPO_SUMS = (
     "policy_loss", "value_loss", "kl_loss", "entropy_bonus", "entropy", "approx_kl", "ppo_kl", "clipfrac",
     "clipfrac_dual", "value_clipfrac", "ratio_mean", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "ratio_max",
 )  # fmt: skip
-KL_CODES = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-ROLLOUT_CORRECTION_CODES = {None: 0, "truncate": 1, "mask": 2}
+KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # in the order of csrc/ops.h's KLKind
+ROLLOUT_CORRECTIONS = (None, "truncate", "mask")  # in the order of csrc/ops.h's RolloutCorrection
 
 
 class PPOOptions(NamedTuple):
@@ -205,11 +205,8 @@ class PPOOptions(NamedTuple):
         ]  # fmt: skip
 
     def choices(self) -> list[int]:
-        gradient = "k2" if self.kl_kind.endswith("+") else self.kl_kind
-        return [
-            KL_CODES[self.kl_kind.removesuffix("+")], KL_CODES[gradient],
-            ROLLOUT_CORRECTION_CODES[self.rollout_correction], self.objective == "cispo",
-        ]  # fmt: skip
+        correction = ROLLOUT_CORRECTIONS.index(self.rollout_correction)
+        return [KL_KINDS.index(self.kl_kind), correction, self.objective == "cispo"]
 
 
 class PPOCounts(NamedTuple):
@@ -265,3 +262,123 @@ def ppo_loss_tokens(
         *(address(gradients.get(name)) for name in ("logprobs", "values", "entropy")), threads(),
     )  # fmt: skip
     return dict(zip(PPO_SUMS, sums, strict=True)), gradients
+
+
+def steps(x: Tensor | None) -> tuple[int, int, int, int]:
+    """`x` [B, T], or [total] of packed tokens, as the bindings' description of strided steps; zeros for None."""
+    if x is None:
+        return (0, 0, 0, 0)
+    stride_sequence, stride_step = (0, x.stride(0)) if x.dim() == 1 else x.stride()
+    return (x.data_ptr(), DTYPE_CODES.get(x.dtype, 0), stride_sequence, stride_step)
+
+
+def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at int64 `offsets` [B + 1]."""
+    if offsets is None:
+        return (0, *x.shape)
+    tokens, count = x.shape[0], offsets.shape[0] - 1
+    bad = _C.first_bad_offset(address(offsets), count, tokens)
+    if bad >= 0:
+        raise ValueError(
+            f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
+            f"expected 0 first, no decrease and {tokens} (all tokens) last"
+        )
+    return (address(offsets), count, 0)
+
+
+def as_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.long().contiguous()
+
+
+def place_in_sequences(position: int, offsets: Tensor) -> tuple[int, int]:
+    """(sequence, step in it) of a flat position in packed tokens."""
+    sequence = int(torch.searchsorted(offsets, position, right=True)) - 1
+    return sequence, position - int(offsets[sequence])
+
+
+def flat_float(x: Tensor) -> Tensor:
+    """`x` as contiguous fp32; itself where it is that already."""
+    return x.float().contiguous()
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor | None, dones: Tensor | None, truncated: Tensor | None,
+    next_values: Tensor | None, cu_seqlens: Tensor | None, decays: Tensor | None, gamma: float, decay: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(advantages, returns), fp32 in values' shape, [B, T] or packed [total]; all inputs where they lie.
+
+    next_values: [B] or values' shape. decays: fp32 [B], gamma * lambda of each sequence; None: `decay` for all.
+    """
+    offsets = as_offsets(cu_seqlens)
+    shape = sequences(values, offsets)
+    each_step = next_values is not None and next_values.shape == values.shape
+    bootstrap = None if next_values is None or each_step else flat_float(next_values)
+    if truncated is not None and not each_step:
+        bad = _C.first_unbootstrapped_truncation(steps(mask), steps(dones), steps(truncated), shape)
+        if bad >= 0:
+            row, step = divmod(bad, values.shape[1]) if offsets is None else place_in_sequences(bad, offsets)
+            raise ValueError(
+                f"truncated is set at step {step} of sequence {row}, which is not its last unmasked step; expected "
+                "next_values with the value after every step (values' shape), not one value a sequence"
+            )
+        truncated = None  # the last step bootstraps from `bootstrap` anyway
+    advantages, returns = (torch.empty(values.shape, dtype=torch.float32) for _ in range(2))
+    _C.gae(
+        steps(rewards), steps(values), steps(next_values if each_step else None),
+        steps(mask), steps(dones), steps(truncated), address(bootstrap), address(decays),
+        gamma, decay, shape, address(advantages), address(returns), threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+def masked_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations (fp64 0-d) of the elements of `x` where `mask` (same shape) is set."""
+    x, mask = flat_float(x), None if mask is None else mask.contiguous()
+    moments = _C.masked_moments(address(x), address(mask), x.numel(), threads())
+    return tuple(torch.tensor(moment, dtype=torch.float64) for moment in moments)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, squares: Tensor, keep_mean: bool
+) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8), plus the mean with `keep_mean`; fp32 in the shape of `x`, 0 where masked."""
+    x, mask = flat_float(x), None if mask is None else mask.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32)
+    moments = (count.item(), mean.item(), squares.item())
+    _C.masked_whiten(address(x), address(mask), x.numel(), moments, keep_mean, address(out), threads())
+    return out
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
+    """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in KL_KINDS."""
+    logprobs, ref_logprobs = flat_float(logprobs), flat_float(ref_logprobs)
+    kl = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl(address(logprobs), address(ref_logprobs), kl.numel(), kind, address(kl), threads())
+    return kl
+
+
+def approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kind: int) -> Tensor:
+    """fp32 gradient of `logprobs`; that of `ref_logprobs` is its negative."""
+    logprobs, ref_logprobs, d_kl = flat_float(logprobs), flat_float(ref_logprobs), flat_float(d_kl)
+    grad = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl_backward(
+        address(logprobs), address(ref_logprobs), address(d_kl), grad.numel(), kind, address(grad), threads()
+    )
+    return grad
+
+
+def kl_shaped_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    coef: float, kind: int,
+) -> Tensor:  # fmt: skip
+    """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in logprobs' shape."""
+    offsets = as_offsets(cu_seqlens)
+    shape = sequences(logprobs, offsets)
+    scores, logprobs, ref_logprobs = flat_float(scores), flat_float(logprobs), flat_float(ref_logprobs)
+    mask = mask.contiguous()
+    rewards = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.kl_shaped_rewards(
+        address(scores), address(logprobs), address(ref_logprobs), address(mask), shape,
+        coef, kind, address(rewards), threads(),
+    )  # fmt: skip
+    return rewards

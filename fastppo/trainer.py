@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from fastppo.actor_critic import ActorCritic, weights_sha256
 from fastppo.checkpoint import (
@@ -79,6 +80,9 @@ class PPOTrainer:
         self.config = config = config or PPOConfig()
         self.recipe = recipe or {"ppo": dataclasses.asdict(config)}
         device = _resolve_device(config.device)
+        # First, so that the processes which run rewards hold no copy of the model.
+        with _naming("reward"):
+            self.rewards = RewardRunner(reward, timeout=config.reward_timeout, retries=config.reward_retries)
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
@@ -87,8 +91,6 @@ class PPOTrainer:
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
-        with _naming("reward"):
-            self.rewards = RewardRunner(reward, timeout=config.reward_timeout, retries=config.reward_retries)
         # The critic's head is initialised to zero, so building the networks draws no random numbers.
         self.networks = ActorCritic(
             self.model, shared_trunk=config.critic == "shared", with_reference=config.kl_coef > 0
@@ -147,7 +149,8 @@ class PPOTrainer:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the policy and the tokenizer in Transformers' format."""
-        self.model.save_pretrained(path)
+        with _no_progress_bar():
+            self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     # One step
@@ -262,8 +265,6 @@ class PPOTrainer:
     # Set-up, checkpoints
 
     def _load(self, source: Any, name: str) -> PromptDataset:
-        if isinstance(source, PromptDataset):
-            return source
         context = context_length(self.model)
         if context is not None and context <= self.config.max_new_tokens:
             raise ValueError(
@@ -271,6 +272,8 @@ class PPOTrainer:
             )
         limit = None if context is None else context - self.config.max_new_tokens
         with _naming(name):
+            if isinstance(source, PromptDataset):
+                return source.limited(limit)
             return load_prompts(source, self.tokenizer, DataConfig(), limit)
 
     def _save(self, folder: RunFolder) -> None:
@@ -313,6 +316,18 @@ class PPOTrainer:
     def _reference_sha256(self) -> str | None:
         reference = self.networks.reference
         return None if reference is None else weights_sha256(reference)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Transformers draws a bar for each file it writes, across the run's own display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,3 +28,13 @@ def strided_views(x: Tensor) -> dict[str, Tensor]:
         "vocabulary-major": x.transpose(1, 2).contiguous().transpose(1, 2),
         "expanded": x[:1].expand(batch, length, width),
     }
+
+
+def with_threads(count: int, function: Callable[[], Result]) -> Result:
+    """`function()` while torch, and so our kernels, use `count` threads."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return function()
+    finally:
+        torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 // The PPO loss over tokens: policy, value, KL and entropy terms, their gradients and the statistics, in one read of the inputs.
 #include <vector>
 
+#include "approx_kl.h"
 #include "parallel.h"
 
 namespace fastppo::FASTPPO_ISA {
@@ -8,7 +9,6 @@ namespace {
 
 constexpr int64_t kBlock = 512;  // tokens whose sums are made in fp32; blocks are added in fp64, in order, whichever thread made them
 constexpr int64_t kBlocksPerThread = 8;
-constexpr float kMaxLogRatio = 20.0f, kMaxK3 = 10.0f;
 
 // torch.clamp's gradient: it flows at the bounds and stops beyond. A NaN stays, in value and gradient.
 FASTPPO_INLINE vint outside(const vfloat& x, const vfloat& low, const vfloat& high) { return (x < low) | (x > high); }
@@ -115,24 +115,6 @@ FASTPPO_INLINE ValueTerm value_term(const vfloat& value, const vfloat& old_value
   return {0.5f * select(clipped, with_clip, plain), select(clipped, vfloat(0.0f), error), clipped};
 }
 
-struct KLTerm {
-  vfloat value, gradient, k3;
-};
-
-// Estimators of KL(policy, reference) at x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|.
-FASTPPO_INLINE KLTerm kl_term(const vfloat& logprob, const vfloat& ref_logprob, const PPOOptions& o) {
-  const vfloat zero = 0.0f, one = 1.0f;
-  const vfloat difference = logprob - ref_logprob;
-  const vfloat x = clamp(difference, -kMaxLogRatio, kMaxLogRatio);
-  const ExpLess e = vexp_less(-x);
-  const vint k3_clipped = e.one_and_x > kMaxK3;
-  const vfloat k3 = select(k3_clipped, vfloat(kMaxK3), e.one_and_x);
-  const vfloat value = o.kl_value == kK1 ? x : o.kl_value == kK2 ? 0.5f * x * x : o.kl_value == kK3 ? k3 : select(x < 0.0f, -x, x);
-  const vfloat sign = select(x < 0.0f, -one, select(x > 0.0f, one, x));
-  const vfloat slope = o.kl_gradient == kK1 ? one : o.kl_gradient == kK2 ? x : o.kl_gradient == kK3 ? select(k3_clipped, zero, -e.one) : sign;
-  return {value, select(outside(difference, -kMaxLogRatio, kMaxLogRatio), zero, slope), k3};
-}
-
 // The sums of a block's tokens, and their places of the gradients.
 void token_block(const Block& block, const PPOOptions& o, const PPOGradients& gradients, float* sums) {
   vfloat total[kNumPPOSums];
@@ -172,10 +154,12 @@ void token_block(const Block& block, const PPOOptions& o, const PPOGradients& gr
 
     vfloat d_logprob = policy.gradient;
     if (given(kRefLogprobs)) {
-      const KLTerm kl = kl_term(logprob, load(kRefLogprobs), o);
-      add(kKLLoss, weight * kl.value);
-      add(kRefKL, kl.k3);
-      if (o.kl_coef != 0) d_logprob += o.kl_coef * kl.gradient;
+      const vfloat ref_log_ratio = logprob - load(kRefLogprobs);
+      add(kRefKL, kl_value<kK3>(ref_log_ratio));
+      with_kl(o.kl_kind, [&](auto kl) __attribute__((always_inline)) {
+        add(kKLLoss, weight * kl.value(ref_log_ratio));
+        if (o.kl_coef != 0) d_logprob += o.kl_coef * kl.slope(ref_log_ratio);
+      });
     }
     if (gradients.logprobs) store(gradients.logprobs, gradient_weight * d_logprob);
     if (given(kValues)) {

@@ -271,17 +271,15 @@ FASTPPO_INLINE float max_lanes(const vfloat& v) {
   return m;
 }
 
-// exp(r) - 1 - r for |r| <= ln 2 / 2: the rest of Cephes' degree-6 polynomial for exp(r).
-FASTPPO_INLINE vfloat exp_remainder(const vfloat& r) {
+// exp(r) for |r| <= ln 2 / 2: Cephes' degree-6 polynomial.
+FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) {
   vfloat poly = vfloat(1.9875691500e-4f) * r + 1.3981999507e-3f;
   poly = poly * r + 8.3334519073e-3f;
   poly = poly * r + 4.1665795894e-2f;
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
-  return poly * (r * r);
+  return (poly * (r * r) + r) + 1.0f;
 }
-
-FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) { return (exp_remainder(r) + r) + 1.0f; }
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite): n * kLn2High is exact
@@ -310,21 +308,6 @@ FASTPPO_INLINE vfloat vexp_nonpositive(const vfloat& x) {
   const vint exponent = bit_cast<int32_t>(shifted) << 23;  // the shifter's own bits leave at the top
   const vfloat result = bit_cast<float>(bit_cast<int32_t>(exp_polynomial(r)) + exponent);
   return select(x < -87.3f, vfloat(0.0f), result);
-}
-
-// exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; neither cancels near 0, where the second is about x^2 / 2.
-struct ExpLess {
-  vfloat one, one_and_x;
-};
-
-FASTPPO_INLINE ExpLess vexp_less(const vfloat& x) {
-  const vfloat shifted = x * kLog2E + kShifter;
-  const vfloat n = shifted - kShifter;
-  const vfloat r = (x - n * kLn2High) - n * kLn2Low;
-  const vfloat scale = bit_cast<float>((bit_cast<int32_t>(shifted) - bit_cast<int32_t>(vfloat(kShifter)) + 127) << 23);
-  const vfloat remainder = exp_remainder(r);
-  const vfloat one = scale * (remainder + r) + (scale - 1.0f);  // 2^n exp(r) - 1
-  return {one, select(n == 0.0f, remainder, one - x)};
 }
 
 // tanh(x) within 3 ulp: a Taylor series to x^9 near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.

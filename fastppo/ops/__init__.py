@@ -1,22 +1,31 @@
 """The public ops: fused kernels with a plain-PyTorch reference behind each."""
 
 from fastppo.ops._backends import use_backend
+from fastppo.ops.approx_kl import approx_kl, kl_shaped_rewards
 from fastppo.ops.decode_attention import decode_attention, write_kv
+from fastppo.ops.gae import GAE, gae
 from fastppo.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 from fastppo.ops.linear_token_logprobs import linear_token_logprobs
+from fastppo.ops.masked_whiten import masked_mean, masked_whiten
 from fastppo.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
 from fastppo.ops.sample_tokens import SampledTokens, sample_tokens
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
 
 __all__ = [
+    "GAE",
     "LinearPPOLoss",
     "PPOLoss",
     "PPOStats",
     "SampledTokens",
     "TokenLogprobs",
+    "approx_kl",
     "decode_attention",
+    "gae",
+    "kl_shaped_rewards",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "masked_mean",
+    "masked_whiten",
     "ppo_loss",
     "sample_tokens",
     "token_logprobs",

@@ -51,9 +51,8 @@ def number(
     """A finite real number in the given interval, as a Python float."""
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} is {value!r}, expected a real number")
-    # By comparisons alone, which torch.compile can trace for a number that varies; NaN fails them.
-    inside = value > above and at_least <= value <= at_most
-    if not inside or not -math.inf < value < math.inf:
+    # Comparisons alone, which NaN fails too: torch.compile can trace them, unlike math.isfinite.
+    if not (above < value < math.inf and at_least <= value <= at_most):
         bounds = [f"> {above}" for _ in [0] if above > -math.inf]
         bounds += [f">= {at_least}" for _ in [0] if at_least > -math.inf]
         bounds += [f"<= {at_most}" for _ in [0] if at_most < math.inf]
@@ -73,3 +72,25 @@ def integer_number(name: str, value: object, *, at_least: int = 0, at_most: int 
 def choice(name: str, value: object, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, options))}")
+
+
+def cu_seqlens(name: str, value: object, packed_name: str, packed: Tensor) -> None:
+    """int32 or int64 offsets [B + 1] of the sequences in `packed` [total]; their values are for `offsets_in_order`."""
+    integer(name, value)
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected [B + 1]")
+    if packed.dim() != 1:
+        raise ValueError(f"{packed_name} has shape {list(packed.shape)}, expected [total] (packed) beside {name}")
+    same_device(name, value, packed_name, packed)
+
+
+def offsets_in_order(name: str, value: Tensor, total: int) -> None:
+    """What the kernels check themselves, for the reference: offsets start at 0, never fall and end at `total`."""
+    wrong = torch.cat([value[:1] != 0, (value.diff() < 0) | (value[1:] > total)])
+    wrong[-1] |= value[-1] != total
+    if wrong.any():
+        bad = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} holds {value[bad].item()} at position {bad}, "
+            f"expected 0 first, no decrease and {total} (all tokens) last"
+        )

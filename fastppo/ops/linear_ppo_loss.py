@@ -242,7 +242,7 @@ def _linear_ppo_loss(
                 logprobs.view(-1)[rows[places]] = values
         sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
         needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
-        counts = native.ppo_loss_sequences(sequence_columns, keep, cu_seqlens, **needed)
+        counts = native.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
         scale = loss_scale(counts, aggregation, denominator)
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
         given |= {"rollout_logprobs": rollout_logprobs} | counts.columns()

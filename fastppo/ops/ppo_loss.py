@@ -14,10 +14,8 @@ from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import ppo_loss as reference
 
-KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 RATIO_LEVELS = ("token", "sequence")
 OBJECTIVES = ("clip", "cispo")
-ROLLOUT_CORRECTIONS = (None, "truncate", "mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-denominator")
 
 
@@ -97,7 +95,7 @@ def ppo_loss(
 
     - policy: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (Schulman et al. 2017, arXiv:1707.06347).
     - value: 0.5 max((v - R)^2, (clip(v, old_value +- value_clip) - R)^2), where `values` are given.
-    - KL: an estimate of KL(policy, reference), where `ref_logprobs` are given (`kl_estimate` in the reference).
+    - KL: an estimate of KL(policy, reference), where `ref_logprobs` are given (see `approx_kl`).
     - entropy, where it is given.
 
     Gradients flow to logprobs, values and entropy; all else is constant. At a tie of a max or min the gradient is the
@@ -204,9 +202,9 @@ def check_options(options: native.PPOOptions) -> None:
         _checks.number("dual_clip", options.dual_clip, above=1)
     if options.value_clip is not None:
         _checks.number("value_clip", options.value_clip, above=0)
-    _checks.choice("kl_kind", options.kl_kind, KL_KINDS)
+    _checks.choice("kl_kind", options.kl_kind, native.KL_KINDS)
     _checks.choice("objective", options.objective, OBJECTIVES)
-    _checks.choice("rollout_correction", options.rollout_correction, ROLLOUT_CORRECTIONS)
+    _checks.choice("rollout_correction", options.rollout_correction, native.ROLLOUT_CORRECTIONS)
     if options.objective == "cispo" and options.dual_clip is not None:
         raise ValueError(
             f"dual_clip is {options.dual_clip!r}, expected None with objective='cispo', whose weight is clipped already"

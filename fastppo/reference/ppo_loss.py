@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-MAX_K3 = 10.0
+from fastppo.reference.approx_kl import MAX_LOG_RATIO, approx_kl
 
 
 def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -19,24 +18,6 @@ def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
 def larger(unclipped: Tensor, clipped: Tensor) -> Tensor:
     """torch.maximum, but a tie sends the whole gradient to `unclipped` instead of half to each."""
     return torch.where(clipped > unclipped, clipped, unclipped)
-
-
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy, reference) (J. Schulman, "Approximating KL divergence", 2020).
-
-    With x = logprob - ref_logprob: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|; x is clamped to +-20 and k3
-    to at most 10. "k1+" and "k3+" have the value of k1 and k3 and the gradient of k2, which is the KL divergence's in
-    expectation.
-    """
-    if kind.endswith("+"):
-        k2 = kl_estimate(logprobs, ref_logprobs, "k2")
-        return kl_estimate(logprobs, ref_logprobs, kind[:-1]).detach() + (k2 - k2.detach())
-    x = clamp(logprobs - ref_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if kind == "k1":
-        return x
-    if kind == "k2":
-        return 0.5 * x.square()
-    return clamp(torch.expm1(-x) + x, -MAX_K3, MAX_K3) if kind == "k3" else x.abs()
 
 
 def policy_terms(
@@ -226,8 +207,8 @@ def ppo_loss(
         terms["value_loss"] = (vf_coef, batch.loss(value))
         stats["value_clipfrac"] = batch.mean(clipped)
     if ref_logprobs is not None:
-        terms["kl_loss"] = (kl_coef, batch.loss(kl_estimate(logprobs, ref_logprobs, kl_kind)))
-        stats["kl_ref"] = batch.mean(kl_estimate(logprobs, ref_logprobs, "k3"))
+        terms["kl_loss"] = (kl_coef, batch.loss(approx_kl(logprobs, ref_logprobs, kl_kind)))
+        stats["kl_ref"] = batch.mean(approx_kl(logprobs, ref_logprobs, "k3"))
     if entropy is not None:
         terms["entropy_bonus"] = (-entropy_coef, batch.loss(entropy))
         stats["entropy"] = batch.mean(entropy)

@@ -259,6 +259,18 @@ def test_strides(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("variant", ["defaults", "sequence"])
+def test_time_major_columns(backend, variant):
+    """Every [B, T] tensor transposed in memory: rows stay sequences."""
+    batch = make_batch(4, 11)
+    views = {name: x if name in GRADIENTS else x.T.contiguous().T for name, x in batch.items()}
+    assert not views["mask"].is_contiguous()
+    ours, expected = run(linear_ppo_loss, views, **VARIANTS[variant]), run(linear_ppo_loss, batch, **VARIANTS[variant])
+    torch.testing.assert_close(ours[0], expected[0])
+    for name in GRADIENTS:
+        torch.testing.assert_close(ours[4][name], expected[4][name])
+
+
 def test_first_minibatch_ratio_is_one(cpu_backend):
     """With the log-probs that the op itself returned as old ones the ratio is exactly 1, chunk by chunk."""
     batch = make_batch(90)

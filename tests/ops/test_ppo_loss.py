@@ -199,111 +199,6 @@ def test_first_minibatch_is_exact(backend):
         assert stats.approx_kl == stats.ppo_kl == stats.kl_ref == stats.clipfrac == 0
 
 
-# Ties and bounds
-
-
-def gradient_at(logprob: float, advantage: float, **options) -> float:
-    leaf = torch.tensor([logprob], requires_grad=True)
-    ppo_loss(leaf, torch.zeros(1), torch.tensor([advantage]), **options).loss.backward()
-    return leaf.grad.item()
-
-
-def test_policy_ties(backend):
-    """At ratio 1 with an empty clip range both losses are equal: the gradient is the unclipped one's, whole."""
-    for advantage in (2.0, -2.0):
-        assert gradient_at(0.0, advantage, clip_low=0.0, clip_high=0.0) == -advantage
-    assert gradient_at(0.0, 0.0) == 0
-    assert gradient_at(0.5, 1.0) == 0 and gradient_at(-0.5, -1.0) == 0  # clipped
-    assert gradient_at(-0.5, 1.0) < 0 and gradient_at(0.5, -1.0) > 0  # pessimistic: beyond the range, yet not clipped
-
-
-def test_log_ratio_bounds(backend):
-    """The gradient flows at a log-ratio of exactly +-20 and stops beyond, as torch.clamp's does."""
-    exact = torch.tensor([20.0], requires_grad=True)
-    torch.clamp(exact, -20, 20).exp().sum().backward()
-    assert gradient_at(20.0, -1.0) == pytest.approx(exact.grad.item(), rel=1e-6)
-    assert gradient_at(20.5, -1.0) == 0
-    assert gradient_at(-20.0, 1.0) == pytest.approx(-torch.tensor(-20.0).exp().item(), rel=1e-6)
-    assert gradient_at(-20.5, 1.0) == 0
-
-
-def test_dual_clip_only_for_negative_advantages(backend):
-    assert gradient_at(3.0, -1.0) > 0
-    assert gradient_at(3.0, -1.0, dual_clip=3.0) == 0
-    assert gradient_at(0.5, -1.0, dual_clip=3.0) == gradient_at(0.5, -1.0)
-    leaf = torch.tensor([3.0, 3.0])
-    loss, stats = ppo_loss(leaf, torch.zeros(2), torch.tensor([-1.0, 1.0]), dual_clip=3.0)
-    assert loss == pytest.approx((3.0 - 1.2) / 2)
-    assert stats.clipfrac_dual == 0.5 and stats.clipfrac == 0.5
-
-
-def test_value_ties(backend):
-    """v = old, v exactly at old +- clip, and |v - R| = |clip(v) - R| are ties: the plain squared error's gradient."""
-    values = torch.tensor([1.0, 1.5, 0.5, 2.0, 3.0], requires_grad=True)
-    returns = torch.tensor([3.0, 4.0, -2.0, 1.75, 0.0])
-    zeros = torch.zeros(5)
-    loss, stats = ppo_loss(
-        zeros, zeros, zeros, values=values, old_values=torch.ones(5), returns=returns, value_clip=0.5, vf_coef=5.0
-    )
-    loss.backward()
-    assert values.grad.tolist() == [-2.0, -2.5, 2.5, 0.25, 3.0]
-    assert stats.value_clipfrac == 0
-    assert stats.value_loss == pytest.approx(0.5 * (4 + 6.25 + 6.25 + 0.0625 + 9) / 5)
-
-
-def test_value_clip_stops_the_gradient(backend):
-    values = torch.tensor([2.0], requires_grad=True)
-    one = torch.ones(1)
-    loss, stats = ppo_loss(one, one, one, values=values, old_values=one, returns=torch.tensor([2.5]), value_clip=0.5)
-    loss.backward()
-    assert values.grad.item() == 0 and stats.value_clipfrac == 1
-    assert stats.value_loss == 0.5
-
-
-def test_kl_ties(backend):
-    """At logprob = ref every estimator but k1 and abs is flat; abs takes torch's 0. Beyond the clamps nothing flows."""
-    expected = {"k1": 1.0, "k2": 0.0, "k3": 0.0, "abs": 0.0, "k1+": 0.0, "k3+": 0.0}
-    for kind, slope in expected.items():
-        options = {"kl_coef": 1.0, "kl_kind": kind}
-        assert gradient_at(0.0, 0.0, ref_logprobs=torch.zeros(1), **options) == slope, kind
-        assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([20.5]), **options) == 0, kind
-    assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([20.0]), kl_coef=1.0, kl_kind="k2") == -20
-    assert gradient_at(0.0, 0.0, ref_logprobs=torch.tensor([3.0]), kl_coef=1.0) == 0  # k3 = e^3 - 4 > 10
-
-
-def test_rollout_bounds_are_inclusive(backend):
-    zero, advantages = torch.zeros(3), torch.tensor([1.0, 1.0, 1.0])
-    rollout = torch.tensor([0.0, 1.0, -1.0])  # weights 1, 1/e, e
-    kept = {"rollout_logprobs": rollout, "rollout_bounds": (1.0, 1.0)}
-    loss, stats = ppo_loss(zero, zero, advantages, rollout_correction="mask", **kept)
-    assert loss == pytest.approx(-1 / 3) and stats.rollout_clipfrac == pytest.approx(2 / 3)
-    loss, stats = ppo_loss(zero, zero, advantages, rollout_correction="truncate", **kept)
-    assert loss == pytest.approx(-(1 + 0.36787944 + 1) / 3) and stats.rollout_clipfrac == pytest.approx(1 / 3)
-    loss, stats = ppo_loss(zero, zero, advantages, **kept)  # only measured
-    assert loss == -1 and stats.rollout_clipfrac == 0
-    assert stats.rollout_weight_mean == pytest.approx((1 + 0.36787944 + 2.7182818) / 3)
-
-
-# The straight-through gradients, which no finite difference sees
-
-
-def test_gspo_gradient_is_the_sequence_ratio_for_each_token(backend):
-    """arXiv:2507.18071, eq. 13: d loss / d logprob_t = -A_t s_i / denominator where nothing is clipped."""
-    old, advantages = torch.randn(3, 6), torch.randn(3, 6)
-    logprobs = (old + 0.1 * torch.randn(3, 6)).requires_grad_()
-    ppo_loss(logprobs, old, advantages, ratio_level="sequence", clip_low=1.0, clip_high=9.0).loss.backward()
-    sequence_ratio = (logprobs - old).mean(1, keepdim=True).exp()
-    torch.testing.assert_close(logprobs.grad, (-advantages * sequence_ratio / 18).detach())
-
-
-def test_cispo_gradient_is_a_constant_weight(backend):
-    """arXiv:2506.13585: tokens outside the clip range keep their gradient, with the clipped weight."""
-    old, advantages = torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    logprobs = torch.tensor([-1.0, 1.0, -1.0, 1.0], requires_grad=True)
-    ppo_loss(logprobs, old, advantages, objective="cispo", clip_low=0.5, clip_high=0.5).loss.backward()
-    torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, -1.5, 0.5, 1.5]) / 4)
-
-
 GRADCHECK = ["defaults", "everything", "clip-higher", "no-lower-clip", "dual", "truncate", "mask", "token-mean"]
 
 
@@ -460,17 +355,17 @@ print(digest.hexdigest())
 
 
 def test_bits_do_not_depend_on_instruction_set(cpu_backend):
-    digests = {
-        subprocess.run(
+    processes = [
+        subprocess.Popen(
             [sys.executable, "-c", PRINT_BITS],
             env=os.environ | {"FASTPPO_ISA": isa},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
-        ).stdout
+        )
         for isa in ("plain", "avx2", "avx512")
-    }
-    assert len(digests) == 1
+    ]
+    digests = [process.communicate()[0] for process in processes]
+    assert len(digests[0].strip()) == 64 and len(set(digests)) == 1
 
 
 OPERATOR_OPTIONS = {

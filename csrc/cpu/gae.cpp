@@ -1,0 +1,337 @@
+// Generalised advantage estimation, sixteen sequences at a time: the recursion runs backwards in time in one vector lane each, so every advantage
+// has the bits of the plain sequential loop, whatever the batch, the padding or the packing. A lane whose sequence is done takes the next one.
+#include <type_traits>
+
+#include "masks.h"
+#include "sequences.h"
+
+namespace fastppo::FASTPPO_ISA {
+namespace {
+
+constexpr int64_t kTokensWorthAThread = 16384;
+// Flags of a step: it counts; nothing follows it; the recursion stops behind it.
+constexpr uint8_t kKeep = 1, kDone = 2, kCut = 4;
+
+// A lane's share of the current tile: `count` steps from `step` on, in the last of the tile's sixteen columns.
+struct Window {
+  int64_t row, step;
+  int count;
+  int first() const { return kLanes - count; }
+  int64_t offset(const Steps& x) const { return row * x.stride_sequence + step * x.stride_step; }
+};
+
+// Which steps the sixteen lanes work on. Packed tokens are one long row.
+class Lanes {
+ public:
+  Lanes(const Sequences& sequences, int64_t first, int64_t last) : sequences_(sequences), next_(first), last_(last) {}
+
+  // Moves every lane to the sixteen steps before its last ones, or to a new sequence after begin(lane, sequence). False when all is done.
+  template <class Begin>
+  FASTPPO_MEMBER bool advance(const Begin& begin) {
+    bool active = false;
+    side_by_side_ = true;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      active |= advance_lane(lane, begin);
+      const Window& w = windows_[lane];
+      side_by_side_ &= w.count == kLanes && w.step == windows_[0].step && w.row == windows_[0].row + lane;
+    }
+    return active;
+  }
+
+  const Window& operator[](int lane) const { return windows_[lane]; }
+  // Sixteen neighbouring rows at the same sixteen steps.
+  bool side_by_side() const { return side_by_side_; }
+  int64_t output(int lane) const { return windows_[lane].row * sequences_.length + windows_[lane].step; }
+
+ private:
+  template <class Begin>
+  FASTPPO_MEMBER bool advance_lane(int lane, const Begin& begin) {
+    Window& w = windows_[lane];
+    while (remaining_[lane] == 0 && next_ < last_) {
+      const int64_t sequence = next_++;
+      remaining_[lane] = sequences_.end(sequence) - sequences_.begin(sequence);
+      w.row = sequences_.offsets ? 0 : sequence;
+      w.step = (sequences_.offsets ? sequences_.begin(sequence) : 0) + remaining_[lane];
+      begin(lane, sequence);
+    }
+    w.count = static_cast<int>(std::min<int64_t>(kLanes, remaining_[lane]));
+    w.step -= w.count;
+    remaining_[lane] -= w.count;
+    return w.count > 0;
+  }
+
+  const Sequences& sequences_;
+  int64_t next_, last_;
+  int64_t remaining_[kLanes] = {};
+  Window windows_[kLanes] = {};
+  bool side_by_side_ = false;
+};
+
+// Four lanes side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: 4 x 4 blocks turn from one
+// into the other in registers, on every machine. (Tried: wider blocks through memory wait for their own stores, and are slower.)
+constexpr int kQuad = 4;
+typedef float QuadFloat __attribute__((vector_size(16)));
+typedef int32_t QuadInt __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define FASTPPO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTPPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, QuadInt{__VA_ARGS__})
+#endif
+
+template <class Quad>
+struct Block {
+  Quad at[kQuad];
+
+  FASTPPO_MEMBER Block transposed() const {
+    const Quad low01 = FASTPPO_SHUFFLE(at[0], at[1], 0, 4, 1, 5), high01 = FASTPPO_SHUFFLE(at[0], at[1], 2, 6, 3, 7);
+    const Quad low23 = FASTPPO_SHUFFLE(at[2], at[3], 0, 4, 1, 5), high23 = FASTPPO_SHUFFLE(at[2], at[3], 2, 6, 3, 7);
+    return {FASTPPO_SHUFFLE(low01, low23, 0, 1, 4, 5), FASTPPO_SHUFFLE(low01, low23, 2, 3, 6, 7), FASTPPO_SHUFFLE(high01, high23, 0, 1, 4, 5),
+            FASTPPO_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  }
+};
+
+template <class Quad, class T>
+FASTPPO_INLINE Quad load_quad(const T* p) {
+  Quad quad;
+  std::memcpy(&quad, p, sizeof quad);
+  return quad;
+}
+
+// at[step] of four lanes' rows, from column `column` on.
+template <class Quad, class T>
+FASTPPO_INLINE Block<Quad> load_block(const T* const* rows, int column) {
+  Block<Quad> block;
+  for (int k = 0; k < kQuad; ++k) block.at[k] = load_quad<Quad>(rows[k] + column);
+  return block.transposed();
+}
+
+// Where each lane's sixteen steps of an input lie: in the tensor itself, or converted and gathered here with zeros outside the window.
+template <class T>
+struct Inputs {
+  const T* row[kLanes];
+  alignas(64) T staged[kLanes][kLanes];
+};
+
+// Time-major memory: a step of sixteen neighbouring sequences is a vector already.
+template <class Storage>
+void locate_time_major(const typename Storage::type* p, int64_t stride_step, Inputs<float>& inputs) {
+  alignas(64) float steps[kLanes][kLanes];
+  const float* rows[kLanes];
+  for (int k = 0; k < kLanes; ++k) {
+    F32::store(steps[k], Storage::load(p + k * stride_step));
+    rows[k] = steps[k];
+    inputs.row[k] = inputs.staged[k];
+  }
+  for (int column = 0; column < kLanes; column += kQuad)
+    for (int lane = 0; lane < kLanes; lane += kQuad) {
+      const Block<QuadFloat> turned = load_block<QuadFloat>(rows + column, lane);
+      for (int k = 0; k < kQuad; ++k) std::memcpy(&inputs.staged[lane + k][column], &turned.at[k], sizeof(QuadFloat));
+    }
+}
+
+template <class Storage>
+void locate(const Steps& x, const Lanes& lanes, Inputs<float>& inputs) {
+  using T = typename Storage::type;
+  if (x.stride_sequence == 1 && x.stride_step != 1 && lanes.side_by_side())
+    return locate_time_major<Storage>(static_cast<const T*>(x.data) + lanes[0].offset(x), x.stride_step, inputs);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Window& w = lanes[lane];
+    const T* p = static_cast<const T*>(x.data) + w.offset(x);
+    const bool vector = x.stride_step == 1 && w.count == kLanes;
+    if (vector && std::is_same<Storage, F32>::value) {
+      inputs.row[lane] = reinterpret_cast<const float*>(p);
+      continue;
+    }
+    T buffer[kLanes] = {};
+    if (!vector)
+      for (int k = 0; k < w.count; ++k) buffer[w.first() + k] = p[k * x.stride_step];
+    F32::store(inputs.staged[lane], Storage::load(vector ? p : buffer));
+    inputs.row[lane] = inputs.staged[lane];
+  }
+}
+
+void locate(const Steps& x, const Lanes& lanes, Inputs<float>& inputs) {
+  with_storage(x.dtype, [&](auto storage) { locate<decltype(storage)>(x, lanes, inputs); });
+}
+
+// Where each lane's sixteen outputs go: into the tensor itself, or by way of here when the window is shorter.
+struct Outputs {
+  float* row[kLanes];
+  alignas(64) float staged[kLanes][kLanes];
+
+  void locate(float* out, const Lanes& lanes) {
+    for (int lane = 0; lane < kLanes; ++lane) row[lane] = lanes[lane].count == kLanes ? out + lanes.output(lane) : staged[lane];
+  }
+  void finish(float* out, const Lanes& lanes) const {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Window& w = lanes[lane];
+      if (w.count < kLanes) std::memcpy(out + lanes.output(lane), staged[lane] + w.first(), w.count * sizeof(float));
+    }
+  }
+};
+
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+// `flag` in each column of the window whose byte is set.
+FASTPPO_INLINE Bytes load_flag(const Steps& x, const Window& w, uint8_t flag) {
+  Bytes bytes = {};
+  if (!x.data) return bytes;
+  const auto* p = static_cast<const uint8_t*>(x.data) + w.offset(x);
+  if (x.stride_step == 1 && w.count == kLanes) std::memcpy(&bytes, p, kLanes);
+  else
+    for (int k = 0; k < w.count; ++k) bytes[w.first() + k] = p[k * x.stride_step];
+  return reinterpret_cast<Bytes>(bytes != 0) & flag;
+}
+
+enum class TileKind { kPlain, kMixed, kMasked };  // every step counts and none ends an episode; anything; no step counts
+
+// Finds out the tile's kind and, where it is mixed, the flags of each step.
+TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& flags) {
+  if (!in.mask.data && !in.dones.data && !in.truncated.data) return TileKind::kPlain;
+  Bytes codes[kLanes], any = {}, all = Bytes{} + kKeep;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Window& w = lanes[lane];
+    codes[lane] = Bytes{};
+    if (!w.count) continue;
+    codes[lane] = in.mask.data ? load_flag(in.mask, w, kKeep) : Bytes{} + kKeep;
+    codes[lane] |= load_flag(in.dones, w, kDone | kCut) | load_flag(in.truncated, w, kCut);
+    any |= codes[lane], all &= codes[lane];
+  }
+  uint8_t some = 0, every = kKeep;
+  for (int k = 0; k < kLanes; ++k) some |= any[k], every &= all[k];
+  if (some == kKeep && every == kKeep) return TileKind::kPlain;
+  if (!(some & kKeep)) return TileKind::kMasked;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const vint wide = load_bytes(reinterpret_cast<const uint8_t*>(&codes[lane]));
+    std::memcpy(flags.staged[lane], &wide, sizeof wide);
+    flags.row[lane] = flags.staged[lane];
+  }
+  return TileKind::kMixed;
+}
+
+// What a lane carries from a step to the one before it.
+struct Carry {
+  QuadFloat gae[kQuad], next_value[kQuad], decay[kQuad];
+};
+
+struct TileData {
+  Inputs<float> rewards, values, next_values;
+  Inputs<int32_t> flags;
+  Outputs advantages, returns;
+};
+
+// Four steps of four lanes, the latest first.
+template <bool kMixed, bool kNextValues>
+FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, QuadFloat& gae, QuadFloat& next_value,
+                              const QuadFloat& decay) {
+  const QuadFloat zero = {};
+  const Block<QuadFloat> rewards = load_block<QuadFloat>(tile.rewards.row + lane, column);
+  const Block<QuadFloat> values = load_block<QuadFloat>(tile.values.row + lane, column);
+  Block<QuadFloat> next_values, advantages;
+  Block<QuadInt> flags;
+  if (kNextValues) next_values = load_block<QuadFloat>(tile.next_values.row + lane, column);
+  if (kMixed) flags = load_block<QuadInt>(tile.flags.row + lane, column);
+  for (int k = kQuad - 1; k >= 0; --k) {
+    QuadFloat next = kNextValues ? next_values.at[k] : next_value, later = gae;
+    if (kMixed) {
+      next = (flags.at[k] & kDone) != 0 ? zero : next;
+      later = (flags.at[k] & kCut) != 0 ? zero : later;
+    }
+    advantages.at[k] = ((rewards.at[k] + gamma * next) - values.at[k]) + decay * later;
+    const QuadInt keep = kMixed ? (flags.at[k] & kKeep) != 0 : QuadInt{};
+    gae = kMixed ? (keep ? advantages.at[k] : gae) : advantages.at[k];
+    next_value = kMixed ? (keep ? values.at[k] : next_value) : values.at[k];
+  }
+  const Block<QuadFloat> rows = advantages.transposed();
+  for (int k = 0; k < kQuad; ++k) {
+    QuadFloat advantage = rows.at[k], target = advantage + load_quad<QuadFloat>(tile.values.row[lane + k] + column);
+    if (kMixed) {
+      const QuadInt keep = (load_quad<QuadInt>(tile.flags.row[lane + k] + column) & kKeep) != 0;
+      advantage = keep ? advantage : zero;
+      target = keep ? target : zero;
+    }
+    std::memcpy(tile.advantages.row[lane + k] + column, &advantage, sizeof advantage);
+    std::memcpy(tile.returns.row[lane + k] + column, &target, sizeof target);
+  }
+}
+
+// Four lanes are finished before the next four: so few rows at a time stay in L1 even where their addresses collide (T a power of two).
+template <bool kMixed, bool kNextValues>
+void run_tile(float gamma, const TileData& tile, Carry& carry) {
+  for (int q = 0; q < kQuad; ++q) {
+    QuadFloat gae = carry.gae[q], next_value = carry.next_value[q];
+    for (int column = kLanes - kQuad; column >= 0; column -= kQuad)
+      run_block<kMixed, kNextValues>(gamma, tile, q * kQuad, column, gae, next_value, carry.decay[q]);
+    carry.gae[q] = gae, carry.next_value[q] = next_value;
+  }
+}
+
+template <bool kNextValues>
+void gae_range(const GaeInputs& in, const Sequences& sequences, float* advantages, float* returns, int64_t first, int64_t last) {
+  Lanes lanes(sequences, first, last);
+  Carry carry = {};
+  const auto begin = [&](int lane, int64_t sequence) {
+    const int q = lane / kQuad, k = lane % kQuad;
+    carry.gae[q][k] = 0;
+    carry.next_value[q][k] = in.bootstrap ? in.bootstrap[sequence] : 0;
+    carry.decay[q][k] = in.decays ? in.decays[sequence] : in.decay;
+  };
+  TileData tile;
+  while (lanes.advance(begin)) {
+    const TileKind kind = load_flags(in, lanes, tile.flags);
+    if (kind == TileKind::kMasked) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (float* out : {advantages, returns}) std::memset(out + lanes.output(lane), 0, lanes[lane].count * sizeof(float));
+      continue;
+    }
+    locate(in.rewards, lanes, tile.rewards);
+    locate(in.values, lanes, tile.values);
+    if (kNextValues) locate(in.next_values, lanes, tile.next_values);
+    tile.advantages.locate(advantages, lanes);
+    tile.returns.locate(returns, lanes);
+    (kind == TileKind::kMixed ? run_tile<true, kNextValues> : run_tile<false, kNextValues>)(in.gamma, tile, carry);
+    tile.advantages.finish(advantages, lanes);
+    tile.returns.finish(returns, lanes);
+  }
+}
+
+// The byte of sequence i's step t, or `absent`.
+FASTPPO_INLINE bool flag_at(const Steps& x, const Sequences& sequences, int64_t i, int64_t t, bool absent) {
+  if (!x.data) return absent;
+  const int64_t row = sequences.offsets ? 0 : i, step = sequences.offsets ? sequences.offsets[i] + t : t;
+  return static_cast<const uint8_t*>(x.data)[row * x.stride_sequence + step * x.stride_step];
+}
+
+// The first set step of sequence i in [t, last), or `last`; eight empty bytes cost one look.
+int64_t next_set(const Steps& x, const Sequences& sequences, int64_t i, int64_t t, int64_t last) {
+  const auto* row = static_cast<const uint8_t*>(x.data) + (sequences.offsets ? sequences.offsets[i] : i * x.stride_sequence);
+  while (t < last) {
+    uint64_t eight = 1;
+    if (x.stride_step == 1 && t + 8 <= last) std::memcpy(&eight, row + t, sizeof eight);
+    if (eight == 0) t += 8;
+    else if (flag_at(x, sequences, i, t, false)) return t;
+    else ++t;
+  }
+  return last;
+}
+
+}  // namespace
+
+void gae(const GaeInputs& in, const Sequences& sequences, float* advantages, float* returns, int threads) {
+  parallel_sequences(sequences, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
+    (in.next_values.data ? gae_range<true> : gae_range<false>)(in, sequences, advantages, returns, first, last);
+  });
+}
+
+int64_t first_unbootstrapped_truncation(const Steps& mask, const Steps& dones, const Steps& truncated, const Sequences& sequences) {
+  for (int64_t i = 0; i < sequences.count; ++i) {
+    int64_t last = sequences.end(i) - sequences.begin(i) - 1;
+    while (last >= 0 && !flag_at(mask, sequences, i, last, true)) --last;
+    for (int64_t t = next_set(truncated, sequences, i, 0, last); t < last; t = next_set(truncated, sequences, i, t + 1, last))
+      if (flag_at(mask, sequences, i, t, true) && !flag_at(dones, sequences, i, t, false)) return sequences.begin(i) + t;
+  }
+  return -1;
+}
+
+}  // namespace fastppo::FASTPPO_ISA
