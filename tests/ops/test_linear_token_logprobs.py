@@ -9,6 +9,7 @@ from torch import nn
 from fastppo.ops import _tiled_head, linear_token_logprobs, token_logprobs
 from fastppo.reference.linear_token_logprobs import linear_token_logprobs as reference
 from tests.cases import DTYPES
+from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0, "logit_scale": 0.25, "temperature": 1.3}]
@@ -166,6 +167,15 @@ def test_leading_shapes(backend):
     assert torch.allclose(
         linear_token_logprobs(transposed, weight, labels.view(3, 4).T, bias), flat.view(3, 4).T, atol=1e-5
     )
+
+
+def isa_outputs() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [x for dtype in DTYPES for x in run(linear_token_logprobs, *operands(dtype=dtype, vocab=1100))]
+
+
+def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
+    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path)
 
 
 def test_float64_is_exact():
