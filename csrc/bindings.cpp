@@ -103,6 +103,13 @@ PYBIND11_MODULE(_C, m) {
                        pointer<float>(entropy), pointer<float>(max_logsum), threads);
   });
 
+  m.def("token_logprobs_add_tile", [](uintptr_t tile, uintptr_t labels, int64_t count, int64_t width, const TransformTuple& t, bool entropy, uintptr_t state,
+                                      int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(token_logprobs_add_tile, pointer<const float>(tile), pointer<const int64_t>(labels), count, width, transform(t), entropy,
+                pointer<PartialRow>(state), threads);
+  });
+
   m.def("token_logprobs_backward", [](const RowsTuple& logits, uintptr_t labels, int64_t ignore_index, const TransformTuple& t, uintptr_t max_logsum,
                                       uintptr_t entropy, uintptr_t d_logprobs, uintptr_t d_entropy, uintptr_t grad_logits, int threads) {
     py::gil_scoped_release release;

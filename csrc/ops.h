@@ -31,6 +31,11 @@ struct LogitTransform {
   float scale, softcap, temperature;
 };
 
+// A row's sums over the columns so far: m = max z, sum exp(z - m), sum exp(z - m) (z - m), and z of the label.
+struct PartialRow {
+  double max, sum, weighted, label_z;
+};
+
 // Sequences of tokens: a table [count, length] (offsets null), or packed, where sequence i holds tokens [offsets[i], offsets[i + 1]).
 struct Sequences {
   const int64_t* offsets;
@@ -139,8 +144,13 @@ struct PPOCounts {
 FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, float* logprobs,
                                                 float* entropy, float* max_logsum, int threads))
 
+// Adds fp32 columns [count, width], contiguous, to the rows' sums. labels count from the tile's first column: one outside of it belongs to another tile.
+FASTPPO_EACH_ISA(void token_logprobs_add_tile(const float* tile, const int64_t* labels, int64_t count, int64_t width, LogitTransform transform, bool entropy,
+                                              PartialRow* state, int threads))
+
 // grad_logits (same storage type, contiguous rows unless grad_logits == logits.data, then the rows' own places) =
-// d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null.
+// d_logprobs * (onehot - p) - d_entropy * p * (log p + entropy), times dz/dx. d_entropy may be null. A label outside
+// [0, width) that is not ignore_index stands in columns that `logits` does not hold.
 FASTPPO_EACH_ISA(void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, const float* max_logsum,
                                               const float* entropy, const float* d_logprobs, const float* d_entropy, void* grad_logits, int threads))
 

@@ -97,11 +97,27 @@ def token_logprobs_forward(
     return logprobs, entropy, max_logsum
 
 
+def token_logprobs_add_tile(
+    tile: Tensor, labels: Tensor, transform: tuple[float, float, float], with_entropy: bool, state: Tensor
+) -> None:
+    """Adds fp32 columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max), the same times z - max, label's z.
+
+    labels int64 [rows] count from the tile's first column. Everything contiguous; `state` starts as (-inf, 0, 0, 0).
+    """
+    count, width = tile.shape
+    _C.token_logprobs_add_tile(
+        address(tile), address(labels), count, width, transform, with_entropy, address(state), threads()
+    )
+
+
 def token_logprobs_backward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], max_logsum: Tensor,
     entropy: Tensor | None, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the gradient of logits [outer, inner, V] into `grad`: contiguous rows, or the logits themselves."""
+    """Writes the gradient of logits [outer, inner, V] into `grad`: contiguous rows, or the logits themselves.
+
+    A label outside [0, V) that is not `ignore_index` stands in columns that these logits do not hold.
+    """
     _C.token_logprobs_backward(
         rows(logits), address(labels), ignore_index, transform, address(max_logsum), address(entropy),
         address(d_logprobs), address(d_entropy), address(grad), threads(),

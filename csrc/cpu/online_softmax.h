@@ -24,9 +24,9 @@ FASTPPO_INLINE float transform_scalar(float x, const LogitTransform& t) {
 }
 
 struct SoftmaxStats {
-  float max;       // m, the largest z
-  double sum;      // sum exp(z - m)
-  double weighted; // sum exp(z - m) * (z - m), for the entropy
+  float max = -kInfinity;  // m, the largest z
+  double sum = 0;          // sum exp(z - m)
+  double weighted = 0;     // sum exp(z - m) * (z - m), for the entropy
   double log_sum() const { return std::log(sum); }
   float entropy() const { return static_cast<float>(log_sum() - weighted / sum); }
 };
@@ -56,10 +56,10 @@ struct Unobserved {
   void operator()(int64_t, int, const vfloat&, float, const vfloat*) const {}
 };
 
-// Online form (Milakov and Gimelshein 2018) over blocks: block maximum, one rescale when it rises, then the block's sums.
+// Adds a row, or the next piece of one, to `stats`. Online form (Milakov and Gimelshein 2018) over blocks: block maximum, one rescale when it rises,
+// then the block's sums. Pieces that begin at multiples of kSoftmaxBlock give the bits of the whole row.
 template <class Storage, bool kEntropy, bool kSoftcap, class Observer = Unobserved>
-FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t, Observer&& observe = {}) {
-  SoftmaxStats stats{-kInfinity, 0.0, 0.0};
+FASTPPO_INLINE void add_to_softmax(SoftmaxStats& stats, const typename Storage::type* row, int64_t width, const LogitTransform& t, Observer&& observe = {}) {
   vfloat z[kSoftmaxBlock / kLanes];
   for (int64_t begin = 0; begin < width; begin += kSoftmaxBlock) {
     const int size = static_cast<int>(width - begin < kSoftmaxBlock ? width - begin : kSoftmaxBlock);
@@ -89,9 +89,22 @@ FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64
     stats.sum += sum_lanes(sum);
     if (kEntropy) stats.weighted += sum_lanes(weighted);
   }
+}
+
+template <class Storage, bool kEntropy, bool kSoftcap, class Observer = Unobserved>
+FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64_t width, const LogitTransform& t, Observer&& observe = {}) {
+  SoftmaxStats stats;
+  add_to_softmax<Storage, kEntropy, kSoftcap>(stats, row, width, t, observe);
   // As in torch: NaN anywhere, a +inf, or nothing but -inf leaves no distribution.
   if (stats.max == kInfinity || stats.max == -kInfinity) stats.sum = stats.weighted = __builtin_nan("");
   return stats;
+}
+
+template <class Storage>
+FASTPPO_INLINE void add_to_softmax(SoftmaxStats& stats, const typename Storage::type* row, int64_t width, const LogitTransform& t, bool entropy) {
+  if (t.softcap > 0) add_to_softmax<Storage, true, true>(stats, row, width, t);
+  else if (entropy) add_to_softmax<Storage, true, false>(stats, row, width, t);
+  else add_to_softmax<Storage, false, false>(stats, row, width, t);
 }
 
 template <class Storage>

@@ -25,6 +25,15 @@ void forward_rows(const Rows& logits, const int64_t* labels, int64_t ignore_inde
   }
 }
 
+void add_tile_rows(const float* tile, const int64_t* labels, int64_t width, const LogitTransform& t, bool entropy, PartialRow* state, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    SoftmaxStats stats{static_cast<float>(state[i].max), state[i].sum, state[i].weighted};
+    add_to_softmax<F32>(stats, tile + i * width, width, t, entropy);
+    const bool here = labels[i] >= 0 && labels[i] < width;
+    state[i] = {stats.max, stats.sum, stats.weighted, here ? transform_scalar(tile[i * width + labels[i]], t) : state[i].label_z};
+  }
+}
+
 // What one row's gradient needs besides its logits.
 struct RowGradient {
   float max, log_sum, entropy, d_logprob, d_entropy;
@@ -50,13 +59,15 @@ void backward_row(const typename Storage::type* row, typename Storage::type* gra
     if (kEntropy) dz -= select(p == 0.0f, vfloat(0.0f), g.d_entropy * p * (logp + g.entropy));
     return select(dz == 0.0f, vfloat(0.0f), dz * transform_slope<kSoftcap>(x, t));  // where p is 0 the slope may be NaN
   };
-  const vfloat label_logit = load_tail<Storage>(row + label, 1, 0);  // before an in-place write replaces it
+  const bool label_here = label >= 0 && label < width;
+  const vfloat label_logit = load_tail<Storage>(row + (label_here ? label : 0), 1, 0);  // before an in-place write replaces it
   int64_t v = 0;
   for (; v + kLanes <= width; v += kLanes) Storage::store(grad + v, without_onehot(Storage::load(row + v)));
   if (v < width) {
     const int rest = static_cast<int>(width - v);
     store_tail<Storage>(grad + v, rest, without_onehot(load_tail<Storage>(row + v, rest, 0)));
   }
+  if (!label_here) return;
   // The label's entry with its onehot, added in fp32 before the one rounding; 1 - p = -expm1(log p) does not cancel where p is near 1.
   const float logp = (apply_transform<kSoftcap>(label_logit, t)[0] - g.max) - g.log_sum;
   const float p = vexp_nonpositive(logp)[0];
@@ -102,6 +113,12 @@ int64_t token_logprobs_forward(const Rows& logits, const int64_t* labels, int64_
     });
   });
   return -1;
+}
+
+void token_logprobs_add_tile(const float* tile, const int64_t* labels, int64_t count, int64_t width, LogitTransform t, bool entropy, PartialRow* state,
+                             int threads) {
+  parallel_ranges(count, threads, 1,
+                  [&](int64_t first, int64_t last) { add_tile_rows(tile, labels, width, t, entropy, state, first, last); });
 }
 
 void token_logprobs_backward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform t, const float* max_logsum, const float* entropy,

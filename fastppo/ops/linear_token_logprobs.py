@@ -1,4 +1,4 @@
-"""Log-probability of each label, and the entropy of each row, from hidden states: the logits exist a chunk at a time."""
+"""Log-probability of each label, and the entropy of each row, from hidden states: the logits exist a tile at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fastppo import native
 from fastppo.ops._backends import choose
-from fastppo.ops._chunked_head import ChunkedHead, check_head, kept_rows
+from fastppo.ops._chunked_head import check_head, kept_rows
+from fastppo.ops._tiled_head import HeadGradients, TiledHead, kept_tiles_shape
 from fastppo.ops.token_logprobs import TokenLogprobs, check_logit_options
 from fastppo.reference import linear_token_logprobs as reference
 
-NO_INDEX = -1  # rows that are ignored never reach the kernels
+# Rows that are ignored never reach the kernels; labels count from a tile's first column and so may be any small number.
+NO_INDEX = torch.iinfo(torch.int64).min
 
 
 def linear_token_logprobs(
@@ -30,9 +32,9 @@ def linear_token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole and are never rounded below fp32.
 
-    Forward 2 N H V flops; backward 6 N H V, since it makes each chunk's logits again. Extra memory: one chunk (32 MiB of logits)
-    and fp32 sums of the gradients, whatever N is. Rows that are ignored are left out of every product; a frozen hidden or weight
-    costs no product.
+    Forward 2 N H V flops; backward 6 N H V, since it makes the logits again, but for an eighth of them (at most 64 MiB) that it
+    finds kept. Extra memory besides: a tile of logits (16 MiB), its inputs, and where hidden is half-precision or has ignored rows
+    an fp32 copy of its gradient. Rows that are ignored are left out of every product; a frozen hidden or weight costs no product.
 
     Args:
         hidden: [..., H] float32, bfloat16 or float16 (float64 runs in the reference); weight: [V, H]; bias: [V] or None, of any
@@ -62,9 +64,9 @@ def linear_token_logprobs(
             return_entropy=return_entropy,
         )
         return TokenLogprobs(*out) if return_entropy else out
-    logprobs, entropy, _ = _linear_token_logprobs(
-        hidden, weight, labels.long(), bias, temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy
-    )
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in head)
+    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, differentiable)
+    logprobs, entropy, *_ = _linear_token_logprobs(hidden, weight, labels.long(), bias, *options)
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
 
@@ -79,34 +81,44 @@ def _linear_token_logprobs(
     logit_scale: float,
     ignore_index: int,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored."""
-    keep = kept_rows(labels, None, len(weight), ignore_index)
-    rows = keep.reshape(-1).nonzero().squeeze(1)
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored; some tiles' logits."""
+    rows = kept_rows(labels, None, len(weight), ignore_index).reshape(-1).nonzero().squeeze(1)
     kept_labels = labels.reshape(-1)[rows]
-    head = ChunkedHead(hidden, weight, bias, rows, (False, False, False))
-    logprobs = hidden.new_zeros(labels.shape, dtype=torch.float32)
-    entropy = torch.zeros_like(logprobs) if return_entropy else logprobs.new_empty(0)
-    max_logsum = logprobs.new_zeros((*labels.shape, 2))
+    kept = _kept_tiles(hidden, weight, labels, keep_logits)
+    head = TiledHead(hidden, weight, bias, rows, kept, filled=False)
+    state = torch.tensor([-torch.inf, 0, 0, 0], dtype=torch.float64).repeat(head.count, 1)
     transform = (logit_scale, softcap, temperature)
     # Under autocast the products would be rounded to half precision.
     with torch.autocast(hidden.device.type, enabled=False):
-        for places, logits in head.chunks():
-            chunk = native.token_logprobs_forward(
-                logits[None], kept_labels[places], NO_INDEX, transform, return_entropy
-            )
-            here = rows[places]
-            logprobs.view(-1)[here], max_logsum.view(-1, 2)[here] = chunk[0], chunk[2]
-            if return_entropy:
-                entropy.view(-1)[here] = chunk[1]
-    return logprobs, entropy, max_logsum
+        for block, block_weight in head.columns():
+            for tile in head.tiles(block, block_weight):
+                in_block = kept_labels[tile.places] - block.start
+                native.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
+    peak, total, weighted, label_z = state.unbind(1)
+    log_sum = total.log()
+    logprobs = hidden.new_zeros(labels.shape, dtype=torch.float32)
+    entropy = torch.zeros_like(logprobs) if return_entropy else logprobs.new_empty(0)
+    max_logsum = logprobs.new_zeros((*labels.shape, 2))
+    logprobs.view(-1)[rows] = ((label_z - peak) - log_sum).float()
+    max_logsum.view(-1, 2)[rows] = torch.stack([peak, log_sum], 1).float()
+    if return_entropy:
+        entropy.view(-1)[rows] = (log_sum - weighted / total).float()
+    return logprobs, entropy, max_logsum, kept
+
+
+def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool) -> Tensor:
+    shape = kept_tiles_shape(labels.numel(), weight.shape[0]) if keep_logits else (0, 0)
+    return hidden.new_empty(shape, dtype=torch.float32)
 
 
 @_linear_token_logprobs.register_fake
-def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy):
+def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy, keep_logits):
     logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
-    return logprobs, entropy, logprobs.new_empty((*labels.shape, 2))
+    kept = _kept_tiles(hidden, weight, labels, keep_logits)
+    return logprobs, entropy, logprobs.new_empty((*labels.shape, 2)), kept
 
 
 @torch.library.custom_op("fastppo::linear_token_logprobs_backward", mutates_args=())
@@ -116,6 +128,7 @@ def _linear_token_logprobs_backward(
     labels: Tensor,
     bias: Tensor | None,
     max_logsum: Tensor,
+    kept: Tensor,
     entropy: Tensor,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
@@ -127,23 +140,26 @@ def _linear_token_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their own types, each empty where not `wanted`."""
     rows = (labels != ignore_index).reshape(-1).nonzero().squeeze(1)
-    kept_labels = labels.reshape(-1)[rows]
-    statistics, d_logprobs = max_logsum.view(-1, 2)[rows], d_logprobs.reshape(-1)[rows]
+    kept_labels, statistics = labels.reshape(-1)[rows], max_logsum.view(-1, 2)[rows]
+    d_logprobs = d_logprobs.reshape(-1)[rows]
     kept_entropy = entropy.view(-1)[rows] if d_entropy is not None else None
     d_entropy = None if d_entropy is None else d_entropy.reshape(-1)[rows]
-    head = ChunkedHead(hidden, weight, bias, rows, wanted)
+    head = TiledHead(hidden, weight, bias, rows, kept, filled=True)
+    gradients = HeadGradients(head, tuple(wanted))
     transform = (logit_scale, softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
-        for places, logits in head.chunks():
-            of_entropy = [None if x is None else x[places] for x in (kept_entropy, d_entropy)]
-            native.token_logprobs_backward(
-                logits[None], kept_labels[places], NO_INDEX, transform, statistics[places],
-                of_entropy[0], d_logprobs[places], of_entropy[1], logits[None],
-            )  # fmt: skip
-            head.add_gradients(places, logits)
-    sources = zip(head.gradients, (hidden, weight, bias), strict=True)
-    d_hidden, d_weight, d_bias = (gradient if x is None else gradient.to(x.dtype) for gradient, x in sources)
-    return d_hidden, d_weight, d_bias
+        for block, block_weight in gradients.columns():
+            for tile in head.tiles(block, block_weight):
+                at = tile.places
+                of_entropy = [None if x is None else x[at] for x in (kept_entropy, d_entropy)]
+                native.token_logprobs_backward(
+                    tile.logits[None], kept_labels[at] - block.start, NO_INDEX, transform, statistics[at],
+                    of_entropy[0], d_logprobs[at], of_entropy[1], tile.scratch,
+                )  # fmt: skip
+                gradients.add(block, block_weight, tile)
+    d_bias = None if gradients.bias is None else gradients.bias.to(bias.dtype)
+    made = gradients.hidden(hidden.shape, hidden.dtype), gradients.weight, d_bias
+    return tuple(hidden.new_empty(0) if x is None else x for x in made)
 
 
 @_linear_token_logprobs_backward.register_fake
@@ -154,26 +170,26 @@ def _(hidden, weight, labels, bias, *options):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, *options, return_entropy = inputs
-    _, entropy, max_logsum = output
-    ctx.save_for_backward(hidden, weight, labels, bias, max_logsum, entropy)
+    hidden, weight, labels, bias, *options, return_entropy, _ = inputs
+    _, entropy, max_logsum, kept = output
+    ctx.save_for_backward(hidden, weight, labels, bias, max_logsum, kept, entropy)
     ctx.options, ctx.return_entropy = options, return_entropy
-    ctx.mark_non_differentiable(max_logsum)
+    ctx.mark_non_differentiable(max_logsum, kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_logprobs, d_entropy, _):
-    hidden, weight, labels, bias, max_logsum, entropy = ctx.saved_tensors
+def _backward(ctx, d_logprobs, d_entropy, *_):
+    hidden, weight, labels, bias, *statistics = ctx.saved_tensors
     if d_logprobs is None:
         d_logprobs = torch.zeros_like(labels, dtype=torch.float32)
     if not ctx.return_entropy:
         d_entropy = None
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     gradients = _linear_token_logprobs_backward(
-        hidden, weight, labels, bias, max_logsum, entropy, d_logprobs, d_entropy, *ctx.options, wanted
+        hidden, weight, labels, bias, *statistics, d_logprobs, d_entropy, *ctx.options, wanted
     )
     d_hidden, d_weight, d_bias = (x if want else None for x, want in zip(gradients, wanted, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 5
+    return d_hidden, d_weight, None, d_bias, *[None] * 6
 
 
 _linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.ops import _chunked_head, linear_token_logprobs, token_logprobs
+from fastppo.ops import _tiled_head, linear_token_logprobs, token_logprobs
 from fastppo.reference.linear_token_logprobs import linear_token_logprobs as reference
 from tests.cases import DTYPES
+from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0, "logit_scale": 0.25, "temperature": 1.3}]
@@ -38,32 +39,87 @@ def compare(hidden, weight, bias, labels, **options):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Four rows to a chunk, and a half-precision weight in blocks of a few rows."""
-    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 4 * 4 * 70)
-    monkeypatch.setattr(_chunked_head, "LARGE_VOCABULARY_ROWS", 1)
+def small_tiles(monkeypatch):
+    """Four rows by thirty columns: several tiles each way, the last ones smaller."""
+    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 4)
+    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 30)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "temperature", "softcap"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients(backend, small_chunks, dtype, bias, options):
+def test_values_and_gradients(backend, small_tiles, dtype, bias, options):
     compare(*operands(dtype=dtype, bias=bias), **options)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 8])
-def test_chunk_boundaries(backend, small_chunks, rows):
+def test_tile_boundaries(backend, small_tiles, rows):
     compare(*operands(rows=rows))
 
 
-def test_chunks_do_not_change_the_result(cpu_backend, monkeypatch):
+def test_tiles_do_not_change_the_result(cpu_backend, monkeypatch):
     hidden, weight, bias, labels = operands(rows=9)
     whole = linear_token_logprobs(hidden, weight, labels, bias)
-    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 1)  # a row at a time
+    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 1)
+    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 1)
     assert torch.allclose(linear_token_logprobs(hidden, weight, labels, bias), whole, atol=1e-5)
 
 
-def test_ignored_rows_reach_nothing(backend, small_chunks):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_kept_logits_serve_every_backward_pass(cpu_backend, monkeypatch, ignored):
+    """Four tiles of 49 are kept, or none; a second backward pass finds them as the first one did."""
+    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 2)
+    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 10)
+    hidden, weight, bias, labels = operands()
+    if ignored:
+        labels[[0, 3, 4]] = -100
+    results = []
+    for most in (0, 4):
+        monkeypatch.setattr(_tiled_head, "MOST_KEPT_TILES", most)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        loss = linear_token_logprobs(leaves[0], leaves[1], labels, leaves[2]).square().sum()
+        results += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("banned", [slice(0, 30), slice(30, 60), slice(60, 70), slice(0, 69)], ids=str)
+def test_tiles_of_minus_infinity(backend, small_tiles, banned):
+    """A whole tile of banned tokens, the first one too, adds nothing and breaks nothing."""
+    hidden, weight, bias, labels = operands(rows=6)
+    bias[banned], labels[:] = -torch.inf, 69
+    labels[0], bias[69] = 10, 0.5  # the first label may be banned itself
+    ours = linear_token_logprobs(hidden, weight, labels, bias, return_entropy=True)
+    exact = reference(hidden.double(), weight.double(), labels, bias.double(), return_entropy=True)
+    for a, b in zip(ours, exact, strict=True):
+        assert_as_exact_as_native(a, b, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 35, 69])
+def test_rows_without_a_distribution_give_nan_alone(backend, small_tiles, value, column):
+    hidden, weight, bias, labels = operands()
+    hidden[:, 0] = 0
+    hidden[7, 0], weight[:, 0] = 1.0, 0
+    weight[column, 0] = 3e38 if value == torch.inf else 0
+    hidden[7, 0] = 3e38 if value == torch.inf else value
+    for out in linear_token_logprobs(hidden, weight, labels, bias, return_entropy=True):
+        assert out.isnan().tolist() == [row == 7 for row in range(13)]
+
+
+def test_no_memory_is_left_unwritten(cpu_backend, small_tiles):
+    """Deterministic mode fills new tensors with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in DTYPES:
+            hidden, weight, bias, labels = operands(dtype=dtype)
+            labels[2:5] = -100
+            assert all(x.isfinite().all() for x in run(linear_token_logprobs, hidden, weight, bias, labels))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_ignored_rows_reach_nothing(backend, small_tiles):
     hidden, weight, bias, labels = operands()
     labels[::3], hidden[::3] = -100, torch.nan
     logprobs, entropy, d_hidden, d_weight, d_bias = run(linear_token_logprobs, hidden, weight, bias, labels)
@@ -113,6 +169,15 @@ def test_leading_shapes(backend):
     )
 
 
+def isa_outputs() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [x for dtype in DTYPES for x in run(linear_token_logprobs, *operands(dtype=dtype, vocab=1100))]
+
+
+def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
+    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path)
+
+
 def test_float64_is_exact():
     hidden, weight, bias, labels = operands(rows=3, hidden=4, vocab=7, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -123,7 +188,9 @@ def test_opcheck(cpu_backend):
     hidden, weight, bias, labels = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     for b in (None, bias.requires_grad_()):
-        torch.library.opcheck(torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True))
+        torch.library.opcheck(
+            torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True)
+        )
 
 
 def test_compiles_without_graph_breaks(cpu_backend):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from transformers.generation.logits_process import (
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs, use_backend
 from fastppo.reference.sample_tokens import exp_nonpositive, kept_tokens, multiply_high, philox, top_p_mass
 from tests.cases import DTYPES, strided_views
+from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 FILTERS = {
@@ -126,27 +124,18 @@ def test_bits_do_not_depend_on_batch_order_or_threads(cpu_backend):
         assert torch.equal(a[order], b) and torch.equal(a, c)
 
 
-def test_every_instruction_set_gives_the_same_bits(cpu_backend):
-    program = """
-import torch
-from fastppo.ops import sample_tokens
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    logits = (torch.randn(20, 2500) * 3).to(dtype)
-    for options in ({}, {"top_k": 40, "top_p": 0.9, "temperature": 0.6}, {"top_p": 0.95, "min_p": 0.01}, {"temperature": 0}):
-        print([x.tolist() for x in sample_tokens(logits, **options)])
-"""
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"FASTPPO_ISA": isa},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for isa in ("plain", "avx2", "avx512")
-    }
-    assert len(outputs) == 1
+def isa_outputs() -> list[Tensor]:
+    outputs = []
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        logits = (torch.randn(20, 2500) * 3).to(dtype)
+        for options in (*FILTERS.values(), {"temperature": 0}):
+            outputs += [*sample_tokens(logits, **options)]
+    return outputs
+
+
+def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
+    assert_same_bits_on_every_isa("tests.ops.test_sample_tokens", tmp_path)
 
 
 def test_logprobs_are_those_of_token_logprobs(cpu_backend):
