@@ -1,4 +1,4 @@
-// Python bindings: integers become pointers here and nowhere else in C++; `fastppo/native.py` is the only caller.
+// Python bindings: integers become pointers here and nowhere else in C++; `fastppo/native/` is the only caller.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

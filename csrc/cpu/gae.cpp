@@ -9,14 +9,16 @@ namespace fastppo::FASTPPO_ISA {
 namespace {
 
 constexpr int64_t kTokensWorthAThread = 16384;
+constexpr int kQuad = 4;
+constexpr int kWindow = 64;  // steps of a lane between two looks at where the lanes are: long enough that looking costs little
 // Flags of a step: it counts; nothing follows it; the recursion stops behind it.
 constexpr uint8_t kKeep = 1, kDone = 2, kCut = 4;
 
-// A lane's share of the current tile: `count` steps from `step` on, in the last of the tile's sixteen columns.
+// A lane's share of the current tile: `count` steps from `step` on, in the last of the tile's columns.
 struct Window {
   int64_t row, step;
   int count;
-  int first() const { return kLanes - count; }
+  int first() const { return kWindow - count; }
   int64_t offset(const Steps& x) const { return row * x.stride_sequence + step * x.stride_step; }
 };
 
@@ -25,27 +27,31 @@ class Lanes {
  public:
   Lanes(const Sequences& sequences, int64_t first, int64_t last) : sequences_(sequences), next_(first), last_(last) {}
 
-  // Moves every lane to the sixteen steps before its last ones, or to a new sequence after begin(lane, sequence). False when all is done.
+  // Moves every lane to the window before its last one, or to a new sequence after begin(lane, sequence). False when all is done.
   template <class Begin>
   FASTPPO_MEMBER bool advance(const Begin& begin) {
-    bool active = false;
+    int longest = 0;
     side_by_side_ = true;
     for (int lane = 0; lane < kLanes; ++lane) {
-      active |= advance_lane(lane, begin);
+      advance_lane(lane, begin);
       const Window& w = windows_[lane];
-      side_by_side_ &= w.count == kLanes && w.step == windows_[0].step && w.row == windows_[0].row + lane;
+      longest = std::max(longest, w.count);
+      side_by_side_ &= w.count == kWindow && w.step == windows_[0].step && w.row == windows_[0].row + lane;
     }
-    return active;
+    first_column_ = (kWindow - longest) / kQuad * kQuad;
+    return longest > 0;
   }
 
   const Window& operator[](int lane) const { return windows_[lane]; }
-  // Sixteen neighbouring rows at the same sixteen steps.
+  // The columns before it are empty in every lane.
+  int first_column() const { return first_column_; }
+  // Sixteen neighbouring rows at the same steps.
   bool side_by_side() const { return side_by_side_; }
   int64_t output(int lane) const { return windows_[lane].row * sequences_.length + windows_[lane].step; }
 
  private:
   template <class Begin>
-  FASTPPO_MEMBER bool advance_lane(int lane, const Begin& begin) {
+  FASTPPO_MEMBER void advance_lane(int lane, const Begin& begin) {
     Window& w = windows_[lane];
     while (remaining_[lane] == 0 && next_ < last_) {
       const int64_t sequence = next_++;
@@ -54,22 +60,21 @@ class Lanes {
       w.step = (sequences_.offsets ? sequences_.begin(sequence) : 0) + remaining_[lane];
       begin(lane, sequence);
     }
-    w.count = static_cast<int>(std::min<int64_t>(kLanes, remaining_[lane]));
+    w.count = static_cast<int>(std::min<int64_t>(kWindow, remaining_[lane]));
     w.step -= w.count;
     remaining_[lane] -= w.count;
-    return w.count > 0;
   }
 
   const Sequences& sequences_;
   int64_t next_, last_;
   int64_t remaining_[kLanes] = {};
   Window windows_[kLanes] = {};
+  int first_column_ = 0;
   bool side_by_side_ = false;
 };
 
 // Four lanes side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: 4 x 4 blocks turn from one
 // into the other in registers, on every machine. (Tried: wider blocks through memory wait for their own stores, and are slower.)
-constexpr int kQuad = 4;
 typedef float QuadFloat __attribute__((vector_size(16)));
 typedef int32_t QuadInt __attribute__((vector_size(16)));
 
@@ -106,24 +111,24 @@ FASTPPO_INLINE Block<Quad> load_block(const T* const* rows, int column) {
   return block.transposed();
 }
 
-// Where each lane's sixteen steps of an input lie: in the tensor itself, or converted and gathered here with zeros outside the window.
+// Where each lane's window of an input lies: in the tensor itself, or converted and gathered here with zeros outside the window.
 template <class T>
 struct Inputs {
   const T* row[kLanes];
-  alignas(64) T staged[kLanes][kLanes];
+  alignas(64) T staged[kLanes][kWindow];
 };
 
 // Time-major memory: a step of sixteen neighbouring sequences is a vector already.
 template <class Storage>
 void locate_time_major(const typename Storage::type* p, int64_t stride_step, Inputs<float>& inputs) {
-  alignas(64) float steps[kLanes][kLanes];
-  const float* rows[kLanes];
-  for (int k = 0; k < kLanes; ++k) {
+  alignas(64) float steps[kWindow][kLanes];
+  const float* rows[kWindow];
+  for (int k = 0; k < kWindow; ++k) {
     F32::store(steps[k], Storage::load(p + k * stride_step));
     rows[k] = steps[k];
-    inputs.row[k] = inputs.staged[k];
   }
-  for (int column = 0; column < kLanes; column += kQuad)
+  for (int lane = 0; lane < kLanes; ++lane) inputs.row[lane] = inputs.staged[lane];
+  for (int column = 0; column < kWindow; column += kQuad)
     for (int lane = 0; lane < kLanes; lane += kQuad) {
       const Block<QuadFloat> turned = load_block<QuadFloat>(rows + column, lane);
       for (int k = 0; k < kQuad; ++k) std::memcpy(&inputs.staged[lane + k][column], &turned.at[k], sizeof(QuadFloat));
@@ -138,15 +143,16 @@ void locate(const Steps& x, const Lanes& lanes, Inputs<float>& inputs) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const Window& w = lanes[lane];
     const T* p = static_cast<const T*>(x.data) + w.offset(x);
-    const bool vector = x.stride_step == 1 && w.count == kLanes;
+    const bool vector = x.stride_step == 1 && w.count == kWindow;
     if (vector && std::is_same<Storage, F32>::value) {
       inputs.row[lane] = reinterpret_cast<const float*>(p);
       continue;
     }
-    T buffer[kLanes] = {};
+    T buffer[kWindow] = {};
     if (!vector)
       for (int k = 0; k < w.count; ++k) buffer[w.first() + k] = p[k * x.stride_step];
-    F32::store(inputs.staged[lane], Storage::load(vector ? p : buffer));
+    for (int column = 0; column < kWindow; column += kLanes)
+      F32::store(inputs.staged[lane] + column, Storage::load((vector ? p : buffer) + column));
     inputs.row[lane] = inputs.staged[lane];
   }
 }
@@ -155,30 +161,30 @@ void locate(const Steps& x, const Lanes& lanes, Inputs<float>& inputs) {
   with_storage(x.dtype, [&](auto storage) { locate<decltype(storage)>(x, lanes, inputs); });
 }
 
-// Where each lane's sixteen outputs go: into the tensor itself, or by way of here when the window is shorter.
+// Where each lane's outputs go: into the tensor itself, or by way of here when the window is shorter.
 struct Outputs {
   float* row[kLanes];
-  alignas(64) float staged[kLanes][kLanes];
+  alignas(64) float staged[kLanes][kWindow];
 
   void locate(float* out, const Lanes& lanes) {
-    for (int lane = 0; lane < kLanes; ++lane) row[lane] = lanes[lane].count == kLanes ? out + lanes.output(lane) : staged[lane];
+    for (int lane = 0; lane < kLanes; ++lane) row[lane] = lanes[lane].count == kWindow ? out + lanes.output(lane) : staged[lane];
   }
   void finish(float* out, const Lanes& lanes) const {
     for (int lane = 0; lane < kLanes; ++lane) {
       const Window& w = lanes[lane];
-      if (w.count < kLanes) std::memcpy(out + lanes.output(lane), staged[lane] + w.first(), w.count * sizeof(float));
+      if (w.count < kWindow) std::memcpy(out + lanes.output(lane), staged[lane] + w.first(), w.count * sizeof(float));
     }
   }
 };
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kWindow)));
 
 // `flag` in each column of the window whose byte is set.
 FASTPPO_INLINE Bytes load_flag(const Steps& x, const Window& w, uint8_t flag) {
   Bytes bytes = {};
   if (!x.data) return bytes;
   const auto* p = static_cast<const uint8_t*>(x.data) + w.offset(x);
-  if (x.stride_step == 1 && w.count == kLanes) std::memcpy(&bytes, p, kLanes);
+  if (x.stride_step == 1 && w.count == kWindow) std::memcpy(&bytes, p, kWindow);
   else
     for (int k = 0; k < w.count; ++k) bytes[w.first() + k] = p[k * x.stride_step];
   return reinterpret_cast<Bytes>(bytes != 0) & flag;
@@ -199,12 +205,14 @@ TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& fl
     any |= codes[lane], all &= codes[lane];
   }
   uint8_t some = 0, every = kKeep;
-  for (int k = 0; k < kLanes; ++k) some |= any[k], every &= all[k];
+  for (int k = lanes.first_column(); k < kWindow; ++k) some |= any[k], every &= all[k];
   if (some == kKeep && every == kKeep) return TileKind::kPlain;
   if (!(some & kKeep)) return TileKind::kMasked;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const vint wide = load_bytes(reinterpret_cast<const uint8_t*>(&codes[lane]));
-    std::memcpy(flags.staged[lane], &wide, sizeof wide);
+    for (int column = 0; column < kWindow; column += kLanes) {
+      const vint wide = load_bytes(reinterpret_cast<const uint8_t*>(&codes[lane]) + column);
+      std::memcpy(flags.staged[lane] + column, &wide, sizeof wide);
+    }
     flags.row[lane] = flags.staged[lane];
   }
   return TileKind::kMixed;
@@ -258,10 +266,10 @@ FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int c
 
 // Four lanes are finished before the next four: so few rows at a time stay in L1 even where their addresses collide (T a power of two).
 template <bool kMixed, bool kNextValues>
-void run_tile(float gamma, const TileData& tile, Carry& carry) {
+void run_tile(float gamma, const TileData& tile, int first_column, Carry& carry) {
   for (int q = 0; q < kQuad; ++q) {
     QuadFloat gae = carry.gae[q], next_value = carry.next_value[q];
-    for (int column = kLanes - kQuad; column >= 0; column -= kQuad)
+    for (int column = kWindow - kQuad; column >= first_column; column -= kQuad)
       run_block<kMixed, kNextValues>(gamma, tile, q * kQuad, column, gae, next_value, carry.decay[q]);
     carry.gae[q] = gae, carry.next_value[q] = next_value;
   }
@@ -290,7 +298,7 @@ void gae_range(const GaeInputs& in, const Sequences& sequences, float* advantage
     if (kNextValues) locate(in.next_values, lanes, tile.next_values);
     tile.advantages.locate(advantages, lanes);
     tile.returns.locate(returns, lanes);
-    (kind == TileKind::kMixed ? run_tile<true, kNextValues> : run_tile<false, kNextValues>)(in.gamma, tile, carry);
+    (kind == TileKind::kMixed ? run_tile<true, kNextValues> : run_tile<false, kNextValues>)(in.gamma, tile, lanes.first_column(), carry);
     tile.advantages.finish(advantages, lanes);
     tile.returns.finish(returns, lanes);
   }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native.token_logprobs import label_error
 from fastppo.ops import _checks
 
 # What a chunk of fp32 logits, and a block of a half-precision weight in fp32, may take.
@@ -40,7 +40,7 @@ def kept_rows(labels: Tensor, mask: Tensor | None, vocabulary: int, ignore_index
     keep = labels != ignore_index if mask is None else mask & (labels != ignore_index)
     bad = keep & ((labels < 0) | (labels >= vocabulary))
     if bad.any():
-        raise native.label_error(labels, bad.reshape(-1).nonzero()[0].item(), vocabulary, ignore_index)
+        raise label_error(labels, bad.reshape(-1).nonzero()[0].item(), vocabulary, ignore_index)
     return keep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import decode_attention as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import decode_attention as reference

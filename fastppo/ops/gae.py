@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import gae as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import gae as reference

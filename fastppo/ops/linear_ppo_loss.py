@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import ppo_loss as native_loss
+from fastppo.native import token_logprobs as native_logprobs
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.ops._chunked_head import ChunkedHead, check_head, kept_rows
@@ -92,7 +93,7 @@ def linear_ppo_loss(
     """
     _checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
     coefficients = (0.0, kl_coef, kl_kind, entropy_coef)
-    options = native.PPOOptions(
+    options = native_loss.PPOOptions(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
     )
     columns = {
@@ -173,19 +174,21 @@ def _chunk_loss(
     labels: Tensor,
     transform: tuple[float, float, float],
     columns: dict[str, Tensor],
-    options: native.PPOOptions,
+    options: native_loss.PPOOptions,
     scale: float,
     with_gradient: bool,
 ) -> _Chunk:
     """The loss of a chunk of rows, none of them ignored; with_gradient overwrites their logits by its gradient."""
     no_index = -1
-    logprobs, entropy, max_logsum = native.token_logprobs_forward(logits[None], labels, no_index, transform, True)
+    logprobs, entropy, max_logsum = native_logprobs.token_logprobs_forward(
+        logits[None], labels, no_index, transform, True
+    )
     columns = columns | {"logprobs": logprobs, "entropy": entropy}
     wanted = ("logprobs", "entropy") if options.entropy_coef != 0 else ("logprobs",)
-    sums, gradients = native.ppo_loss_tokens(columns, None, options, scale, wanted if with_gradient else ())
+    sums, gradients = native_loss.ppo_loss_tokens(columns, None, options, scale, wanted if with_gradient else ())
     if with_gradient:
         upstream = gradients["logprobs"], gradients.get("entropy")
-        native.token_logprobs_backward(
+        native_logprobs.token_logprobs_backward(
             logits[None], labels, no_index, transform, max_logsum, entropy, *upstream, logits[None]
         )
     return _Chunk(sums, logprobs, entropy)
@@ -224,7 +227,7 @@ def _linear_ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, log-probs, entropies, gradients of hidden, weight and bias, each empty where not `wanted`)."""
     coefficients, rollout_bounds = (0.0, kl_coef, kl_kind, entropy_coef), (rollout_low, rollout_high)
-    options = native.PPOOptions(
+    options = native_loss.PPOOptions(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
     )
     transform = (logit_scale, softcap, temperature)
@@ -238,16 +241,18 @@ def _linear_ppo_loss(
     with torch.autocast("cpu", enabled=False):
         if by_sequence:
             for places, logits in head.chunks():
-                values, *_ = native.token_logprobs_forward(logits[None], kept_labels[places], -1, transform, False)
+                values, *_ = native_logprobs.token_logprobs_forward(
+                    logits[None], kept_labels[places], -1, transform, False
+                )
                 logprobs.view(-1)[rows[places]] = values
         sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
         needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
-        counts = native.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
+        counts = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
         scale = loss_scale(counts, aggregation, denominator)
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
         given |= {"rollout_logprobs": rollout_logprobs} | counts.columns()
         columns = {name: x.reshape(-1)[rows] for name, x in given.items() if x is not None}
-        sums = dict.fromkeys(native.PPO_SUMS, 0.0)
+        sums = dict.fromkeys(native_loss.PPO_SUMS, 0.0)
         for places, logits in head.chunks():
             in_chunk = {name: x[places] for name, x in columns.items()}
             chunk = _chunk_loss(logits, kept_labels[places], transform, in_chunk, options, scale, any(wanted))

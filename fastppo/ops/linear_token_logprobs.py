@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import token_logprobs as native
 from fastppo.ops._backends import choose
 from fastppo.ops._chunked_head import check_head, kept_rows
 from fastppo.ops._tiled_head import HeadGradients, TiledHead, kept_tiles_shape

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import masked_whiten as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import masked_whiten as reference

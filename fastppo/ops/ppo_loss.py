@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import ppo_loss as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import ppo_loss as reference

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import sample_tokens as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import sample_tokens as reference

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo import native
+from fastppo.native import collapse_rows
+from fastppo.native import token_logprobs as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.reference import token_logprobs as reference
@@ -90,7 +91,7 @@ def _forward_kernel(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: tuple[float, float, float], with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """fp32 logprobs [...], entropy [...] or None, (max, log-sum) [..., 2]; their sum alone would lose digits."""
-    rows, flat_labels = native.collapse_rows(logits), labels.reshape(-1).contiguous()
+    rows, flat_labels = collapse_rows(logits), labels.reshape(-1).contiguous()
     if choose("token_logprobs", logits) == "triton":
         from fastppo.kernels.token_logprobs import token_logprobs_forward as forward
     else:
@@ -105,10 +106,10 @@ def _backward_kernel(
     entropy: Tensor, d_logprobs: Tensor, d_entropy: Tensor | None, grad: Tensor,
 ) -> None:  # fmt: skip
     """Writes the gradient of the logits into `grad` [..., V], which may be `logits` itself."""
-    rows = native.collapse_rows(logits)
+    rows = collapse_rows(logits)
     # Strides that the kernel cannot address were copied: then an in-place gradient takes the same way back.
     in_place = grad is logits and rows.data_ptr() == logits.data_ptr()
-    grad_rows = rows if in_place else native.collapse_rows(torch.empty_like(rows) if grad is logits else grad)
+    grad_rows = rows if in_place else collapse_rows(torch.empty_like(rows) if grad is logits else grad)
     grad_rows = grad_rows.view(rows.shape)
     if choose("token_logprobs", logits) == "triton":
         from fastppo.kernels.token_logprobs import token_logprobs_backward as backward

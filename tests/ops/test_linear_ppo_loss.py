@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo import native
+from fastppo.native import token_logprobs as native
 from fastppo.ops import _chunked_head, linear_ppo_loss, ppo_loss, token_logprobs
 from fastppo.ops.ppo_loss import named_statistics
 from fastppo.reference.linear_ppo_loss import linear_ppo_loss as reference

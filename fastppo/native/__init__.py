@@ -1,0 +1,99 @@
+"""The one place that turns tensors into pointers, sizes and strides for `fastppo._C`.
+
+Here is what all kernels share; `fastppo/native/<stem>.py` allocates an op's outputs and makes its calls. The callers
+(`fastppo/ops/`) have checked shapes, types and devices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+unavailable_reason: str | None = None
+try:
+    # After torch: the extension then shares the OpenMP runtime, and so the thread pool, that torch has loaded.
+    from fastppo import _C
+except ImportError as error:
+    _C = None
+    missing = "No module named" in str(error) or "cannot import name" in str(error)
+    unavailable_reason = (
+        "the C++ kernels are not built: install a C++17 compiler and install fastppo again"
+        if missing
+        else f"the C++ kernels do not load: {error}"
+    )
+
+
+def cpu_isa() -> str:
+    """Instruction set that the C++ kernels use here: `avx512`, `avx2`, `plain`, or `none` when they are not built.
+
+    `FASTPPO_ISA` lowers it, for tests and comparisons.
+    """
+    return _C.cpu_isa() if _C is not None else "none"
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def collapse_rows(x: Tensor) -> Tensor:
+    """View of `x` [..., width] as [outer, inner, width] with last stride 1; a copy only where no such view exists."""
+    width = x.shape[-1]
+    if x.numel() == 0:
+        return x.new_empty((0, 1, width))
+    if x.stride(-1) != 1 and width > 1:
+        x = x.contiguous()
+    lead = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in lead:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return x.contiguous().view(1, -1, width)
+    merged = [(1, 0)] * (2 - len(merged)) + merged
+    (outer, stride_outer), (inner, stride_inner) = merged
+    return x.as_strided((outer, inner, width), (stride_outer, stride_inner, 1))
+
+
+def rows(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """`x` [outer, inner, width] as the bindings' description of strided rows."""
+    outer, inner, width = x.shape
+    return (x.data_ptr(), DTYPE_CODES[x.dtype], outer, inner, width, x.stride(0), x.stride(1))
+
+
+def steps(x: Tensor | None) -> tuple[int, int, int, int]:
+    """`x` [B, T], or [total] of packed tokens, as the bindings' description of strided steps; zeros for None."""
+    if x is None:
+        return (0, 0, 0, 0)
+    stride_sequence, stride_step = (0, x.stride(0)) if x.dim() == 1 else x.stride()
+    return (x.data_ptr(), DTYPE_CODES.get(x.dtype, 0), stride_sequence, stride_step)
+
+
+def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at int64 `offsets` [B + 1]."""
+    if offsets is None:
+        return (0, *x.shape)
+    tokens, count = x.shape[0], offsets.shape[0] - 1
+    bad = _C.first_bad_offset(address(offsets), count, tokens)
+    if bad >= 0:
+        raise ValueError(
+            f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
+            f"expected 0 first, no decrease and {tokens} (all tokens) last"
+        )
+    return (address(offsets), count, 0)
+
+
+def as_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.long().contiguous()
+
+
+def flat_float(x: Tensor) -> Tensor:
+    """`x` as contiguous fp32; itself where it is that already."""
+    return x.float().contiguous()

@@ -1,0 +1,45 @@
+"""Allocates the outputs of `approx_kl` and `kl_shaped_rewards` and calls the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo.native import _C, address, as_offsets, flat_float, sequences, threads
+
+KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # in the order of csrc/ops.h's KLKind
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
+    """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in KL_KINDS."""
+    logprobs, ref_logprobs = flat_float(logprobs), flat_float(ref_logprobs)
+    kl = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl(address(logprobs), address(ref_logprobs), kl.numel(), kind, address(kl), threads())
+    return kl
+
+
+def approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kind: int) -> Tensor:
+    """fp32 gradient of `logprobs`; that of `ref_logprobs` is its negative."""
+    logprobs, ref_logprobs, d_kl = flat_float(logprobs), flat_float(ref_logprobs), flat_float(d_kl)
+    grad = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.approx_kl_backward(
+        address(logprobs), address(ref_logprobs), address(d_kl), grad.numel(), kind, address(grad), threads()
+    )
+    return grad
+
+
+def kl_shaped_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    coef: float, kind: int,
+) -> Tensor:  # fmt: skip
+    """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in logprobs' shape."""
+    offsets = as_offsets(cu_seqlens)
+    shape = sequences(logprobs, offsets)
+    scores, logprobs, ref_logprobs = flat_float(scores), flat_float(logprobs), flat_float(ref_logprobs)
+    mask = mask.contiguous()
+    rewards = torch.empty(logprobs.shape, dtype=torch.float32)
+    _C.kl_shaped_rewards(
+        address(scores), address(logprobs), address(ref_logprobs), address(mask), shape,
+        coef, kind, address(rewards), threads(),
+    )  # fmt: skip
+    return rewards

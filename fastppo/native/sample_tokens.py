@@ -1,0 +1,21 @@
+"""Allocates the outputs of `sample_tokens` and calls the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastppo.native import _C, address, collapse_rows, rows, threads
+
+
+def sample_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    sequence_ids: Tensor, positions: Tensor, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
+    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
+    view = collapse_rows(logits)
+    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
+    return tokens, *floats
