@@ -17,6 +17,7 @@ from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, me
 
 ROUNDS, QUICK_ROUNDS = 20, 3
 SECONDS = 0.5  # that a case's rounds take at least
+TURN_SECONDS = 0.005  # of calls in a provider's turn
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, console: Console) -> record.Record:
     """Measures what the options ask for."""
     device = torch.device(options.device)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    schedule = Schedule(rounds, 0.0 if options.quick else SECONDS)
+    schedule = Schedule(rounds) if options.quick else Schedule(rounds, SECONDS, TURN_SECONDS)
     cases = list(all_cases(list(dict.fromkeys(options.op or OPS)), options.quick))
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

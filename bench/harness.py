@@ -1,7 +1,9 @@
 """Measures a case: checks every provider against the fp64 reference, then times the right ones in turn.
 
-Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. Each call
-gets the next of several input sets, together larger than the last-level cache. A ratio is one of medians.
+Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. A turn is as
+many calls as fill a few milliseconds: one call of a fast op after a slow one would time how the other left the caches of
+instructions and the sleeping threads. Each call gets the next of several input sets, together larger than the
+last-level cache, so the data always come from memory. A ratio is one of medians.
 """
 
 from __future__ import annotations
@@ -81,14 +83,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Schedule:
-    """At least `rounds` turns of every provider; cheap cases go on, for `seconds` or ten times as many rounds."""
+    """At least `rounds` turns of every provider; cheap cases go on, for `seconds` or ten times as many rounds.
+
+    A turn is one call, or as many as take `turn_seconds`.
+    """
 
     rounds: int
     seconds: float = 0.0
+    turn_seconds: float = 0.0
 
     @property
     def most_rounds(self) -> int:
         return 10 * self.rounds if self.seconds else self.rounds
+
+    def calls_a_turn(self, seconds_a_call: float) -> int:
+        return max(1, math.ceil(self.turn_seconds / max(seconds_a_call, 1e-6)))
 
     def goes_on(self, done: int, elapsed: float) -> bool:
         return done < self.rounds or (done < self.most_rounds and elapsed < self.seconds)
@@ -150,11 +159,13 @@ def in_fp64(inputs: Tensors) -> Tensors:
     return {name: moved(x, x.device, torch.float64) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def input_sets(case: Case, device: torch.device, calls: int) -> list[Tensors]:
+def input_sets(case: Case, device: torch.device, schedule: Schedule) -> list[Tensors]:
     """As many input sets as exceed twice the cache, so that a set read again comes from memory; at most one a call."""
     first = make_inputs(case, device)
     size = max(1, sum(x.numel() * x.element_size() for x in first.values()))
-    count = min(math.ceil(2 * floors.cache_bytes(device) / size), max(1, MAX_INPUT_BYTES // size), calls)
+    count = min(math.ceil(2 * floors.cache_bytes(device) / size), max(1, MAX_INPUT_BYTES // size))
+    if not schedule.turn_seconds:
+        count = min(count, schedule.most_rounds * len(case.providers))
     return [first, *(make_inputs(case, device, index) for index in range(1, count))]
 
 
@@ -175,14 +186,15 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def time_once(run: Provider, inputs: Tensors, device: torch.device) -> float:
+def time_turn(run: Provider, sets: list[Tensors], first: int, calls: int, device: torch.device) -> float:
+    """Seconds a call, over `calls` calls that go through the input sets from the `first` on."""
     floors.synchronize(device)
     start = perf_counter()
-    outputs = run(inputs)
+    for call in range(first, first + calls):
+        outputs = run(sets[call % len(sets)])
+        del outputs
     floors.synchronize(device)
-    seconds = perf_counter() - start
-    del outputs
-    return seconds
+    return (perf_counter() - start) / calls
 
 
 def take_turns(
@@ -193,18 +205,21 @@ def take_turns(
     schedule: Schedule,
     tick: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every provider that is right; one that raises gets its reason and leaves the turns."""
+    """Seconds a call, of every turn of every right provider; one that raises gets its reason and leaves the turns."""
     seconds: dict[str, list[float]] = {name: [] for name, row in rows.items() if row.status == "ok"}
+    calls_a_turn: dict[str, int] = {}  # each provider's first turn is one call, which tells how many make a turn
     calls, done, started = 0, 0, perf_counter()
     while seconds and schedule.goes_on(done, perf_counter() - started):
         order = list(seconds) if done % 2 == 0 else list(reversed(seconds))
         for name in order:
+            turn = calls_a_turn.get(name, 1)
             try:
-                seconds[name].append(time_once(case.providers[name], sets[calls % len(sets)], device))
+                seconds[name].append(time_turn(case.providers[name], sets, calls, turn, device))
+                calls_a_turn.setdefault(name, schedule.calls_a_turn(seconds[name][0]))
             except Exception as error:
                 rows[name].status, rows[name].reason = "raised", describe(error)
                 del seconds[name]
-            calls += 1
+            calls += turn
         done += 1
         tick()
     return seconds
@@ -246,7 +261,7 @@ def measure(
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
     try:
-        sets = input_sets(case, device, schedule.most_rounds * len(case.providers))
+        sets = input_sets(case, device, schedule)
         exact = case.exact(in_fp64(sets[0]))
     except Exception as error:
         reason = f"the inputs or the reference failed: {describe(error)}"

@@ -155,6 +155,13 @@ def test_cheap_cases_run_on_for_steadier_medians():
     assert not Schedule(rounds=2).goes_on(2, 0.0)
 
 
+def test_a_turn_of_a_fast_provider_is_many_calls_and_a_slow_one_is_called_once():
+    """One cold call after a slow provider's turn would time the caches that the slow one left."""
+    schedule = Schedule(rounds=20, turn_seconds=0.005)
+    assert [schedule.calls_a_turn(seconds) for seconds in (1e-4, 0.004, 0.02)] == [50, 2, 1]
+    assert Schedule(rounds=20).calls_a_turn(1e-4) == 1
+
+
 def test_times_and_ratio_are_of_medians():
     row = Row("toy", "[1000]", "fastppo", "ok")
     harness.fill_times(row, toy_case(work=floors.Work(8000, 500)), [4e-6, 1e-6, 2e-6, 3e-6, 100e-6], COPY_BANDWIDTH)

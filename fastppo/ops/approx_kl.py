@@ -8,6 +8,7 @@ from torch import Tensor
 from fastppo.native import approx_kl as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op, refuse_gradient
 from fastppo.reference import approx_kl as reference
 
 KINDS = native.KL_KINDS
@@ -110,24 +111,27 @@ def _check_sequences(scores: Tensor, logprobs: Tensor, mask: Tensor, cu_seqlens:
         _checks.same_device(name, value, "logprobs", logprobs)
 
 
-@torch.library.custom_op("fastppo::approx_kl", mutates_args=())
+@custom_op("approx_kl")
 def _approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
     return native.approx_kl(logprobs, ref_logprobs, kind)
 
 
-@_approx_kl.register_fake
+@torch.library.register_fake("fastppo::approx_kl")
 def _(logprobs, ref_logprobs, kind):
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("fastppo::approx_kl_backward", mutates_args=())
+@custom_op("approx_kl_backward")
 def _approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kind: int) -> Tensor:
     return native.approx_kl_backward(logprobs, ref_logprobs, d_kl, kind)
 
 
-@_approx_kl_backward.register_fake
+@torch.library.register_fake("fastppo::approx_kl_backward")
 def _(logprobs, ref_logprobs, d_kl, kind):
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+refuse_gradient("approx_kl_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -142,10 +146,10 @@ def _backward(ctx, d_kl):
     return grad.to(logprobs.dtype), d_ref, None
 
 
-_approx_kl.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::approx_kl", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("fastppo::kl_shaped_rewards", mutates_args=())
+@custom_op("kl_shaped_rewards")
 def _kl_shaped_rewards(
     scores: Tensor,
     logprobs: Tensor,
@@ -158,6 +162,6 @@ def _kl_shaped_rewards(
     return native.kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, cu_seqlens, coef, kind)
 
 
-@_kl_shaped_rewards.register_fake
+@torch.library.register_fake("fastppo::kl_shaped_rewards")
 def _(scores, logprobs, ref_logprobs, mask, cu_seqlens, coef, kind):
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)

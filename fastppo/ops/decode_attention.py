@@ -8,6 +8,7 @@ from torch import Tensor
 from fastppo.native import decode_attention as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op
 from fastppo.reference import decode_attention as reference
 
 MAX_HEAD_SIZE = 256
@@ -129,7 +130,7 @@ def _with_packed_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-@torch.library.custom_op("fastppo::decode_attention", mutates_args=())
+@custom_op("decode_attention")
 def _decode_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -148,11 +149,11 @@ def _decode_attention(
     )  # fmt: skip
 
 
-@_decode_attention.register_fake
+@torch.library.register_fake("fastppo::decode_attention")
 def _(q, k_pages, v_pages, block_table, context_lens, scale, softcap, window, sinks):
     return q.new_empty((*q.shape[:2], v_pages.shape[-1]))
 
 
-@torch.library.custom_op("fastppo::write_kv", mutates_args={"k_pages", "v_pages"})
+@custom_op("write_kv", mutates_args={"k_pages", "v_pages"})
 def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     native.write_kv(_with_packed_heads(k), _with_packed_heads(v), k_pages, v_pages, slots.contiguous())

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastppo.native import gae as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op
 from fastppo.reference import gae as reference
 
 
@@ -123,7 +124,7 @@ def _check_lam(lam: float | Tensor, sequences: int, values: Tensor) -> None:
     _checks.same_device("lam", lam, "values", values)
 
 
-@torch.library.custom_op("fastppo::gae", mutates_args=())
+@custom_op("gae")
 def _gae(
     rewards: Tensor,
     values: Tensor,
@@ -139,6 +140,6 @@ def _gae(
     return native.gae(rewards, values, mask, dones, truncated, next_values, cu_seqlens, decays, gamma, decay)
 
 
-@_gae.register_fake
+@torch.library.register_fake("fastppo::gae")
 def _(rewards, values, mask, dones, truncated, next_values, cu_seqlens, decays, gamma, decay):
     return values.new_empty(values.shape, dtype=torch.float32), values.new_empty(values.shape, dtype=torch.float32)

@@ -13,6 +13,7 @@ from fastppo.native import token_logprobs as native_logprobs
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
 from fastppo.ops._chunked_head import ChunkedHead, check_head, kept_rows
+from fastppo.ops._registry import custom_op
 from fastppo.ops.ppo_loss import (
     RATIO_LEVELS,
     PPOStats,
@@ -194,7 +195,7 @@ def _chunk_loss(
     return _Chunk(sums, logprobs, entropy)
 
 
-@torch.library.custom_op("fastppo::linear_ppo_loss", mutates_args=())
+@custom_op("linear_ppo_loss")
 def _linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -264,7 +265,7 @@ def _linear_ppo_loss(
     return *finish(sums, counts.tokens, scale, options), logprobs, entropy, *head.gradients
 
 
-@_linear_ppo_loss.register_fake
+@torch.library.register_fake("fastppo::linear_ppo_loss")
 def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
     *_, wanted = options
     loss = hidden.new_empty((), dtype=torch.float32)
@@ -291,4 +292,4 @@ def _backward(ctx, d_loss, *_):
     return tuple(grads)
 
 
-_linear_ppo_loss.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::linear_ppo_loss", _backward, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastppo.native import token_logprobs as native
 from fastppo.ops._backends import choose
 from fastppo.ops._chunked_head import check_head, kept_rows
+from fastppo.ops._registry import custom_op, refuse_gradient
 from fastppo.ops._tiled_head import HeadGradients, TiledHead, kept_tiles_shape
 from fastppo.ops.token_logprobs import TokenLogprobs, check_logit_options
 from fastppo.reference import linear_token_logprobs as reference
@@ -70,7 +71,7 @@ def linear_token_logprobs(
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
 
-@torch.library.custom_op("fastppo::linear_token_logprobs", mutates_args=())
+@custom_op("linear_token_logprobs")
 def _linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -113,7 +114,7 @@ def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: boo
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
-@_linear_token_logprobs.register_fake
+@torch.library.register_fake("fastppo::linear_token_logprobs")
 def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy, keep_logits):
     logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
@@ -121,7 +122,7 @@ def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_in
     return logprobs, entropy, logprobs.new_empty((*labels.shape, 2)), kept
 
 
-@torch.library.custom_op("fastppo::linear_token_logprobs_backward", mutates_args=())
+@custom_op("linear_token_logprobs_backward")
 def _linear_token_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -162,11 +163,14 @@ def _linear_token_logprobs_backward(
     return tuple(hidden.new_empty(0) if x is None else x for x in made)
 
 
-@_linear_token_logprobs_backward.register_fake
+@torch.library.register_fake("fastppo::linear_token_logprobs_backward")
 def _(hidden, weight, labels, bias, *options):
     *_, wanted = options
     sources = zip((hidden, weight, bias), wanted, strict=True)
     return tuple(torch.empty_like(x) if want else hidden.new_empty(0) for x, want in sources)
+
+
+refuse_gradient("linear_token_logprobs_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -192,4 +196,4 @@ def _backward(ctx, d_logprobs, d_entropy, *_):
     return d_hidden, d_weight, None, d_bias, *[None] * 6
 
 
-_linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::linear_token_logprobs", _backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastppo.native import masked_whiten as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op
 from fastppo.reference import masked_whiten as reference
 
 
@@ -93,12 +94,12 @@ def _merge_over_group(
     return count, mean, squares.sum() + between
 
 
-@torch.library.custom_op("fastppo::masked_moments", mutates_args=())
+@custom_op("masked_moments")
 def _masked_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return native.masked_moments(x, mask)
 
 
-@_masked_moments.register_fake
+@torch.library.register_fake("fastppo::masked_moments")
 def _(x, mask):
     return tuple(x.new_empty((), dtype=torch.float64) for _ in range(3))
 
@@ -117,16 +118,16 @@ def _backward(ctx, _, d_mean, __):
     return grad if mask is None else torch.where(mask, grad, 0), None
 
 
-_masked_moments.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::masked_moments", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("fastppo::masked_whiten", mutates_args=())
+@custom_op("masked_whiten")
 def _masked_whiten(
     x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, squares: Tensor, keep_mean: bool
 ) -> Tensor:
     return native.masked_whiten(x, mask, count, mean, squares, keep_mean)
 
 
-@_masked_whiten.register_fake
+@torch.library.register_fake("fastppo::masked_whiten")
 def _(x, mask, count, mean, squares, keep_mean):
     return x.new_empty(x.shape, dtype=torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastppo.native import ppo_loss as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op, refuse_gradient
 from fastppo.reference import ppo_loss as reference
 
 RATIO_LEVELS = ("token", "sequence")
@@ -322,7 +323,7 @@ def finish(sums: dict[str, float], tokens: int, scale: float, options: native.PP
     return loss, stats
 
 
-@torch.library.custom_op("fastppo::ppo_loss", mutates_args=())
+@custom_op("ppo_loss")
 def _ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -371,7 +372,7 @@ def _ppo_loss(
     return *finish(sums, counts.tokens, scale, options), *map(gradients.get, names, empty)
 
 
-@_ppo_loss.register_fake
+@torch.library.register_fake("fastppo::ppo_loss")
 def _(logprobs, old_logprobs, advantages, mask, values, *options):
     *_, wanted = options
     loss = logprobs.new_empty((), dtype=torch.float32)
@@ -379,15 +380,18 @@ def _(logprobs, old_logprobs, advantages, mask, values, *options):
     return loss, loss.new_empty(len(PPOStats._fields)), *gradients
 
 
-@torch.library.custom_op("fastppo::scale_gradient", mutates_args=())
+@custom_op("scale_gradient")
 def scale_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * d_loss, rounded once to `dtype`. An op of its own: a second derivative is refused, not silently 0."""
     return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
 
 
-@scale_gradient.register_fake
+@torch.library.register_fake("fastppo::scale_gradient")
 def _(gradient, d_loss, dtype):
     return torch.empty_like(gradient, dtype=dtype)
+
+
+refuse_gradient("scale_gradient")
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -406,4 +410,4 @@ def _backward(ctx, d_loss, *_):
     return tuple(grads)
 
 
-_ppo_loss.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::ppo_loss", _backward, setup_context=_setup_context)

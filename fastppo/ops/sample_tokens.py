@@ -10,6 +10,7 @@ from torch import Tensor
 from fastppo.native import sample_tokens as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op
 from fastppo.reference import sample_tokens as reference
 
 MAX_VOCABULARY = 1 << 22  # 2^22 masses of at most 2^40 add up in an int64
@@ -120,7 +121,7 @@ def _check_row_tensor(name: str, value: Tensor, logits: Tensor) -> None:
     _checks.same_device(name, value, "logits", logits)
 
 
-@torch.library.custom_op("fastppo::sample_tokens", mutates_args=())
+@custom_op("sample_tokens")
 def _sample_tokens(
     logits: Tensor,
     temperature: Tensor,
@@ -134,7 +135,7 @@ def _sample_tokens(
     return native.sample_tokens(logits, temperature, top_k, top_p, min_p, sequence_ids, positions, seed)
 
 
-@_sample_tokens.register_fake
+@torch.library.register_fake("fastppo::sample_tokens")
 def _(logits, temperature, top_k, top_p, min_p, sequence_ids, positions, seed):
     floats = [torch.empty_like(temperature, memory_format=torch.contiguous_format) for _ in range(3)]
     return torch.empty_like(positions, memory_format=torch.contiguous_format), *floats

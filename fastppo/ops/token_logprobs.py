@@ -11,6 +11,7 @@ from fastppo.native import collapse_rows
 from fastppo.native import token_logprobs as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._registry import custom_op, refuse_gradient
 from fastppo.reference import token_logprobs as reference
 
 
@@ -124,7 +125,7 @@ def _backward_kernel(
         logits.copy_(grad_rows.view(logits.shape))
 
 
-@torch.library.custom_op("fastppo::token_logprobs", mutates_args=())
+@custom_op("token_logprobs")
 def _token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -140,14 +141,14 @@ def _token_logprobs(
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, max_logsum
 
 
-@_token_logprobs.register_fake
+@torch.library.register_fake("fastppo::token_logprobs")
 def _(logits, labels, temperature, softcap, logit_scale, ignore_index, return_entropy, inplace_backward):
     logprobs = torch.empty_like(labels, dtype=torch.float32, memory_format=torch.contiguous_format)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     return logprobs, entropy, logprobs.new_empty((*labels.shape, 2))
 
 
-@torch.library.custom_op("fastppo::token_logprobs_backward", mutates_args=())
+@custom_op("token_logprobs_backward")
 def _token_logprobs_backward(
     logits: Tensor,
     labels: Tensor,
@@ -166,12 +167,15 @@ def _token_logprobs_backward(
     return grad
 
 
-@_token_logprobs_backward.register_fake
+@torch.library.register_fake("fastppo::token_logprobs_backward")
 def _(logits, labels, max_logsum, entropy, d_logprobs, d_entropy, temperature, softcap, logit_scale, ignore_index):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastppo::token_logprobs_backward_", mutates_args={"logits"})
+refuse_gradient("token_logprobs_backward")
+
+
+@custom_op("token_logprobs_backward_", mutates_args={"logits"})
 def _token_logprobs_backward_(
     logits: Tensor,
     labels: Tensor,
@@ -212,4 +216,4 @@ def _backward(ctx, d_logprobs, d_entropy, _):
     return grad, *[None] * 7
 
 
-_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastppo::token_logprobs", _backward, setup_context=_setup_context)
