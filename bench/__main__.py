@@ -20,6 +20,7 @@ SECONDS = 0.5  # that a case's rounds take at least
 TURN_SECONDS = 0.005  # of calls in a provider's turn
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
+README = record.ROOT / "README.md"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +33,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json"
     )
-    parser.add_argument("--write-docs", type=Path, metavar="FILE", help="only write docs/performance.md from a record")
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        metavar="FILE",
+        help="only write docs/performance.md and the README's figures from a record",
+    )
     options = parser.parse_args(argv)
     try:
         check_options(options)
@@ -137,8 +143,8 @@ def measure_one(
 def write_docs(file: Path) -> None:
     file = file.resolve()
     name = str(file.relative_to(record.ROOT)) if file.is_relative_to(record.ROOT) else file.name
-    report.write_docs(record.load(file), name, DOCS)
-    print(f"wrote {DOCS}")
+    report.write_docs(record.load(file), name, DOCS, README)
+    print(f"wrote {DOCS} and {README}")
 
 
 def finish(options: argparse.Namespace, result: record.Record) -> int:

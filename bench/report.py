@@ -1,4 +1,4 @@
-"""Turns rows into a terminal table and into the generated part of `docs/performance.md`."""
+"""Turns rows into a terminal table and into the generated parts of `docs/performance.md` and `README.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fastppo.bench.harness import OURS, Row
+from fastppo.bench.harness import EAGER, OURS, Row
 from fastppo.bench.record import Record
 
 COLUMNS = (
@@ -142,12 +142,31 @@ def markdown(record: Record, record_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_docs(record: Record, record_name: str, path: Path) -> None:
-    """Replaces what stands between the markers of `path`; ValueError where one is missing or the record is quick."""
+def summary(record: Record, record_name: str) -> str:
+    """Our rows that have a baseline, for the README."""
+    machine = record.machine
+    lines = ["| case | fastppo | plain PyTorch | ratio |", "|---|---|---|---|"]
+    eager = {(row.op, row.case): row for row in record.rows if row.provider == EAGER}
+    for row in record.rows:
+        if row.provider == OURS and row.speedup is not None:
+            baseline = seconds(eager[row.op, row.case].median_s)
+            ratio = f"{row.speedup:.2g}x" + optional(row.memory_share, ", {:.0%} of the memory")
+            lines.append(f"| `{row.op}` {row.case} | {seconds(row.median_s)} | {baseline} | {ratio} |")
+    source = f"{machine.processor}, {machine.threads} threads, {machine.isa} kernels, torch {record.versions['torch']}"
+    return "\n".join([*lines, "", f"{source}; record: `{record_name}`."]) + "\n"
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replaces what stands between the markers of `path`; ValueError where one is missing."""
+    old = path.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{path} must hold the lines {BEGIN} and {END} once each, in this order")
+    path.write_text(f"{old.split(BEGIN)[0]}{BEGIN}\n{text}{END}{old.split(END)[1]}")
+
+
+def write_docs(record: Record, record_name: str, docs: Path, readme: Path) -> None:
+    """Writes the whole table into `docs` and the summary into `readme`; ValueError for the record of a quick run."""
     if record.quick:
         raise ValueError(f"{record_name} is a quick run: its times mean nothing, run without --quick")
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold the lines {BEGIN} and {END} once each, in this order")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n{markdown(record, record_name)}{END}{tail}")
+    write_between_markers(docs, markdown(record, record_name))
+    write_between_markers(readme, summary(record, record_name))

@@ -298,8 +298,10 @@ def test_a_damaged_record_is_named(tmp_path, damage, message):
 def test_docs_are_written_between_the_markers(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
     for _ in range(2):  # writing again changes nothing
-        report.write_docs(a_record(), "r.json", page)
+        report.write_docs(a_record(), "r.json", page, readme)
         text = page.read_text()
         assert (
             text.startswith(f"before\n{report.BEGIN}\n")
@@ -307,6 +309,7 @@ def test_docs_are_written_between_the_markers(tmp_path):
             and "old" not in text
         )
     assert "| gae [256, 1024] | **fastppo** | 1 ms |" in text
+    assert "| `gae` [256, 1024] | 1 ms | 50 ms | 50x |" in readme.read_text()
     assert "- gae [256, 1024]: 50.00x eager's speed, target >= 80x: not met" in text
     assert "- ppo_loss 16 tokens, fastppo: wrong: loss is off" in text
 
@@ -315,21 +318,20 @@ def test_docs_refuse_quick_records_and_pages_without_markers(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("nothing to replace")
     with pytest.raises(ValueError, match="must hold the lines"):
-        report.write_docs(a_record(), "r.json", page)
+        report.write_docs(a_record(), "r.json", page, page)
     with pytest.raises(ValueError, match="quick run"):
-        report.write_docs(a_record(quick=True), "r.json", page)
+        report.write_docs(a_record(quick=True), "r.json", page, page)
 
 
-def test_the_page_is_what_its_record_gives(tmp_path):
-    """docs/performance.md was written by the command, from the record it names."""
-    text = cli.DOCS.read_text()
-    if f"{report.BEGIN}\n{report.END}" in text:
-        pytest.skip("the page holds no record yet")
-    name = text.split("Record: `")[1].split("`")[0]
-    page = tmp_path / "performance.md"
-    page.write_text(text)
-    report.write_docs(record.load(record.ROOT / name), name, page)
-    assert page.read_text() == text
+def test_the_pages_are_what_their_record_gives(tmp_path):
+    """docs/performance.md and the README's figures were written by the command, from the record they name."""
+    texts = [page.read_text() for page in (cli.DOCS, cli.README)]
+    name = texts[0].split("Record: `")[1].split("`")[0]
+    pages = tmp_path / "performance.md", tmp_path / "README.md"
+    for page, text in zip(pages, texts, strict=True):
+        page.write_text(text)
+    report.write_docs(record.load(record.ROOT / name), name, *pages)
+    assert [page.read_text() for page in pages] == texts
 
 
 @pytest.mark.parametrize(
