@@ -12,6 +12,7 @@ from fastppo.ops._registry import custom_op
 from fastppo.reference import decode_attention as reference
 
 MAX_HEAD_SIZE = 256
+"""Of the kernels; larger heads go to the reference."""
 
 
 def decode_attention(
@@ -33,7 +34,7 @@ def decode_attention(
     Args:
         q: [B, Hq, D] float32, bfloat16 or float16: the query of each sequence's newest token, whose key is in the cache already.
         k_pages, v_pages: [P, page, Hkv, D] and [P, page, Hkv, Dv] in q's dtype; Hq a multiple of Hkv (grouped-query attention,
-            arXiv:2305.13245); D, Dv <= 256.
+            arXiv:2305.13245).
         block_table: int32 [B, blocks]: the pages of a sequence, in order; entries beyond its length are not looked at.
         context_lens: int32 [B], keys of each sequence, 0 <= length <= blocks * page; 0 gives a result of 0.
         scale: multiplies the scores; by default D ** -0.5.
@@ -54,7 +55,7 @@ def decode_attention(
     if window is not None:
         _checks.number("window", window, at_least=1)
     with torch.no_grad():
-        if choose("decode_attention", q) == "reference":
+        if max(q.shape[-1], v_pages.shape[-1]) > MAX_HEAD_SIZE or choose("decode_attention", q) == "reference":
             options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
             return reference.decode_attention(q, k_pages, v_pages, block_table, context_lens, **options)
         return _decode_attention(
@@ -96,10 +97,10 @@ def _check_decode_attention(
     _check_caches(k_pages, v_pages, q, "q")
     batch, heads, head_size = q.shape
     _, _, kv_heads, key_size = k_pages.shape
-    if heads % kv_heads or key_size != head_size or max(head_size, v_pages.shape[-1]) > MAX_HEAD_SIZE:
+    if heads % kv_heads or key_size != head_size:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_pages {list(k_pages.shape)}, "
-            f"expected Hq to be a multiple of Hkv and equal head sizes up to {MAX_HEAD_SIZE}"
+            "expected Hq to be a multiple of Hkv and equal head sizes"
         )
     for name, table in (("block_table", block_table), ("context_lens", context_lens)):
         _checks.tensor(name, table)

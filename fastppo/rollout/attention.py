@@ -1,4 +1,4 @@
-"""The attention that fastppo gives to a Transformers model: packed sequences for training and prefill, a KV cache for decoding.
+"""The attention that fastppo gives to a Transformers model: packed sequences for training and prefill, a paged cache for decoding.
 
 `register()` adds `attention_forward` to Transformers' attention interface. Every model call passes a *context* in the keyword
 `fastppo`; the context knows where the sequences of the packed [1, T] input lie and does the work of each layer. It travels with the
@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from fastppo.ops import decode_attention
+from fastppo.rollout.pages import PAGE_SIZE, LayerShape, PagedCache
 
 IMPLEMENTATION = "fastppo"
 
@@ -159,92 +162,72 @@ class _Group:
 
 
 class PrefillContext(PackedContext):
-    """Packed attention that keeps each layer's keys and values [Hkv, T, D] for the cache."""
+    """Packed attention that also stores each layer's keys and values in the cache."""
 
-    def __init__(self, bounds: list[int], device: torch.device) -> None:
-        super().__init__(bounds, device)
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, bounds: list[int], cache: PagedCache, slots: Tensor) -> None:
+        """slots: int64 [T], the place of each token in the cache."""
+        super().__init__(bounds, slots.device)
+        self._cache, self._slots = cache, slots
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self.layers[layer] = (k, v)
+        self._cache.write(layer, self._slots, k, v)
         return super().attend(layer, q, k, v, options)
 
 
-class KVCache:
-    """Keys and values of every layer, [slots, Hkv, capacity, D] each, growing with the longest sequence.
+class ChunkContext:
+    """A part of one long prompt, whose earlier tokens are in the cache."""
 
-    It is made of zeros, and `clear` zeroes a row that met a NaN: a masked position has weight 0, and 0 * NaN is NaN.
-    """
-
-    def __init__(self, slots: int, limit: int) -> None:
-        """slots: sequences side by side; limit: the longest a sequence can become."""
-        self.slots, self.limit, self.capacity = slots, limit, 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` tokens; capacity at least doubles, up to the limit."""
-        if length <= self.capacity:
-            return
-        grown = min(self.limit, max(length, 2 * self.capacity))
-        for layer, pair in self.layers.items():
-            self.layers[layer] = tuple(F.pad(t, (0, 0, 0, grown - self.capacity)) for t in pair)
-        self.capacity = grown
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store N tokens: slots and positions int64 [N], k and v [Hkv, N, D]."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(t.new_zeros(self.slots, t.shape[0], self.capacity, t.shape[-1]) for t in (k, v))
-        for stored, new in zip(self.layers[layer], (k, v), strict=True):
-            stored[slots, :, positions] = new.transpose(0, 1)
-
-    def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy the first `length` tokens of slots `source` to slots `target`, both int64 [N]."""
-        for pair in self.layers.values():
-            for stored in pair:
-                stored[target, :, :length] = stored[source, :, :length]
-
-    def clear(self, slots: Tensor) -> None:
-        for pair in self.layers.values():
-            for stored in pair:
-                stored[slots] = 0
-
-
-class DecodeContext:
-    """One new token for each of the first A slots of a cache: T = A."""
-
-    def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
-        """lengths: int64 [A] tokens of each sequence, the new one included; longest: their maximum, known to the host."""
-        self._cache, self._longest = cache, longest
-        self._slots = torch.arange(lengths.shape[0], device=lengths.device)
-        self._last = lengths - 1
-        offsets = torch.arange(longest, device=lengths.device)
-        self._offsets, self._valid = offsets, offsets < lengths[:, None]
+    def __init__(self, past: int, cache: PagedCache, slots: Tensor) -> None:
+        """past: earlier tokens. slots: int64 [past + T], the places of those and of the chunk's."""
+        self._cache, self._slots, self._past = cache, slots, past
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self._cache.write(layer, self._slots, self._last, k, v)
-        keys, values = (t[: len(self._slots), :, : self._longest] for t in self._cache.layers[layer])
-        queries, mask = q.transpose(0, 1), self._mask(options.window)[:, None, None]
-        # On the CPU two matrix products beat the fused kernel, 1.1 to 4 times.
-        if options.needs_scores or q.device.type == "cpu":
-            return _attention_from_scores(queries.unsqueeze(2), keys, values, options, mask).squeeze(2)
-        # The query heads of one key head become queries of one head: no key or value is repeated.
-        grouped = queries.unflatten(1, (keys.shape[1], -1))
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).flatten(1, 2)
+        self._cache.write(layer, self._slots[self._past :], k, v)
+        keys, values = (x[None] for x in self._cache.gather(layer, self._slots))
+        return _causal_attention(q[None], keys, values, options, self._mask(options.window))[0].transpose(0, 1)
 
     def _mask(self, window: int | None) -> Tensor:
-        """bool [A, longest]: the positions a row's new token sees."""
-        if window is None or window >= self._longest:
-            return self._valid
+        """bool [T, past + T]"""
         if window not in self._masks:
-            self._masks[window] = self._valid & (self._offsets > self._last[:, None] - window)
+            self._masks[window] = _causal_mask(len(self._slots), window, self._slots.device, first=self._past)
         return self._masks[window]
 
 
-def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+class DecodeContext:
+    """One new token for each of B sequences: T = B."""
+
+    def __init__(self, cache: PagedCache, block_table: Tensor, lengths: Tensor) -> None:
+        """block_table: int32 [B, blocks], each sequence's pages. lengths: int64 [B] tokens, the new one included."""
+        self._cache, self._block_table, self._lengths = cache, block_table, lengths.int()
+        block, offset = (lengths - 1) // PAGE_SIZE, (lengths - 1) % PAGE_SIZE
+        self._slots = block_table.gather(1, block[:, None]).squeeze(1) * PAGE_SIZE + offset
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        k_pages, v_pages = self._cache.write(layer, self._slots, k, v)
+        return decode_attention(
+            q.transpose(0, 1), k_pages, v_pages, self._block_table, self._lengths,
+            scale=options.scale, softcap=options.softcap, window=options.window, sinks=options.sinks,
+        )  # fmt: skip
+
+
+class ShapeContext(PackedContext):
+    """Notes what each layer keeps of a token."""
+
+    def __init__(self, bounds: list[int], device: torch.device) -> None:
+        super().__init__(bounds, device)
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        self.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1], k.dtype)
+        return super().attend(layer, q, k, v, options)
+
+
+def _causal_mask(length: int, window: int | None, device: torch.device, first: int = 0) -> Tensor:
+    """bool [length - first, length]: which keys the queries from position `first` on see."""
+    key = torch.arange(length, device=device)
+    query = key[first:, None]
+    return (key <= query) if window is None else (key <= query) & (key > query - window)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ def compare(case, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [8, 16, 20, 64, 80, 128, 256])
+@pytest.mark.parametrize("size", [8, 16, 20, 64, 80, 128, 256, 258])
 def test_head_sizes_and_dtypes(backend, size, dtype):
     compare(make_case([1, 15, 16, 17, 130], size=size, dtype=dtype))
 

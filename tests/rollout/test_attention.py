@@ -10,13 +10,14 @@ from torch import nn
 
 from fastppo.rollout.attention import (
     AttentionOptions,
+    ChunkContext,
     DecodeContext,
-    KVCache,
     MissingContextError,
     PackedContext,
     PrefillContext,
     attention_forward,
 )
+from fastppo.rollout.pages import PAGE_SIZE, LayerShape, PagedCache, PagePool
 
 HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 6
 
@@ -96,10 +97,23 @@ def test_nan_stays_in_its_sequence():
     assert out[:3].isfinite().all() and out[6:].isfinite().all() and out[3:6].isnan().all()
 
 
+def _cache(pages: int) -> PagedCache:
+    """Of one layer, in fp64; full of NaN, as memory that nobody wrote may be."""
+    cache = PagedCache({0: LayerShape(KV_HEADS, SIZE, VALUE_SIZE, torch.float64)}, pages, CPU)
+    for stored in cache.layers[0]:
+        stored.fill_(torch.nan)
+    return cache
+
+
+def _places(pages: list[int], positions: range) -> list[int]:
+    return [pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in positions]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_then_decode_equals_packed(case):
-    """Three sequences of 4, 1 and 7 tokens, then four more each, in a cache that has to grow."""
-    options, lengths, extra = _options(case), [4, 1, 7], 4
+    """Three sequences of 62, 1 and 130 tokens, then four more each, in pages that lie anywhere."""
+    options, lengths, extra = _options(case), [62, 1, 130], 4
+    pages, cache = [[5, 1], [3], [4, 0, 2]], _cache(6)
     full = [length + extra for length in lengths]
     bounds = _bounds(full)
     inputs = [x.detach() for x in _inputs(sum(full))]
@@ -107,34 +121,51 @@ def test_prefill_then_decode_equals_packed(case):
 
     starts = bounds[:-1]
     prompt_places = torch.tensor([s + i for s, n in zip(starts, lengths, strict=True) for i in range(n)])
-    prefill = PrefillContext(_bounds(lengths), CPU)
+    slots = torch.tensor([slot for p, n in zip(pages, lengths, strict=True) for slot in _places(p, range(n))])
+    prefill = PrefillContext(_bounds(lengths), cache, slots)
     found = torch.empty_like(expected)
     found[prompt_places] = prefill.attend(0, *(x[:, prompt_places] for x in inputs), options)
 
-    cache = KVCache(5, limit=11)
-    cache.reserve(7)
-    slots = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor(lengths))
-    cache.write(0, slots, torch.cat([torch.arange(n) for n in lengths]), *prefill.layers[0])
+    block_table = torch.tensor([[5, 1, 99], [3, 99, 99], [4, 0, 2]], dtype=torch.int32)
     for step in range(extra):
         places = torch.tensor([s + n + step for s, n in zip(starts, lengths, strict=True)])
-        longest = max(lengths) + step + 1
-        cache.reserve(longest)
-        context = DecodeContext(cache, torch.tensor(lengths) + step + 1, longest)
+        context = DecodeContext(cache, block_table, torch.tensor(lengths) + step + 1)
         found[places] = context.attend(0, *(x[:, places] for x in inputs), options)
     torch.testing.assert_close(found, expected)
-    assert cache.capacity == 11 and cache.layers[0][1].shape == (5, KV_HEADS, 11, VALUE_SIZE)
 
 
-def test_cache_moves_and_clears_rows():
-    cache = KVCache(3, limit=4)
-    cache.reserve(4)
-    k = torch.arange(1.0, 7).view(1, 6, 1)
-    cache.write(7, torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1] * 3), k, torch.full_like(k, torch.nan))
-    cache.move(torch.tensor([2]), torch.tensor([0]), 2)
-    assert cache.layers[7][0][:, 0, :, 0].tolist() == [[5, 6, 0, 0], [3, 4, 0, 0], [5, 6, 0, 0]]
-    cache.clear(torch.tensor([0, 1]))
-    keys, values = cache.layers[7]
-    assert not keys[:2].any() and not values[:2].any() and values[2].isnan().any()
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_of_a_long_sequence_equal_the_whole(case):
+    options, length = _options(case), 70
+    inputs, pages, cache = [x.detach() for x in _inputs(length)], [2, 0], _cache(3)
+    expected = PackedContext([0, length], CPU).attend(0, *inputs, options)
+    found = []
+    for start in range(0, length, 32):
+        chunk = range(start, min(start + 32, length))
+        context = ChunkContext(start, cache, torch.tensor(_places(pages, range(chunk.stop))))
+        found.append(context.attend(0, *(x[:, chunk.start : chunk.stop] for x in inputs), options))
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_pages_are_copied_in_every_layer():
+    shape = LayerShape(1, 2, 3, torch.float32)
+    cache = PagedCache({0: shape, 5: shape}, 3, CPU)
+    for pair in cache.layers.values():
+        for stored in pair:
+            stored.copy_(torch.arange(3.0).view(3, 1, 1, 1).expand_as(stored))
+    cache.copy(torch.tensor([2, 2]), torch.tensor([0, 1]))
+    assert all(stored.eq(2).all() for pair in cache.layers.values() for stored in pair)
+    assert cache.bytes_per_page == 2 * 64 * 5 * 4
+
+
+def test_a_page_is_free_when_its_last_owner_gives_it_back():
+    pool = PagePool(3)
+    pages = pool.take(2)
+    pool.share(pages[:1])
+    pool.release(pages)
+    assert pool.available == 2
+    pool.release(pages[:1])
+    assert pool.available == 3 and sorted(pool.take(3)) == [0, 1, 2]
 
 
 class _Layer(nn.Module):
