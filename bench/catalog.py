@@ -18,6 +18,7 @@ OPS = (
     "ppo_loss",
     "sample_tokens",
     "decode_attention",
+    "batch_invariant_linear",
 )
 
 

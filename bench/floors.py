@@ -84,6 +84,12 @@ def decode_attention(keys: int, batch: int, heads: int, kv_heads: int, head_size
     return Work(2 * keys * kv_heads * head_size * itemsize + 2 * batch * heads * head_size * itemsize)
 
 
+def batch_invariant_linear(rows: int, columns: int, inner: int, itemsize: int = FP32) -> Work:
+    """x [rows, inner] and weight [columns, inner] in, [rows, columns] out."""
+    elements = rows * inner + columns * inner + rows * columns
+    return Work(elements * itemsize, 2 * rows * columns * inner)
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU, the largest cache that Linux names for CPU 0, else 32 MiB."""
     if device.type == "cuda":

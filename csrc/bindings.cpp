@@ -148,6 +148,14 @@ PYBIND11_MODULE(_C, m) {
     return FASTPPO_CPU(write_kv, arguments);
   });
 
+  m.def("batch_invariant_linear", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int dtype, int64_t rows, int64_t columns,
+                                     int64_t inner, int64_t x_stride, int64_t weight_stride, int threads) {
+    py::gil_scoped_release release;
+    const Linear arguments{pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias), pointer<void>(out), static_cast<DType>(dtype),
+                           rows, columns, inner, x_stride, weight_stride};
+    FASTPPO_CPU(batch_invariant_linear, arguments, threads);
+  });
+
   m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
                                  uintptr_t log_ratios, int threads) {
     py::gil_scoped_release release;

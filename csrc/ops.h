@@ -193,6 +193,21 @@ FASTPPO_EACH_ISA(int64_t decode_attention(const DecodeAttention& arguments, int 
 // Returns the first token whose slot is beyond the cache, or -1.
 FASTPPO_EACH_ISA(int64_t write_kv(const WriteKv& arguments))
 
+namespace fastppo {
+
+// x [rows, inner] and weight [columns, inner] with consecutive elements in their rows; bias [columns] or null; out [rows, columns] contiguous.
+struct Linear {
+  const void *x, *weight, *bias;
+  void* out;
+  DType dtype;
+  int64_t rows, columns, inner, x_stride, weight_stride;
+};
+
+}  // namespace fastppo
+
+// out = x weight^T + bias, accumulated in fp32. An output's bits depend on nothing but its row and its column.
+FASTPPO_EACH_ISA(void batch_invariant_linear(const Linear& arguments, int threads))
+
 // Counts, and for each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
 // logprob - old_logprob over them. Either may be null; without log_ratios no column is read. Nothing is written when an offset is bad.
 FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, int threads))

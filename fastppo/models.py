@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.ops import batch_invariant_linear
 from fastppo.rollout import attention
 from fastppo.rollout.attention import AttentionContext, AttentionOptions, PackedContext
 
@@ -85,7 +86,10 @@ def _linear_fp32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if hidden.is_cuda and hidden.dtype != wide and not torch.is_grad_enabled():
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # no fp32 copy of the weights
         return logits if bias is None else logits + bias
-    return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    operands = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        return batch_invariant_linear(*operands)
+    return F.linear(*operands)
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

@@ -1,93 +1,116 @@
 // Attention of one new token a sequence over a paged key-value cache: online softmax over the keys, each key and value loaded once for all the
 // query heads that share it.
+#include <type_traits>
+
 #include "online_softmax.h"
 #include "parallel.h"
 
 namespace fastppo::FASTPPO_ISA {
 namespace {
 
-constexpr int kMaxVectors = kMaxHeadSize / kLanes;
 constexpr int kTile = 16;  // keys at once: their scores fill one vector, so that one exponential serves them all
 
-// Elements [0, size) of a head as vectors; lanes beyond are 0.
-template <class Storage>
+// Elements [0, size) of a head as kVectors vectors; lanes beyond are 0.
+template <class Storage, int kVectors>
 FASTPPO_INLINE void load_head(const typename Storage::type* p, int size, vfloat* out) {
-  const int whole = size / kLanes, rest = size % kLanes;
-  for (int i = 0; i < whole; ++i) out[i] = Storage::load(p + i * kLanes);
-  if (rest) out[whole] = load_tail<Storage>(p + whole * kLanes, rest, 0);
+  for (int i = 0; i < kVectors; ++i) {
+    const int rest = size - i * kLanes;
+    out[i] = rest >= kLanes ? Storage::load(p + i * kLanes) : rest > 0 ? load_tail<Storage>(p + i * kLanes, rest, 0) : vfloat(0.0f);
+  }
 }
 
 // Up to 16 consecutive keys and values of one key head.
+template <int kVectors>
 struct Tile {
-  vfloat keys[kTile][kMaxVectors], values[kTile][kMaxVectors];
+  vfloat keys[kTile][kVectors], values[kTile][kVectors];
   int count;
 };
 
 // A query head and what it has gathered: sum of p v over the keys so far, p = exp(score - max).
+template <int kVectors>
 struct QueryHead {
-  vfloat query[kMaxVectors], out[kMaxVectors];
+  vfloat query[kVectors], out[kVectors];
   float max, sum;
 };
 
-FASTPPO_INLINE void gather(QueryHead& head, const Tile& tile, int vectors, int value_vectors, const DecodeAttention& a) {
-  vfloat scores = -kInfinity;
-  for (int key = 0; key < tile.count; ++key) {
+template <int kVectors>
+FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile, const DecodeAttention& a) {
+  float products[kTile];
+  for (int key = 0; key < kTile; ++key) {
     vfloat product = head.query[0] * tile.keys[key][0];
-    for (int i = 1; i < vectors; ++i) product += head.query[i] * tile.keys[key][i];
-    scores.set(key, sum_lanes(product));
+    for (int i = 1; i < kVectors; ++i) product += head.query[i] * tile.keys[key][i];
+    products[key] = key < tile.count ? sum_lanes(product) : -kInfinity;
   }
-  scores *= a.scale;
+  vfloat scores = F32::load(products);
+  scores = select(scores == -kInfinity, scores, scores * a.scale);
   if (a.softcap > 0) scores = select(scores == -kInfinity, scores, a.softcap * vtanh(scores / a.softcap));
   const float top = max_lanes(scores);
   if (top > head.max) {
     const float factor = head.max == -kInfinity ? 0.0f : vexp_nonpositive(head.max - top)[0];
     head.sum *= factor;
-    for (int i = 0; i < value_vectors; ++i) head.out[i] *= factor;
+    for (int i = 0; i < kVectors; ++i) head.out[i] *= factor;
     head.max = top;
   }
   const vfloat p = vexp_nonpositive(scores - (head.max == -kInfinity ? 0.0f : head.max));
   head.sum += sum_lanes(p);
+  float weights[kTile];
+  F32::store(weights, p);
+  vfloat out[kVectors];
+  for (int i = 0; i < kVectors; ++i) out[i] = head.out[i];
   for (int key = 0; key < tile.count; ++key)
-    for (int i = 0; i < value_vectors; ++i) head.out[i] += p[key] * tile.values[key][i];
+    for (int i = 0; i < kVectors; ++i) out[i] += weights[key] * tile.values[key][i];
+  for (int i = 0; i < kVectors; ++i) head.out[i] = out[i];
 }
 
 // Query heads first_head .. first_head + count of one sequence, which share a key head.
-template <class Storage>
+template <class Storage, int kVectors>
 void attend(const DecodeAttention& a, int64_t sequence, int64_t kv_head, int64_t first_head, int count) {
   using T = typename Storage::type;
-  const int vectors = (a.head_size + kLanes - 1) / kLanes, value_vectors = (a.value_size + kLanes - 1) / kLanes;
   const int64_t length = a.context_lens[sequence];
   const int64_t first = a.window > 0 && length > a.window ? length - a.window : 0;
   const int32_t* blocks = a.block_table + sequence * a.max_blocks;
-  QueryHead heads[kHeadsAtOnce];
+  QueryHead<kVectors> heads[kHeadsAtOnce];
   for (int h = 0; h < count; ++h) {
-    load_head<Storage>(static_cast<const T*>(a.q) + sequence * a.q_stride + (first_head + h) * a.head_size, a.head_size, heads[h].query);
-    for (int i = 0; i < value_vectors; ++i) heads[h].out[i] = 0.0f;
+    load_head<Storage, kVectors>(static_cast<const T*>(a.q) + sequence * a.q_stride + (first_head + h) * a.head_size, a.head_size, heads[h].query);
+    for (vfloat& out : heads[h].out) out = 0.0f;
     heads[h].max = a.sinks ? a.sinks[first_head + h] : -kInfinity;  // a sink is a key whose value is 0
     heads[h].sum = a.sinks ? 1.0f : 0.0f;
   }
   // Tiles begin at multiples of 16 from the sequence's start: neither the batch nor the page size nor the window changes their sums' order.
-  Tile tile;
+  Tile<kVectors> tile;
   for (int64_t begin = first / kTile * kTile; begin < length; begin += kTile) {
     const int64_t from = begin < first ? first : begin, to = begin + kTile < length ? begin + kTile : length;
     tile.count = static_cast<int>(to - from);
+    int64_t block = from / a.page_size, offset = from % a.page_size;
     for (int key = 0; key < tile.count; ++key) {
-      const int64_t position = from + key;
-      const int64_t row = blocks[position / a.page_size] * a.page_size + position % a.page_size;
-      load_head<Storage>(static_cast<const T*>(a.k_pages) + (row * a.kv_heads + kv_head) * a.head_size, a.head_size, tile.keys[key]);
-      load_head<Storage>(static_cast<const T*>(a.v_pages) + (row * a.kv_heads + kv_head) * a.value_size, a.value_size, tile.values[key]);
+      const int64_t row = blocks[block] * a.page_size + offset;
+      load_head<Storage, kVectors>(static_cast<const T*>(a.k_pages) + (row * a.kv_heads + kv_head) * a.head_size, a.head_size, tile.keys[key]);
+      load_head<Storage, kVectors>(static_cast<const T*>(a.v_pages) + (row * a.kv_heads + kv_head) * a.value_size, a.value_size, tile.values[key]);
+      if (++offset == a.page_size) ++block, offset = 0;
     }
-    for (int h = 0; h < count; ++h) gather(heads[h], tile, vectors, value_vectors, a);
+    for (int key = tile.count; key < kTile; ++key)
+      for (vfloat& lane : tile.keys[key]) lane = 0.0f;
+    for (int h = 0; h < count; ++h) gather(heads[h], tile, a);
   }
   for (int h = 0; h < count; ++h) {
     T* out = static_cast<T*>(a.out) + (sequence * a.heads + first_head + h) * a.value_size;
-    for (int i = 0; i < value_vectors; ++i) {
+    for (int i = 0; i * kLanes < a.value_size; ++i) {
       const int rest = a.value_size - i * kLanes;
       const vfloat result = length == 0 ? vfloat(0.0f) : heads[h].out[i] / heads[h].sum;
       if (rest >= kLanes) Storage::store(out + i * kLanes, result);
       else store_tail<Storage>(out + i * kLanes, rest, result);
     }
   }
+}
+
+// Calls body(kVectors) with the vectors of the larger head, rounded up: sizes that are known when this is compiled stay in registers.
+template <class Body>
+FASTPPO_INLINE void with_vectors(const DecodeAttention& a, const Body& body) {
+  const int size = a.head_size > a.value_size ? a.head_size : a.value_size;
+  if (size <= 2 * kLanes) body(std::integral_constant<int, 2>{});
+  else if (size <= 4 * kLanes) body(std::integral_constant<int, 4>{});
+  else if (size <= 8 * kLanes) body(std::integral_constant<int, 8>{});
+  else body(std::integral_constant<int, kMaxHeadSize / kLanes>{});
 }
 
 int64_t first_bad_sequence(const DecodeAttention& a) {
@@ -109,13 +132,15 @@ int64_t decode_attention(const DecodeAttention& a, int threads) {
   const int64_t group = a.heads / a.kv_heads;
   parallel_ranges(a.batch * a.kv_heads, threads, 1, [&](int64_t first, int64_t last) {
     with_storage(a.dtype, [&](auto storage) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t kv_head = i % a.kv_heads;
-        for (int64_t member = 0; member < group; member += kHeadsAtOnce) {
-          const int count = static_cast<int>(group - member < kHeadsAtOnce ? group - member : kHeadsAtOnce);
-          attend<decltype(storage)>(a, i / a.kv_heads, kv_head, kv_head * group + member, count);
+      with_vectors(a, [&](auto vectors) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t kv_head = i % a.kv_heads;
+          for (int64_t member = 0; member < group; member += kHeadsAtOnce) {
+            const int count = static_cast<int>(group - member < kHeadsAtOnce ? group - member : kHeadsAtOnce);
+            attend<decltype(storage), decltype(vectors)::value>(a, i / a.kv_heads, kv_head, kv_head * group + member, count);
+          }
         }
-      }
+      });
     });
   });
   return -1;

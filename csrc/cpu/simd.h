@@ -150,6 +150,21 @@ FASTPPO_INLINE uint32_t lane_bits(const vint& mask) {
   return bits;
 }
 
+// a * b + c, rounded once where the machine can (AVX2 and AVX-512 alike), twice where it cannot.
+FASTPPO_INLINE vfloat fma(const vfloat& a, const vfloat& b, const vfloat& c) {
+#if defined(__AVX512F__)
+  vfloat out;
+  out.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
+  return out;
+#elif defined(__AVX2__)
+  vfloat out;
+  for (int i = 0; i < vfloat::kParts; ++i) out.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+  return out;
+#else
+  return a * b + c;
+#endif
+}
+
 // The larger (smaller) of two; where one is NaN, b.
 FASTPPO_INLINE vfloat vmax(const vfloat& a, const vfloat& b) { return select(a > b, a, b); }
 FASTPPO_INLINE vfloat vmin(const vfloat& a, const vfloat& b) { return select(a < b, a, b); }
@@ -170,6 +185,8 @@ FASTPPO_INLINE uint16_t float_to_half(float f) {
 // One storage type each: how 16 consecutive elements become floats and back (round to nearest even).
 struct F32 {
   using type = float;
+  FASTPPO_INLINE float load_one(const float* p) { return *p; }
+  FASTPPO_INLINE void store_one(float* p, float x) { *p = x; }
   // Register by register: GCC would move all 64 bytes through the stack, in pieces smaller than a register.
   FASTPPO_INLINE vfloat load(const float* p) {
     vfloat v;
@@ -183,6 +200,17 @@ struct F32 {
 
 struct BF16 {
   using type = uint16_t;
+  FASTPPO_INLINE float load_one(const uint16_t* p) {
+    const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  FASTPPO_INLINE void store_one(uint16_t* p, float x) {
+    uint16_t lanes[kLanes];
+    store(lanes, x);
+    *p = lanes[0];
+  }
   typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2)));  // as many elements as one register of floats
   FASTPPO_INLINE vfloat load(const uint16_t* p) {
     vuint bits;
@@ -206,6 +234,8 @@ struct BF16 {
 
 struct F16 {
   using type = uint16_t;
+  FASTPPO_INLINE float load_one(const uint16_t* p) { return half_to_float(*p); }
+  FASTPPO_INLINE void store_one(uint16_t* p, float x) { *p = float_to_half(x); }
   FASTPPO_INLINE vfloat load(const uint16_t* p) {
     vfloat v;
 #if defined(__F16C__)
@@ -258,11 +288,11 @@ FASTPPO_INLINE void store_tail(typename Storage::type* p, int count, const vfloa
 
 // Lanes always fold in halves, so the order of additions is fixed.
 FASTPPO_INLINE float sum_lanes(const vfloat& v) {
-  float x[kLanes];
-  std::memcpy(x, &v, sizeof v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad q[4];
+  std::memcpy(q, &v, sizeof v);
+  const Quad folded = (q[0] + q[2]) + (q[1] + q[3]);
+  return (folded[0] + folded[2]) + (folded[1] + folded[3]);
 }
 
 FASTPPO_INLINE float max_lanes(const vfloat& v) {

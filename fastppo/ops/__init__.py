@@ -2,6 +2,7 @@
 
 from fastppo.ops._backends import use_backend
 from fastppo.ops.approx_kl import approx_kl, kl_shaped_rewards
+from fastppo.ops.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops.decode_attention import decode_attention, write_kv
 from fastppo.ops.gae import GAE, gae
 from fastppo.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
@@ -19,6 +20,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "approx_kl",
+    "batch_invariant_linear",
     "decode_attention",
     "gae",
     "kl_shaped_rewards",

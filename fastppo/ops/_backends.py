@@ -31,6 +31,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "ppo_loss": ("cpu",),
     "sample_tokens": ("cpu",),
     "decode_attention": ("cpu",),
+    "batch_invariant_linear": ("cpu",),
 }
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)

@@ -21,6 +21,7 @@ from fastppo.rollout.generation import (
     new_token_limits,
     pages_needed,
 )
+from fastppo.rollout.linears import decode_linears
 from fastppo.rollout.pages import LayerShape, PagedCache, kv_budget, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
@@ -97,11 +98,12 @@ class Engine:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
         token_lists = self._encode(prompts)
         self._check_stop_ids(sampling)
-        with models.evaluating(self.model):
+        with models.evaluating(self.model), decode_linears(self.model) as switch:
             cache = self._make_cache(token_lists, sampling)
             generation = Generation(
                 self.model,
                 cache,
+                switch,
                 token_lists,
                 sampling,
                 slots=min(self.max_batch_size, len(token_lists) * sampling.n),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastppo import models
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
 from fastppo.rollout.attention import ChunkContext, DecodeContext, PrefillContext
+from fastppo.rollout.linears import DecodeSwitch
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
@@ -128,6 +129,7 @@ class Generation:
         self,
         model: PreTrainedModel,
         cache: PagedCache,
+        switch: DecodeSwitch,
         prompts: list[list[int]],
         sampling: SamplingParams,
         *,
@@ -137,7 +139,7 @@ class Generation:
         progress: Progress | None,
         on_tokens: OnTokens | None,
     ) -> None:
-        self.model, self.cache, self.sampling = model, cache, sampling
+        self.model, self.cache, self.switch, self.sampling = model, cache, switch, sampling
         self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
         self.progress, self.on_tokens = progress, on_tokens
         self.head = models.lm_head(model)
@@ -287,7 +289,9 @@ class Generation:
         active = len(self.rows)
         lengths = self.state["length"][:active]
         context = DecodeContext(self.cache, self.block_table[:active], lengths)
+        self.switch.decoding = True
         hidden = models.run_trunk(self.model, self.state["last"][:active], lengths - 1, context)
+        self.switch.decoding = False
         self.stats.decode_steps += 1
         self.stats.decode_tokens += active
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)

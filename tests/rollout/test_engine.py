@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastppo import use_backend
 from fastppo.models import lm_head, prepare_model
 from fastppo.rollout import Engine, FinishReason, SamplingParams
 from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, make_chain, make_model, ragged_prompts
@@ -330,6 +331,36 @@ class TestRecovery:
         with torch.no_grad():
             model.lm_head.weight.copy_(make_chain([0, 0, 0, 2, 2]).lm_head.weight)
         assert engine.generate([[4]], SamplingParams(temperature=0)).completions() == [[2, 0]]
+
+
+class TestDecodeLinears:
+    """The model's own linear layers run our kernel during decode steps, and only then."""
+
+    def test_layers_are_as_before_afterwards(self, llama):
+        engine = Engine(llama)
+
+        def interrupt(done, total):
+            raise KeyboardInterrupt
+
+        engine.generate([[1]], SamplingParams(max_new_tokens=3))
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[1]], SamplingParams(max_new_tokens=3), progress=interrupt)
+        assert not any("forward" in module.__dict__ for module in llama.modules())
+
+    def test_reference_backend_samples_the_same(self, llama):
+        params = dict(n=2, max_new_tokens=12, seed=3)
+        ours = _generate(llama, ragged_prompts(), **params)
+        with use_backend("reference"):
+            plain = _generate(llama, ragged_prompts(), **params)
+        assert ours.completions() == plain.completions()
+        torch.testing.assert_close(ours.logprobs, plain.logprobs, atol=1e-4, rtol=0)
+
+    def test_weights_in_other_layouts_and_types(self):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            model = make_model("qwen2", dtype=dtype)
+            down = model.model.layers[0].mlp.down_proj
+            down.weight.data = down.weight.data.t().contiguous().t()  # not contiguous: left to PyTorch
+            assert _generate(model, ragged_prompts(), max_new_tokens=3).num_sequences == len(ragged_prompts())
 
 
 class TestErrors:

@@ -1,0 +1,37 @@
+"""Cases of `batch_invariant_linear`: a decode step's products, against `F.linear`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastppo import ops
+from fastppo.bench import floors
+from fastppo.bench.harness import Case, Tensors
+from fastppo.reference.batch_invariant_linear import batch_invariant_linear as reference
+
+
+def run_with(function):
+    def run(x: Tensors) -> Tensors:
+        with torch.no_grad():
+            return {"out": function(x["x"], x["weight"])}
+
+    return run
+
+
+def cases(quick: bool) -> list[Case]:
+    def case(rows: int, columns: int, inner: int) -> Case:
+        def inputs(generator: torch.Generator) -> Tensors:
+            shapes = {"x": (rows, inner), "weight": (columns, inner)}
+            return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+        return Case(
+            op="batch_invariant_linear",
+            name=f"[{rows}, {inner}] x [{columns}, {inner}]^T",
+            inputs=inputs,
+            providers={"fastppo": run_with(ops.batch_invariant_linear), "eager": run_with(F.linear)},
+            exact=run_with(reference),
+            work=floors.batch_invariant_linear(rows, columns, inner),
+        )
+
+    return [case(4, 64, 32), case(1, 64, 48)] if quick else [case(32, 4096, 256), case(1, 4096, 1024)]
