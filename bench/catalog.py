@@ -19,6 +19,7 @@ OPS = (
     "sample_tokens",
     "decode_attention",
     "batch_invariant_linear",
+    "rollout",
 )
 
 

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 INT64, FP32, BOOL = 8, 4, 1
 UNKNOWN_CACHE_BYTES = 32 << 20
@@ -88,6 +89,12 @@ def batch_invariant_linear(rows: int, columns: int, inner: int, itemsize: int = 
     """x [rows, inner] and weight [columns, inner] in, [rows, columns] out."""
     elements = rows * inner + columns * inner + rows * columns
     return Work(elements * itemsize, 2 * rows * columns * inner)
+
+
+def decode(model: nn.Module, batch: int) -> Work:
+    """A token of a decode step: its share of the weights, read once a step for the whole batch, and its products. Keys and values left out."""
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    return Work(weights * FP32 // batch, 2 * weights)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -79,6 +79,10 @@ class Case:
     work: Work
     target: Target = field(default_factory=Target)
     compare: Callable[[Tensors, Tensors, Tensors], float] = compare_tensors
+    per: str | None = None
+    """Output that counts what a call made: times, and `work`, are for one of those."""
+    rounds: int | None = None
+    """Instead of the schedule's, for cases whose calls take seconds."""
 
 
 @dataclass(frozen=True)
@@ -186,15 +190,17 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def time_turn(run: Provider, sets: list[Tensors], first: int, calls: int, device: torch.device) -> float:
-    """Seconds a call, over `calls` calls that go through the input sets from the `first` on."""
+def time_turn(case: Case, provider: str, sets: list[Tensors], first: int, calls: int, device: torch.device) -> float:
+    """Seconds a call (or a piece, with `case.per`), over `calls` calls that go through the input sets from the `first` on."""
+    run, pieces = case.providers[provider], 0
     floors.synchronize(device)
     start = perf_counter()
     for call in range(first, first + calls):
         outputs = run(sets[call % len(sets)])
+        pieces += int(outputs[case.per]) if case.per else 1
         del outputs
     floors.synchronize(device)
-    return (perf_counter() - start) / calls
+    return (perf_counter() - start) / pieces
 
 
 def take_turns(
@@ -214,8 +220,8 @@ def take_turns(
         for name in order:
             turn = calls_a_turn.get(name, 1)
             try:
-                seconds[name].append(time_turn(case.providers[name], sets, calls, turn, device))
-                calls_a_turn.setdefault(name, schedule.calls_a_turn(seconds[name][0]))
+                seconds[name].append(time_turn(case, name, sets, calls, turn, device))
+                calls_a_turn.setdefault(name, 1 if case.per else schedule.calls_a_turn(seconds[name][0]))
             except Exception as error:
                 rows[name].status, rows[name].reason = "raised", describe(error)
                 del seconds[name]
@@ -260,6 +266,8 @@ def measure(
     case: Case, device: torch.device, schedule: Schedule, copy_bandwidth: float, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
+    if case.rounds is not None:
+        schedule = Schedule(min(case.rounds, schedule.rounds))
     try:
         sets = input_sets(case, device, schedule)
         exact = case.exact(in_fp64(sets[0]))

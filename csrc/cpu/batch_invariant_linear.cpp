@@ -7,11 +7,12 @@
 namespace fastppo::FASTPPO_ISA {
 namespace {
 
-// Outputs that are summed side by side: as many accumulators as registers, less those for the operands.
+// Outputs that are summed side by side: four columns, whose last additions are shared, and as many rows as there are registers for accumulators.
+constexpr int kColumnsAtOnce = 4;
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 4, kColumnsAtOnce = 6;
+constexpr int kRowsAtOnce = 4;
 #else
-constexpr int kRowsAtOnce = 3, kColumnsAtOnce = 2;
+constexpr int kRowsAtOnce = 1;
 #endif
 constexpr int64_t kProductsWorthAThread = 1 << 15;
 
@@ -37,15 +38,31 @@ void multiply_block(const Linear& a, int64_t row, int64_t column) {
   const int rest = static_cast<int>(a.inner - k);
   if (rest) add([&](const T* p) __attribute__((always_inline)) { return load_tail<Storage>(p + k, rest, 0); });
   const T* bias = static_cast<const T*>(a.bias);
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kColumns; ++j) {
-      const float sum = sum_lanes(sums[i][j]);
-      Storage::store_one(static_cast<T*>(a.out) + (row + i) * a.columns + column + j, bias ? sum + Storage::load_one(bias + column + j) : sum);
+  for (int i = 0; i < kRows; ++i) {
+    float line[kColumns];
+    if (kColumns == kColumnsAtOnce) {
+      const Quad four = sum_lanes_of_four(sums[i]);
+      std::memcpy(line, &four, sizeof line);
+    } else {
+      for (int j = 0; j < kColumns; ++j) line[j] = sum_lanes(sums[i][j]);
     }
+    T* out = static_cast<T*>(a.out) + (row + i) * a.columns + column;
+    for (int j = 0; j < kColumns; ++j) Storage::store_one(out + j, bias ? line[j] + Storage::load_one(bias + column + j) : line[j]);
+  }
+}
+
+// Asks for the weights of the next columns while these are multiplied. (Beyond the last weight a prefetch is harmless: it never faults.)
+template <class Storage>
+FASTPPO_INLINE void prefetch_columns(const Linear& a, int64_t column) {
+  constexpr int64_t kLine = 64 / sizeof(typename Storage::type);
+  const auto* w = static_cast<const typename Storage::type*>(a.weight) + column * a.weight_stride;
+  for (int j = 0; j < kColumnsAtOnce; ++j)
+    for (int64_t k = 0; k < a.inner; k += kLine) __builtin_prefetch(w + j * a.weight_stride + k, 0, 2);
 }
 
 template <class Storage, int kColumns>
 void multiply_rows(const Linear& a, int64_t column) {
+  prefetch_columns<Storage>(a, column + kColumns);
   int64_t row = 0;
   for (; row + kRowsAtOnce <= a.rows; row += kRowsAtOnce) multiply_block<Storage, kRowsAtOnce, kColumns>(a, row, column);
   for (; row < a.rows; ++row) multiply_block<Storage, 1, kColumns>(a, row, column);

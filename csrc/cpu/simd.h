@@ -286,13 +286,30 @@ FASTPPO_INLINE void store_tail(typename Storage::type* p, int count, const vfloa
   std::memcpy(p, buffer, count * sizeof *p);
 }
 
-// Lanes always fold in halves, so the order of additions is fixed.
-FASTPPO_INLINE float sum_lanes(const vfloat& v) {
-  typedef float Quad __attribute__((vector_size(16)));
+typedef float Quad __attribute__((vector_size(16)));
+
+// Lanes always fold in halves, so the order of additions is fixed: 16 to 4 here.
+FASTPPO_INLINE Quad fold_to_quad(const vfloat& v) {
   Quad q[4];
   std::memcpy(q, &v, sizeof v);
-  const Quad folded = (q[0] + q[2]) + (q[1] + q[3]);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+FASTPPO_INLINE float sum_lanes(const vfloat& v) {
+  const Quad folded = fold_to_quad(v);
   return (folded[0] + folded[2]) + (folded[1] + folded[3]);
+}
+
+// sum_lanes of four vectors at once.
+FASTPPO_INLINE Quad sum_lanes_of_four(const vfloat* v) {
+  const Quad a = fold_to_quad(v[0]), b = fold_to_quad(v[1]), c = fold_to_quad(v[2]), d = fold_to_quad(v[3]);
+#if defined(__SSE2__)
+  const Quad ab = Quad(_mm_movelh_ps(a, b)) + Quad(_mm_movehl_ps(b, a)), cd = Quad(_mm_movelh_ps(c, d)) + Quad(_mm_movehl_ps(d, c));
+  return Quad(_mm_shuffle_ps(ab, cd, _MM_SHUFFLE(2, 0, 2, 0))) + Quad(_mm_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 1, 3, 1)));
+#else
+  const auto sum = [](const Quad& q) { return (q[0] + q[2]) + (q[1] + q[3]); };
+  return Quad{sum(a), sum(b), sum(c), sum(d)};
+#endif
 }
 
 FASTPPO_INLINE float max_lanes(const vfloat& v) {
