@@ -1,4 +1,4 @@
-"""The command line: fastppo train | info | plot | bench."""
+"""The command line: fastppo train | generate | info | plot | bench."""
 
 from __future__ import annotations
 
@@ -73,6 +73,23 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. ppo.lr=1e-5"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    generate = add("generate", _generate, "Sample from a model, streaming to the terminal.")
+    generate.add_argument("model", metavar="MODEL", help="folder in Transformers' format, or hub name")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="repeatable; without it, standard input is the prompt"
+    )
+    generate.add_argument("--chat", action="store_true", help="give the prompt to the model as a user's message")
+    generate.add_argument("-n", type=int, default=1, help="completions of each prompt (default 1)")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    generate.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a completion; repeatable")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
+    )
     add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
     plot = add("plot", _plot, "Draw the curves of a run.")
     plot.add_argument("run", metavar="RUN", help="run folder")
@@ -135,6 +152,55 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
         return "there is no checkpoint yet (ppo.save_every sets how often one is written)"
     command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+    from transformers import TextStreamer
+
+    from fastppo.models import load_model, load_tokenizer
+    from fastppo.rollout import Engine, SamplingParams
+
+    sampling = SamplingParams(
+        n=options.n,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        max_new_tokens=options.max_new_tokens,
+        stop_strings=tuple(options.stop),
+        seed=options.seed,
+    )
+    prompts = options.prompt or [sys.stdin.read()]
+    tokenizer = load_tokenizer(options.model)
+    if options.chat:
+        prompts = [_as_message(tokenizer, text) for text in prompts]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = Engine(load_model(options.model, dtype=options.dtype, device=device), tokenizer)
+    if len(prompts) * options.n == 1:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        engine.generate(
+            prompts, sampling, on_tokens=lambda new: streamer.put(torch.tensor([new[0][1]])) if new else None
+        )
+        streamer.end()
+    else:
+        rollout = engine.generate(prompts, sampling)
+        texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+        for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
+            print(f"--- prompt {index}\n{text}")
+    stats = engine.stats
+    print(
+        f"prompt {stats.prefill_tokens} tokens, {stats.prefill_tokens_per_second:,.0f} a second; "
+        f"new {stats.decode_tokens_per_second:,.0f} a second, {stats.decode_bytes_per_second / 1e9:.1f} GB/s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _as_message(tokenizer, text: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -162,6 +162,21 @@ def test_a_turn_of_a_fast_provider_is_many_calls_and_a_slow_one_is_called_once()
     assert Schedule(rounds=20).calls_a_turn(1e-4) == 1
 
 
+def test_a_case_may_count_pieces_and_set_its_own_rounds():
+    """Two calls of 3 and 5 tokens: seconds are those of a token, a turn is one call."""
+    made = iter([1] + [3, 5] * 10)
+
+    def provider(x):
+        return {"y": 2 * x["x"], "tokens": torch.tensor(next(made))}
+
+    def compare(inputs, outputs, exact):
+        return 0.0
+
+    case = toy_case(providers={"fastppo": provider}, per="tokens", rounds=2, compare=compare)
+    rows = measure(case, CPU, Schedule(20, 0.5, 0.005), COPY_BANDWIDTH)
+    assert rows["fastppo"].status == "ok" and rows["fastppo"].rounds == 2 and next(made) == 3
+
+
 def test_times_and_ratio_are_of_medians():
     row = Row("toy", "[1000]", "fastppo", "ok")
     harness.fill_times(row, toy_case(work=floors.Work(8000, 500)), [4e-6, 1e-6, 2e-6, 3e-6, 100e-6], COPY_BANDWIDTH)
@@ -207,6 +222,9 @@ def test_the_promised_targets_are_rows():
         ("ppo_loss", "262144 tokens, policy + value + KL, forward + backward"): Target(4.0),
         ("sample_tokens", "[64, 32000] fp32, top-k 50, top-p 0.9"): Target(20.0),
         ("linear_token_logprobs", "2048 tokens, H=512, V=32000, forward + backward"): Target(1 / 1.1, 0.1),
+        ("rollout", "32 prompts of 32, 64 new, a token"): Target(2.5),
+        ("rollout", "128 prompts of 8-256, 4-128 new, a token"): Target(4.0),
+        ("rollout", "16 prompts of 256, 8 samples each, 64 new, a token"): Target(3.0),
     }
     assert {key: target for key, target in promised.items() if target != Target()} == expected
 

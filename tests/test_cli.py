@@ -167,6 +167,24 @@ def train(recipe, *arguments) -> int:
 TINY_STEPS = ["ppo.total_steps=2", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=1", "ppo.max_new_tokens=16"]
 
 
+def test_generate_streams_what_the_engine_samples(stories_model, capsys):
+    """The streamed text is that of the same prompt, seed and sequence number sampled beside others."""
+    common = ["generate", str(stories_model), "--max-new-tokens", "20", "--seed", "3", "--prompt", "Once upon a time"]
+    assert cli.main(common) == 0
+    streamed = capsys.readouterr()
+    assert cli.main([*common, "-n", "2"]) == 0
+    together = capsys.readouterr().out
+    assert streamed.out.strip() and streamed.out.strip() == together.split("--- prompt 0\n")[1].strip()
+    assert "GB/s" in streamed.err and "new " in streamed.err
+
+
+def test_generate_names_mistakes(stories_model, capsys):
+    model = str(stories_model)
+    assert "max_new_tokens is 0" in error_of(capsys, "generate", model, "--prompt", "a", "--max-new-tokens", "0")
+    assert "no chat template" in error_of(capsys, "generate", model, "--prompt", "a", "--chat")
+    assert "no such folder" in error_of(capsys, "generate", "./nowhere", "--prompt", "a")
+
+
 def test_training_a_real_model_from_its_recipe(stories_model, tmp_path, capsys):
     """recipes/stories.yaml on the real pretrained Llama, shortened: runs, records, plots, resumes."""
     run = tmp_path / "run"
