@@ -46,6 +46,24 @@ void enqueue(const StreamTuple& stream, const Body& body) {
   check(body(reinterpret_cast<cudaStream_t>(std::get<1>(stream))));
 }
 
+void bind_sequences(py::module_& m) {
+  m.def("check_offsets", [](uintptr_t offsets, bool are_int64, int64_t count, int64_t tokens, uintptr_t out, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::check_offsets(pointer<const void>(offsets), are_int64, count, tokens, pointer<int64_t>(out), stream);
+    });
+  });
+}
+
+void bind_gae(py::module_& m) {
+  m.def("gae", [](const StepsTuple& rewards, const StepsTuple& values, const StepsTuple& next_values, const StepsTuple& mask, const StepsTuple& dones,
+                  const StepsTuple& truncated, uintptr_t bootstrap, uintptr_t decays, float gamma, float decay, const SequencesTuple& shape,
+                  uintptr_t advantages, uintptr_t returns, const StreamTuple& on) {
+    const GaeInputs inputs{steps(rewards), steps(values), steps(next_values), steps(mask), steps(dones), steps(truncated),
+                           pointer<const float>(bootstrap), pointer<const float>(decays), gamma, decay};
+    enqueue(on, [&](cudaStream_t stream) { return cuda::gae(inputs, sequences(shape), pointer<float>(advantages), pointer<float>(returns), stream); });
+  });
+}
+
 void bind_masked_whiten(py::module_& m) {
   m.attr("MAX_PARTIAL_MOMENTS") = cuda::kMaxPartialMoments;
 
@@ -70,6 +88,8 @@ void bind_masked_whiten(py::module_& m) {
 
 void bind_cuda(py::module_& m) {
   py::module_ cuda = m.def_submodule("cuda", "the CUDA kernels; raw device pointers in, nothing checked");
+  bind_sequences(cuda);
+  bind_gae(cuda);
   bind_masked_whiten(cuda);
 }
 

@@ -9,6 +9,16 @@
 
 namespace fastppo::cuda {
 
+// Packed sequences come with offsets that check_offsets has seen, and with their number of tokens as `length`.
+constexpr int64_t kBadOffset = -1;
+
+// out [count + 1] = offsets (int64, or int32) if they start at 0, never fall and end at `tokens`; else kBadOffset everywhere, and what is computed
+// with them shall be NaN.
+cudaError_t check_offsets(const void* offsets, bool are_int64, int64_t count, int64_t tokens, int64_t* out, cudaStream_t stream);
+
+// As on the CPU, in one launch. A truncated step without a value to bootstrap from gives NaN, and so do wrong offsets, everywhere.
+cudaError_t gae(const GaeInputs& inputs, const Sequences& sequences, float* advantages, float* returns, cudaStream_t stream);
+
 // Moments that masked_moments writes for parts of x, and takes as scratch.
 constexpr int kMaxPartialMoments = 1024;
 

@@ -106,27 +106,35 @@ def steps(x: Tensor | None) -> tuple[int, int, int, int]:
     return (x.data_ptr(), DTYPE_CODES.get(x.dtype, 0), stride_sequence, stride_step)
 
 
-def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
-    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at int64 `offsets` [B + 1].
+def as_offsets(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """int64 offsets [B + 1] of sequences in `tokens` packed tokens, checked: ValueError on the CPU.
 
-    Offsets on the CPU are checked here; on a GPU the kernels check them, as the host must not wait for it.
+    On a GPU, which the host must not wait for, wrong offsets become the kernels' mark for results that are NaN.
     """
-    if offsets is None:
-        return (0, *x.shape)
-    tokens, count = x.shape[0], offsets.shape[0] - 1
-    if on_cuda(x):
-        return (address(offsets), count, 0)
+    if cu_seqlens is None:
+        return None
+    cu_seqlens, count = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+    if on_cuda(cu_seqlens):
+        offsets = torch.empty_like(cu_seqlens, dtype=torch.int64)
+        is_int64 = cu_seqlens.dtype == torch.int64
+        _C.cuda.check_offsets(address(cu_seqlens), is_int64, count, tokens, address(offsets), stream(offsets))
+        return offsets
+    offsets = cu_seqlens.long()
     bad = _C.first_bad_offset(address(offsets), count, tokens)
     if bad >= 0:
         raise ValueError(
             f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
             f"expected 0 first, no decrease and {tokens} (all tokens) last"
         )
-    return (address(offsets), count, 0)
+    return offsets
 
 
-def as_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
-    return None if cu_seqlens is None else cu_seqlens.long().contiguous()
+def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at `offsets`, as `as_offsets` makes them.
+
+    (address of the offsets or 0, number of sequences, T or total)
+    """
+    return (0, *x.shape) if offsets is None else (address(offsets), offsets.shape[0] - 1, x.shape[0])
 
 
 def flat_float(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu", "triton"),
     "linear_token_logprobs": ("cpu",),
     "linear_ppo_loss": ("cpu",),
-    "gae": ("cpu",),
+    "gae": ("cpu", "cuda"),
     "masked_whiten": ("cpu", "cuda"),
     "approx_kl": ("cpu",),
     "ppo_loss": ("cpu",),

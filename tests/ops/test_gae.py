@@ -102,23 +102,33 @@ def test_as_exact_as_the_reference(backend, shape, feature, dtype):
     for name, a, b, c in zip(("advantages", "returns"), ours, native, exact, strict=True):
         assert a.dtype == torch.float32 and a.shape == shape and a.is_contiguous()
         assert_as_exact_as_native(a, b, c, name)
-        assert torch.equal(a, b), f"{name}: not the bits of the sequential recursion"
+        # A GPU composes the steps in parallel, with other roundings.
+        assert backend == "cuda" or torch.equal(a, b), f"{name}: not the bits of the sequential recursion"
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_packed_equals_padded_equals_single(backend, feature):
-    """The same bits in a batch padded on the right, packed without padding, and alone; empty sequences in between."""
+    """The same bits in a batch padded on the right, packed without padding, and alone; empty sequences in between.
+
+    On a GPU, where steps are composed in groups counted from the end, padding moves the groups and so changes roundings.
+    """
     lengths = [5, 0, 1, 40, 16, 17, 33, 0, 2, 40, 31, 1, 8, 9, 10, 11, 12, 13, 40, 0]
     case = make_case(len(lengths), 40, feature)
     inside = torch.arange(40) < torch.tensor(lengths)[:, None]
-    padded = gae(**case | {"mask": inside & case.get("mask", inside)})
-    packed = gae(**pack(case, lengths))
-    assert torch.equal(padded.advantages[inside], packed.advantages)
-    assert torch.equal(padded.returns[inside], packed.returns)
+    mask = {"mask": inside & case.get("mask", inside)}
+    padded, packed = gae(**case | mask), gae(**pack(case, lengths))
+    native, exact = reference(**case | mask), reference(**to_fp64(case) | mask)
+    for ours, flat, fp32, fp64 in zip(padded, packed, native, exact, strict=True):
+        if backend == "cuda":
+            assert_as_exact_as_native(ours, fp32, fp64)
+            assert_as_exact_as_native(flat, fp32[inside], fp64[inside])
+        else:
+            assert torch.equal(ours[inside], flat)
+    rows = packed.advantages.split(lengths)
     for i, length in enumerate(lengths):
         row = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.items()}
         row = {k: v[:, :length] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in row.items()}
-        assert torch.equal(gae(**row).advantages[0], padded.advantages[i, :length])
+        assert torch.equal(gae(**row).advantages[0], rows[i])
 
 
 def test_int64_offsets_and_no_sequences(backend):
@@ -211,9 +221,16 @@ def test_truncation_at_the_last_step_bootstraps(backend):
 
 
 def test_truncation_inside_a_sequence_needs_every_value(backend):
+    """ValueError, or NaN at that step and back to its episode's first one where the host does not wait for the device."""
     case = make_case(20, 50, "bootstrap")
     truncated = torch.zeros(20, 50, dtype=torch.bool)
     truncated[11, 30] = truncated[11, 40] = truncated[19, 2] = True
+    if backend == "cuda":
+        expected = torch.zeros(20, 50, dtype=torch.bool)
+        expected[11, :41] = expected[19, :3] = True
+        assert torch.equal(gae(**case, truncated=truncated).advantages.isnan(), expected)
+        assert torch.equal(gae(**case, truncated=truncated).returns.isnan(), expected)
+        return
     with pytest.raises(ValueError, match="truncated is set at step 30 of sequence 11"):
         gae(**case, truncated=truncated)
     with pytest.raises(ValueError, match="truncated is set at step 30 of sequence 11"):
@@ -317,7 +334,7 @@ def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("feature", ["plain", "all"])
-def test_opcheck(cpu_backend, feature, packed):
+def test_opcheck(fast_backend, feature, packed):
     case = make_case(3, 20, feature)
     case = pack(case, [20, 3, 0]) if packed else case
     names = ("rewards", "values", "mask", "dones", "truncated", "next_values", "cu_seqlens")
@@ -326,7 +343,7 @@ def test_opcheck(cpu_backend, feature, packed):
 
 
 @pytest.mark.parametrize("feature", ["plain", "all"])
-def test_compiles_without_graph_breaks(cpu_backend, feature):
+def test_compiles_without_graph_breaks(fast_backend, feature):
     """One graph for every batch size and length."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gae, fullgraph=True, backend=counter, dynamic=True)
@@ -374,6 +391,11 @@ def test_errors_name_the_argument(backend, change, error, message):
 
 @pytest.mark.parametrize("offsets", [[1, 6], [0, 7], [0, 5], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6]], ids=str)
 def test_wrong_offsets_are_refused(backend, offsets):
+    """ValueError, or NaN everywhere where the host does not wait for the device."""
+    if backend == "cuda":
+        for x in gae(X[0], X[0], gamma=0.9, lam=0.9, cu_seqlens=torch.tensor(offsets)):
+            assert x.isnan().all()
+        return
     with pytest.raises(ValueError, match="cu_seqlens"):
         gae(X[0], X[0], gamma=0.9, lam=0.9, cu_seqlens=torch.tensor(offsets))
 
