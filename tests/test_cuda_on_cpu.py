@@ -59,7 +59,8 @@ def test_executed_kernels_stay_in_bounds(op):
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer."""
     environment = sanitizer_environment()
     build.build(sanitize=True)
-    run_tests(*map(str, sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))), "-k", SANITIZED, **environment)
+    # -s: what a sanitizer says must outlive the process.
+    run_tests(*map(str, sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))), "-s", "-k", SANITIZED, **environment)
 
 
 # ---- the emulator itself

@@ -142,6 +142,23 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
+// Starts a copy of 4 bytes from global to shared memory, which is there after this thread's wait_for_copies().
+__device__ __forceinline__ void copy_async(float* shared, const float* global) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
+#else
+  emulator::copy_async(shared, global, sizeof *shared);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  emulator::wait_for_copies();
+#endif
+}
+
 // ---- random numbers
 
 // Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position, sequence id); the first two words of its output, low one first.

@@ -1,6 +1,6 @@
-// Generalised advantage estimation, parallel in time. A block walks one sequence from its end in tiles, a chunk of 128 steps a warp:
+// Generalised advantage estimation, parallel in time. A block walks one sequence from its end in tiles, a chunk of 256 steps a warp:
 //
-//   A_t = delta_t + c_t * A_{t+1} are affine maps of what comes later; a warp composes its chunk's 128 by a scan, and from chunk to chunk the value
+//   A_t = delta_t + c_t * A_{t+1} are affine maps of what comes later; a warp composes its chunk's 256 by a scan, and from chunk to chunk the value
 //   itself is handed on, latest chunk first.
 //
 // Chunks are counted from the sequence's end, so a sequence has the same bits in every batch and packing, whatever the size of the block.
@@ -13,11 +13,10 @@
 namespace fastppo::cuda {
 namespace {
 
-constexpr int kPerLane = 4;
+constexpr int kPerLane = 8;
 constexpr int kChunk = kWarpSize * kPerLane;
-// Of a step: it counts; nothing follows it; the recursion stops behind it; its episode was cut.
-constexpr uint32_t kKeep = 1, kDone = 2, kCut = 4, kTruncated = 8;
-constexpr uint32_t kBitsOfStep = 8;
+constexpr int kWords = kPerLane / 4;  // of a lane's bytes
+constexpr int64_t kMaxSteps = 0x7fff0000;  // of a sequence: what is left of it is counted in 32 bits
 
 // The places of a chunk, 0 the latest step: `first` is its step in the tensors, earlier ones follow downwards. `count` of them exist.
 struct Places {
@@ -25,126 +24,156 @@ struct Places {
   int count;
 };
 
-// Where a sequence lies: its last step and its length. Packed tokens are one long row.
-struct Span {
-  int64_t row, last, length;
-  __device__ __forceinline__ Places chunk(int64_t i) const {
-    const int64_t left = length - i * kChunk;
-    return {row, last - i * kChunk, static_cast<int>(left < 0 ? 0 : left < kChunk ? left : kChunk)};
-  }
-};
+// Of the sequence [begin, begin + left), the last chunk. Packed tokens are one long row.
+__device__ __forceinline__ Places last_places(const Sequences& sequences, int64_t begin, int left) {
+  const int count = min(max(left, 0), kChunk);
+  return sequences.offsets ? Places{0, begin + left - 1, count} : Places{blockIdx.x, left - 1, count};
+}
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpSize; }
 
-// A chunk as it comes from memory, places k * 32 + lane: neighbouring lanes read neighbouring addresses. Bits as they lie there: nothing waits for
-// a load before the chunk is looked at.
-struct Loaded {
-  uint32_t rewards[kPerLane], values[kPerLane], next_values[kPerLane];
-  uint32_t flags;  // a byte each
+// A warp's own memory, in which a chunk turns from places k * 32 + lane, where neighbouring lanes read neighbouring addresses, to eight places in a
+// row for each lane, and back. Numbers twice: the next chunk is on its way while one is computed.
+template <bool kEpisodes>
+struct alignas(16) Stage {
+  struct alignas(16) Numbers {
+    float rewards[kChunk], values[kChunk], next_values[kEpisodes ? kChunk : 1];
+  };
+  Numbers numbers[2];
+  alignas(8) uint8_t mask[kChunk], dones[kEpisodes ? kChunk : 1], truncated[kEpisodes ? kChunk : 1];
 };
 
-// x, computed each time: kept in registers over the loop, the multiples of all strides would leave none for the rest.
-__device__ __forceinline__ int64_t made_here(int64_t x) {
+// Numbers are staged with neighbouring quads exchanged in every other row of 32: eight lanes that read a quad each then reach all banks.
+__device__ __forceinline__ int staged(int k) { return k * kWarpSize + (lane_index() ^ (k % 2 * 4)); }
+
+__device__ __forceinline__ int staged_quad(int quad) { return 2 * lane_index() + (quad ^ (lane_index() / 4 % 2)); }
+
+// x, of which nothing is known before: what follows from it is computed where it is used. Kept in registers over the loop, addresses and strides of
+// six inputs would leave none for the rest.
+__device__ __forceinline__ Steps computed_here(Steps x) {
 #ifdef __CUDACC__
-  asm volatile("" : "+l"(x));
+  asm volatile("" : "+l"(x.stride_sequence), "+l"(x.stride_step));
 #endif
   return x;
 }
 
-template <class Word>
-__device__ __forceinline__ void load_words(const Steps& x, const Places& places, uint32_t (&out)[kPerLane]) {
-  const Word* p = static_cast<const Word*>(x.data) + (places.row * x.stride_sequence + (places.first - lane_index()) * x.stride_step);
+// Where an input has place `lane_index()` of a chunk.
+template <class T>
+__device__ __forceinline__ const T* own_place(const Steps& x, const Places& places) {
+  return static_cast<const T*>(x.data) + (places.row * x.stride_sequence + (places.first - lane_index()) * x.stride_step);
+}
+
+// Calls body(k, pointer) for this lane's existing places.
+template <class T, class Body>
+__device__ __forceinline__ void for_places(const Steps& input, const Places& places, const Body& body) {
+  const Steps x = computed_here(input);
+  const T* p = own_place<T>(x, places);
   const int left = places.count - lane_index();
-  const int64_t back = made_here(kWarpSize * x.stride_step);
+  if (x.stride_step == 1) {
 #pragma unroll
-  for (int k = 0; k < kPerLane; ++k, p -= back) out[k] = k * kWarpSize < left ? *p : 0;
-}
-
-__device__ __forceinline__ void load_numbers(const Steps& x, const Places& places, uint32_t (&out)[kPerLane]) {
-  if (x.dtype == kFloat32) load_words<uint32_t>(x, places, out);
-  else load_words<uint16_t>(x, places, out);
-}
-
-__device__ __forceinline__ float to_float(uint32_t bits, DType dtype) {
-  return dtype == kFloat32 ? __uint_as_float(bits) : dtype == kBFloat16 ? __uint_as_float(bits << 16) : half_to_float(static_cast<uint16_t>(bits));
-}
-
-// Adds `bits` to the flags of the steps whose byte is set.
-__device__ __forceinline__ void load_flags(const Steps& x, const Places& places, uint32_t bits, uint32_t& flags) {
-  uint32_t bytes[kPerLane];
-  load_words<uint8_t>(x, places, bytes);
-#pragma unroll
-  for (int k = 0; k < kPerLane; ++k)
-    if (bytes[k]) flags |= bits << (k * kBitsOfStep);
-}
-
-template <bool kEachNextValue>
-__device__ __forceinline__ void load_chunk(const GaeInputs& in, const Places& places, Loaded& chunk) {
-  load_numbers(in.rewards, places, chunk.rewards);
-  load_numbers(in.values, places, chunk.values);
-  if (kEachNextValue) load_numbers(in.next_values, places, chunk.next_values);
-  chunk.flags = 0;
-  if (in.mask.data) load_flags(in.mask, places, kKeep, chunk.flags);
-  else
     for (int k = 0; k < kPerLane; ++k)
-      if (k * kWarpSize + lane_index() < places.count) chunk.flags |= kKeep << (k * kBitsOfStep);
-  if (in.dones.data) load_flags(in.dones, places, kDone | kCut, chunk.flags);
-  if (in.truncated.data) load_flags(in.truncated, places, kTruncated | kCut, chunk.flags);
+      if (k * kWarpSize < left) body(k, p - k * kWarpSize);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k, p -= kWarpSize * x.stride_step)
+      if (k * kWarpSize < left) body(k, p);
+  }
 }
 
-// A warp's own memory, in which its chunk turns from places k * 32 + lane to four places in a row for each lane, and back.
-struct Stage {
-  float rewards[kChunk], values[kChunk], next_values[kChunk];
-  uint8_t flags[kChunk];
+// fp32 is on its way when this returns; 16-bit types are converted on theirs, and waited for.
+__device__ __forceinline__ void load_numbers(const Steps& input, const Places& places, float* to) {
+  if (input.dtype == kFloat32) return for_places<float>(input, places, [&](int k, const float* p) { copy_async(to + staged(k), p); });
+  const Steps x = computed_here(input);
+  const uint16_t* p = own_place<uint16_t>(x, places);
+#pragma unroll 4
+  for (int k = 0; k < kPerLane; ++k, p -= kWarpSize * x.stride_step)
+    if (k * kWarpSize + lane_index() < places.count) to[staged(k)] = x.dtype == kBFloat16 ? bfloat16_to_float(*p) : half_to_float(*p);
+}
+
+template <bool kEpisodes>
+__device__ __forceinline__ void load_numbers(const GaeInputs& in, const Places& places, typename Stage<kEpisodes>::Numbers& numbers) {
+  load_numbers(in.rewards, places, numbers.rewards);
+  load_numbers(in.values, places, numbers.values);
+  if (kEpisodes && in.next_values.data) load_numbers(in.next_values, places, numbers.next_values);
+}
+
+// Bytes of places k * 32 + lane.
+struct MaskColumn {
+  uint8_t bytes[kPerLane];
 };
 
-// Four places in a row: [0] is the latest.
+__device__ __forceinline__ MaskColumn load_mask(const Steps& x, const Places& places) {
+  MaskColumn mask;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) mask.bytes[k] = !x.data && k * kWarpSize + lane_index() < places.count;
+  if (x.data) for_places<uint8_t>(x, places, [&](int k, const uint8_t* p) { mask.bytes[k] = *p; });
+  return mask;
+}
+
+// Bytes of eight places in a row.
+struct Bytes {
+  uint32_t words[kWords];
+  __device__ __forceinline__ bool operator[](int i) const { return words[i / 4] & 0xffu << (i % 4 * 8); }
+};
+
+// Eight places in a row: [0] is the latest. Where every step has a next value, the rewards have it in them already.
 struct Lane {
-  float rewards[kPerLane], values[kPerLane], next_values[kPerLane];
-  uint32_t flags;  // a byte each
-  __device__ __forceinline__ bool has(int i, uint32_t bit) const { return flags >> (i * kBitsOfStep) & bit; }
+  float rewards[kPerLane], values[kPerLane];
+  Bytes mask, dones, truncated;
 };
 
 __device__ __forceinline__ void read_row(const float* from, float (&to)[kPerLane]) {
-  const float4 row = reinterpret_cast<const float4*>(from)[lane_index()];
-  to[0] = row.x, to[1] = row.y, to[2] = row.z, to[3] = row.w;
+#pragma unroll
+  for (int quad = 0; quad < kPerLane / 4; ++quad) {
+    const float4 row = reinterpret_cast<const float4*>(from)[staged_quad(quad)];
+    to[4 * quad] = row.x, to[4 * quad + 1] = row.y, to[4 * quad + 2] = row.z, to[4 * quad + 3] = row.w;
+  }
 }
 
 __device__ __forceinline__ void write_row(float* to, const float (&from)[kPerLane]) {
-  reinterpret_cast<float4*>(to)[lane_index()] = make_float4(from[0], from[1], from[2], from[3]);
+#pragma unroll
+  for (int quad = 0; quad < kPerLane / 4; ++quad)
+    reinterpret_cast<float4*>(to)[staged_quad(quad)] = make_float4(from[4 * quad], from[4 * quad + 1], from[4 * quad + 2], from[4 * quad + 3]);
 }
 
-template <bool kEachNextValue>
-__device__ __forceinline__ Lane turn(const GaeInputs& in, const Loaded& chunk, Stage& stage) {
-  __syncwarp();  // the chunk before has been stored
-#pragma unroll
-  for (int k = 0; k < kPerLane; ++k) {
-    const int place = k * kWarpSize + lane_index();
-    stage.rewards[place] = to_float(chunk.rewards[k], in.rewards.dtype);
-    stage.values[place] = to_float(chunk.values[k], in.values.dtype);
-    if (kEachNextValue) stage.next_values[place] = to_float(chunk.next_values[k], in.next_values.dtype);
-    stage.flags[place] = static_cast<uint8_t>(chunk.flags >> (k * kBitsOfStep));
-  }
+__device__ __forceinline__ Bytes read_bytes(const uint8_t* from) {
+  const uint2 row = reinterpret_cast<const uint2*>(from)[lane_index()];
+  return {{row.x, row.y}};
+}
+
+__device__ __forceinline__ Bytes turn_bytes(const Steps& x, const Places& places, uint8_t* stage) {
+  if (!x.data) return {};
+  for_places<uint8_t>(x, places, [&](int k, const uint8_t* p) { stage[k * kWarpSize + lane_index()] = *p; });
   __syncwarp();
+  return read_bytes(stage);
+}
+
+template <bool kEpisodes>
+__device__ __forceinline__ Lane read_chunk(const GaeInputs& in, const Places& places, Stage<kEpisodes>& stage, int buffer) {
+  const auto& numbers = stage.numbers[buffer];
   Lane lane;
-  read_row(stage.rewards, lane.rewards);
-  read_row(stage.values, lane.values);
-  if (kEachNextValue) read_row(stage.next_values, lane.next_values);
-  lane.flags = reinterpret_cast<const uint32_t*>(stage.flags)[lane_index()];
+  if (kEpisodes) {
+    lane.dones = turn_bytes(in.dones, places, stage.dones);
+    lane.truncated = turn_bytes(in.truncated, places, stage.truncated);
+  }
+  lane.mask = read_bytes(stage.mask);
+  read_row(numbers.rewards, lane.rewards);
+  read_row(numbers.values, lane.values);
+  if (!kEpisodes || !in.next_values.data) return lane;
+  float next_values[kPerLane];
+  read_row(numbers.next_values, next_values);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) lane.rewards[i] = fmaf(in.gamma, lane.dones[i] ? 0.0f : next_values[i], lane.rewards[i]);
   return lane;
 }
 
-// Advantages and returns [flat positions from `first` downwards] of the chunk, by way of its stage.
-__device__ __forceinline__ void store_chunk(const float (&advantages)[kPerLane], const float (&returns)[kPerLane], int64_t first, int count, Stage& stage,
-                                            float* advantages_out, float* returns_out) {
-  write_row(stage.rewards, advantages);
-  write_row(stage.values, returns);
-  __syncwarp();
+// Advantages and returns that the warp has staged, to flat positions from `first` downwards.
+template <class Numbers>
+__device__ __forceinline__ void store_chunk(const Numbers& stage, int64_t first, int count, float* advantages, float* returns) {
+  advantages += first - lane_index(), returns += first - lane_index();
 #pragma unroll
-  for (int k = 0; k < kPerLane; ++k) {
-    const int place = k * kWarpSize + lane_index();
-    if (place < count) advantages_out[first - place] = stage.rewards[place], returns_out[first - place] = stage.values[place];
-  }
+  for (int k = 0; k < kPerLane; ++k)
+    if (k * kWarpSize + lane_index() < count) advantages[-k * kWarpSize] = stage.rewards[staged(k)], returns[-k * kWarpSize] = stage.values[staged(k)];
 }
 
 // The value of the earliest kept step so far, if there is one.
@@ -161,54 +190,63 @@ __device__ __forceinline__ Kept nearest_later(const Kept& own, int lane) {
 }
 
 // A = offset + factor * (A of what comes later). A factor with its sign bit set marks a cut: what comes later, NaN as well, reaches nothing.
+template <bool kEpisodes>
 struct Affine {
   float offset, factor;
-  __device__ __forceinline__ bool cut() const { return __float_as_int(factor) < 0; }
+  __device__ __forceinline__ bool cut() const { return kEpisodes && __float_as_int(factor) < 0; }
   __device__ __forceinline__ float operator()(float later) const { return cut() ? offset : fmaf(factor, later, offset); }
 };
 
 // Factors of long products stop above 0, which would turn an infinity that comes later into NaN; 0 stays 0 where the decay itself is.
-__device__ __forceinline__ float above(float floor, float factor) { return copysignf(fmaxf(fabsf(factor), floor), factor); }
-
-// `now` after `later`. The product of a factor and a cut's is a cut's.
-__device__ __forceinline__ Affine compose(const Affine& now, const Affine& later, float floor) {
-  return {now(later.offset), now.cut() ? now.factor : above(floor, now.factor * later.factor)};
+template <bool kEpisodes>
+__device__ __forceinline__ float above(float floor, float factor) {
+  return kEpisodes ? copysignf(fmaxf(fabsf(factor), floor), factor) : fmaxf(factor, floor);
 }
 
-__device__ __forceinline__ Affine shuffle_up(const Affine& x, int delta) {
+// `now` after `later`. The product of a factor and a cut's is a cut's.
+template <bool kEpisodes>
+__device__ __forceinline__ Affine<kEpisodes> compose(const Affine<kEpisodes>& now, const Affine<kEpisodes>& later, float floor) {
+  return {now(later.offset), now.cut() ? now.factor : above<kEpisodes>(floor, now.factor * later.factor)};
+}
+
+template <bool kEpisodes>
+__device__ __forceinline__ Affine<kEpisodes> shuffle_up(const Affine<kEpisodes>& x, int delta) {
   return {__shfl_up_sync(kFullWarp, x.offset, delta), __shfl_up_sync(kFullWarp, x.factor, delta)};
 }
 
 // Of all lanes' maps: this lane's with those of all later steps, and those of the later steps alone.
+template <bool kEpisodes>
 struct Scanned {
-  Affine inclusive, later;
+  Affine<kEpisodes> inclusive, later;
 };
 
-__device__ __forceinline__ Scanned scan(Affine own, float floor) {
+template <bool kEpisodes>
+__device__ __forceinline__ Scanned<kEpisodes> scan(Affine<kEpisodes> own, float floor) {
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const Affine later = shuffle_up(own, delta);
+    const Affine<kEpisodes> later = shuffle_up(own, delta);
     if (lane_index() >= delta) own = compose(own, later, floor);
   }
-  const Affine before = shuffle_up(own, 1);
-  return {own, lane_index() ? before : Affine{0.0f, 1.0f}};
+  const Affine<kEpisodes> before = shuffle_up(own, 1);
+  return {own, lane_index() ? before : Affine<kEpisodes>{0.0f, 1.0f}};
 }
 
-// TD errors of a lane's places, and the map that they make together. `next` is the value of the next kept step.
-template <bool kEachNextValue>
-__device__ __forceinline__ Affine td_errors(const Lane& lane, Kept next, float gamma, float decay, float floor, float (&deltas)[kPerLane]) {
-  Affine map = {0.0f, 1.0f};
+// Turns a lane's rewards into TD errors, and makes the map that its places are together. `next` is the value of the next kept step.
+template <bool kEpisodes>
+__device__ __forceinline__ Affine<kEpisodes> td_errors(Lane& lane, Kept next, bool each_next_value, float gamma, float decay, float floor) {
+  Affine<kEpisodes> map = {0.0f, 1.0f};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const float following = lane.has(i, kDone) ? 0.0f : kEachNextValue ? lane.next_values[i] : next.value;
-    deltas[i] = fmaf(gamma, following, lane.rewards[i]) - lane.values[i];
+    const bool done = kEpisodes && lane.dones[i], truncated = kEpisodes && lane.truncated[i] && !done;
+    const float rewards = each_next_value ? lane.rewards[i] : fmaf(gamma, done ? 0.0f : next.value, lane.rewards[i]);
+    float delta = rewards - lane.values[i];
     // Cut before the last kept step, and no value to bootstrap from.
-    if (!kEachNextValue && lane.has(i, kTruncated) && !lane.has(i, kDone) && next.any) deltas[i] = NAN;
-    if (!lane.has(i, kKeep)) continue;
-    map = lane.has(i, kCut) ? Affine{deltas[i], -1.0f} : Affine{fmaf(decay, map.offset, deltas[i]), decay * map.factor};
-    next = {lane.values[i], true};
+    if (truncated && !each_next_value && next.any) delta = NAN;
+    lane.rewards[i] = delta;
+    const Affine<kEpisodes> with = done || truncated ? Affine<kEpisodes>{delta, -1.0f} : Affine<kEpisodes>{fmaf(decay, map.offset, delta), decay * map.factor};
+    if (lane.mask[i]) map = with, next = {lane.values[i], true};
   }
-  return {map.offset, above(floor, map.factor)};
+  return {map.offset, above<kEpisodes>(floor, map.factor)};
 }
 
 // What a tile hands to the one before it, the same in every thread.
@@ -218,15 +256,15 @@ struct Carry {
 };
 
 // What the warps of a tile tell each other. Both are free to be written again when their readers have reached the other's barrier.
-template <int kWarps>
+template <bool kEpisodes, int kWarps>
 struct Exchange {
   Kept kept[kWarps];
-  Affine maps[kWarps];
+  Affine<kEpisodes> maps[kWarps];
 };
 
 // The next kept value after this warp's chunk, and that before the whole tile in `carry`.
-template <int kWarps>
-__device__ __forceinline__ Kept exchange_kept(const Kept& own, Exchange<kWarps>& exchange, Carry& carry) {
+template <bool kEpisodes, int kWarps>
+__device__ __forceinline__ Kept exchange_kept(const Kept& own, Exchange<kEpisodes, kWarps>& exchange, Carry& carry) {
   const int warp = threadIdx.x / kWarpSize;
   if (lane_index() == 0) exchange.kept[warp] = own;
   __syncthreads();
@@ -239,8 +277,8 @@ __device__ __forceinline__ Kept exchange_kept(const Kept& own, Exchange<kWarps>&
 
 // The advantage after this warp's chunk, and that of the whole tile's first step in `carry`: in order, so that it does not matter how many chunks
 // make a tile.
-template <int kWarps>
-__device__ __forceinline__ float exchange_maps(const Affine& own, Exchange<kWarps>& exchange, Carry& carry) {
+template <bool kEpisodes, int kWarps>
+__device__ __forceinline__ float exchange_maps(const Affine<kEpisodes>& own, Exchange<kEpisodes, kWarps>& exchange, Carry& carry) {
   const int warp = threadIdx.x / kWarpSize;
   if (lane_index() == kWarpSize - 1) exchange.maps[warp] = own;
   __syncthreads();
@@ -253,86 +291,107 @@ __device__ __forceinline__ float exchange_maps(const Affine& own, Exchange<kWarp
   return mine;
 }
 
-// The kept value that a lane, and its warp, hand to earlier steps.
+// The kept value that a lane hands to earlier steps.
 __device__ __forceinline__ Kept earliest_kept(const Lane& lane) {
   Kept kept = {0.0f, false};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
-    if (lane.has(i, kKeep)) kept = {lane.values[i], true};
+    if (lane.mask[i]) kept = {lane.values[i], true};
   return kept;
 }
 
-template <bool kEachNextValue, int kWarps>
-__device__ __forceinline__ void run_tile(const Lane& lane, float gamma, float decay, Exchange<kWarps>& exchange, Carry& carry,
-                                         float (&advantages)[kPerLane], float (&returns)[kPerLane]) {
+// Turns a lane's rewards into advantages and its values into returns.
+template <bool kEpisodes, int kWarps>
+__device__ __forceinline__ void run_tile(Lane& lane, bool each_next_value, float gamma, float decay, Exchange<kEpisodes, kWarps>& exchange, Carry& carry) {
   const float floor = decay > 0 ? FLT_MIN : 0.0f;
   const Kept own = earliest_kept(lane);
   Kept next = nearest_later(own, lane_index());
   const Kept after = exchange_kept(nearest_later(own, kWarpSize), exchange, carry);
   if (!next.any) next = after;
-  float deltas[kPerLane];
-  const Scanned maps = scan(td_errors<kEachNextValue>(lane, next, gamma, decay, floor, deltas), floor);
+  const Scanned<kEpisodes> maps = scan(td_errors<kEpisodes>(lane, next, each_next_value, gamma, decay, floor), floor);
   float advantage = maps.later(exchange_maps(maps.inclusive, exchange, carry));
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const bool keep = lane.has(i, kKeep);
-    const float here = lane.has(i, kCut) ? deltas[i] : fmaf(decay, advantage, deltas[i]);
-    if (keep) advantage = here;
-    advantages[i] = keep ? here : 0.0f;
-    returns[i] = keep ? here + lane.values[i] : 0.0f;
+    const bool cut = kEpisodes && (lane.dones[i] || lane.truncated[i]);
+    const float delta = lane.rewards[i], here = cut ? delta : fmaf(decay, advantage, delta);
+    if (lane.mask[i]) advantage = here;
+    lane.rewards[i] = lane.mask[i] ? here : 0.0f;
+    lane.values[i] = lane.mask[i] ? here + lane.values[i] : 0.0f;
   }
 }
 
-// NaN in this block's share of all tokens.
-__device__ __forceinline__ void fill_nan(int64_t tokens, float* advantages, float* returns) {
-  const int64_t share = (tokens + gridDim.x - 1) / gridDim.x, begin = share * blockIdx.x;
-  const int64_t end = begin + share < tokens ? begin + share : tokens;
+// NaN at flat positions [begin, end).
+__device__ __forceinline__ void fill_nan(int64_t begin, int64_t end, float* advantages, float* returns) {
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) advantages[i] = returns[i] = NAN;
 }
 
-template <int kThreads, bool kEachNextValue>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+// With wrong offsets no token belongs to a sequence: the blocks share all of them.
+__device__ __forceinline__ void fill_share_with_nan(int64_t tokens, float* advantages, float* returns) {
+  const int64_t share = (tokens + gridDim.x - 1) / gridDim.x, begin = share * blockIdx.x;
+  fill_nan(begin, begin + share < tokens ? begin + share : tokens, advantages, returns);
+}
+
+// Blocks of a processor: four of the common case, so that 512 sequences run at once on 132 processors.
+constexpr int resident_blocks(int threads, bool episodes) { return episodes ? 512 / threads : threads == 256 ? 4 : 768 / threads; }
+
+// kEpisodes: with dones, truncated or next_values of each step.
+template <int kThreads, bool kEpisodes>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kThreads, kEpisodes))
     gae_kernel(const GaeInputs in, const Sequences sequences, float* __restrict__ advantages_out, float* __restrict__ returns_out) {
   constexpr int kWarps = kThreads / kWarpSize;
-  __shared__ Exchange<kWarps> exchange;
-  const int64_t sequence = blockIdx.x, warp = threadIdx.x / kWarpSize;
-  Stage& stage = dynamic_shared<Stage>()[warp];
-  // Offsets of no sequences, which no block may read beyond, can only be wrong here: the launcher has seen tokens.
-  if (sequences.offsets && (sequences.count == 0 || sequences.offsets[0] == kBadOffset)) return fill_nan(sequences.length, advantages_out, returns_out);
-  const int64_t begin = sequences.begin(sequence), length = sequences.end(sequence) - begin;
-  const Span span = sequences.offsets ? Span{0, begin + length - 1, length} : Span{sequence, length - 1, length};
-  const float asked = in.decays ? in.decays[sequence] : in.decay, decay = asked >= 0 ? asked : NAN;
-  Carry carry = {0.0f, {in.bootstrap ? in.bootstrap[sequence] : 0.0f, false}};
-  Loaded chunk;
-  load_chunk<kEachNextValue>(in, span.chunk(warp), chunk);
-  for (int64_t tile = 0; tile * kWarps * kChunk < length; ++tile) {
-    const int64_t place = (tile * kWarps + warp) * kChunk;
-    const Lane lane = turn<kEachNextValue>(in, chunk, stage);
-    load_chunk<kEachNextValue>(in, span.chunk((tile + 1) * kWarps + warp), chunk);  // on its way while this one is computed
-    float advantages[kPerLane], returns[kPerLane];
-    run_tile<kEachNextValue>(lane, in.gamma, decay, exchange, carry, advantages, returns);
-    store_chunk(advantages, returns, begin + length - 1 - place, span.chunk(place / kChunk).count, stage, advantages_out, returns_out);
+  __shared__ Exchange<kEpisodes, kWarps> exchange;
+  const int warp = threadIdx.x / kWarpSize;
+  auto& stage = dynamic_shared<Stage<kEpisodes>>()[warp];
+  // Where there are tokens, offsets of no sequence are wrong whatever they hold.
+  if (sequences.offsets && (sequences.count == 0 || sequences.offsets[0] == kBadOffset))
+    return fill_share_with_nan(sequences.length, advantages_out, returns_out);
+  const int64_t begin = sequences.begin(blockIdx.x), end = sequences.end(blockIdx.x);
+  if (end - begin > kMaxSteps) return fill_nan(begin, end, advantages_out, returns_out);
+  const float asked = in.decays ? in.decays[blockIdx.x] : in.decay, decay = asked >= 0 ? asked : NAN;
+  Carry carry = {0.0f, {in.bootstrap ? in.bootstrap[blockIdx.x] : 0.0f, false}};
+  int left = static_cast<int>(end - begin) - warp * kChunk;  // steps before this warp's later chunks
+  load_numbers<kEpisodes>(in, last_places(sequences, begin, left), stage.numbers[0]);
+  MaskColumn mask = load_mask(in.mask, last_places(sequences, begin, left));
+  for (int buffer = 0; left + warp * kChunk > 0; left -= kWarps * kChunk, buffer ^= 1) {
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) stage.mask[k * kWarpSize + lane_index()] = mask.bytes[k];
+    wait_for_copies();
+    __syncwarp();
+    // The next chunk is on its way while this one is computed; its mask only from there on where registers are free again.
+    load_numbers<kEpisodes>(in, last_places(sequences, begin, left - kWarps * kChunk), stage.numbers[buffer ^ 1]);
+    Lane lane = read_chunk<kEpisodes>(in, last_places(sequences, begin, left), stage, buffer);
+    run_tile<kEpisodes>(lane, in.next_values.data, in.gamma, decay, exchange, carry);
+    write_row(stage.numbers[buffer].rewards, lane.rewards);  // all lanes have read theirs: there were barriers
+    write_row(stage.numbers[buffer].values, lane.values);
+    __syncwarp();
+    mask = load_mask(in.mask, last_places(sequences, begin, left - kWarps * kChunk));
+    store_chunk(stage.numbers[buffer], begin + left - 1, last_places(sequences, begin, left).count, advantages_out, returns_out);
   }
 }
 
-template <int kThreads>
+template <int kThreads, bool kEpisodes>
 cudaError_t launch_gae(const GaeInputs& in, const Sequences& sequences, float* advantages, float* returns, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(sequences.count > 0 ? sequences.count : 1);
-  constexpr size_t kSharedBytes = kThreads / kWarpSize * sizeof(Stage);
-  const auto kernel = in.next_values.data ? gae_kernel<kThreads, true> : gae_kernel<kThreads, false>;
-  return launch(kernel, blocks, kThreads, kSharedBytes, stream, in, sequences, advantages, returns);
+  constexpr size_t kSharedBytes = kThreads / kWarpSize * sizeof(Stage<kEpisodes>);
+  return launch(gae_kernel<kThreads, kEpisodes>, blocks, kThreads, kSharedBytes, stream, in, sequences, advantages, returns);
+}
+
+template <bool kEpisodes>
+cudaError_t choose_threads(const GaeInputs& in, const Sequences& sequences, int64_t tokens, float* advantages, float* returns, cudaStream_t stream) {
+  constexpr int64_t kFewSequences = 132;  // no more than processors: each sequence needs more loads in flight
+  const int64_t chunks = tokens / kChunk / (sequences.count > 0 ? sequences.count : 1);  // of a sequence, on average
+  if (chunks < 2) return launch_gae<32, kEpisodes>(in, sequences, advantages, returns, stream);
+  if (chunks < 16 || sequences.count > kFewSequences) return launch_gae<256, kEpisodes>(in, sequences, advantages, returns, stream);
+  return launch_gae<512, kEpisodes>(in, sequences, advantages, returns, stream);
 }
 
 }  // namespace
 
 cudaError_t gae(const GaeInputs& in, const Sequences& sequences, float* advantages, float* returns, cudaStream_t stream) {
-  constexpr int64_t kFewSequences = 132;  // fewer than processors: each sequence needs more loads in flight
   const int64_t tokens = sequences.offsets ? sequences.length : sequences.count * sequences.length;
   if (tokens == 0) return cudaSuccess;
-  const int64_t chunks = tokens / kChunk / (sequences.count > 0 ? sequences.count : 1);  // of a sequence, on average
-  if (chunks < 2) return launch_gae<32>(in, sequences, advantages, returns, stream);
-  if (chunks < 16 || sequences.count > kFewSequences) return launch_gae<256>(in, sequences, advantages, returns, stream);
-  return launch_gae<1024>(in, sequences, advantages, returns, stream);
+  const bool episodes = in.next_values.data || in.dones.data || in.truncated.data;
+  return (episodes ? choose_threads<true> : choose_threads<false>)(in, sequences, tokens, advantages, returns, stream);
 }
 
 }  // namespace fastppo::cuda

@@ -83,6 +83,12 @@ void switch_contexts(Context& from, Context& to, bool from_ends) {
 
 enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
+
 struct Thread {
   Context context;
   unsigned char* stack;
@@ -95,6 +101,7 @@ struct Thread {
   int source;
   uint64_t bits, result;
   uint64_t* all;
+  std::vector<Copy> copies;
 };
 
 struct Failure {
@@ -226,6 +233,7 @@ void run_block(uint64_t seed) {
   for (int i = 0; i < thread_count; ++i) {
     Thread& thread = pool[i];
     prepare(thread);
+    thread.copies.clear();
     thread.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
   }
   for (uint64_t round = 0;; ++round) {
@@ -284,8 +292,10 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes) {
   thread_count = static_cast<int>(block.x * block.y * block.z);
   trapped.clear();
   // On the heap at its exact size: AddressSanitizer sees what reaches past it.
-  const std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(kSharedAlignment, shared_bytes), std::free);
-  dynamic_memory = static_cast<unsigned char*>(memory.get());
+  void* allocated = nullptr;
+  if (posix_memalign(&allocated, kSharedAlignment, shared_bytes)) throw Failure{"no memory"};
+  const std::unique_ptr<void, void (*)(void*)> memory(allocated, std::free);
+  dynamic_memory = static_cast<unsigned char*>(allocated);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -310,6 +320,16 @@ uint64_t shuffle(unsigned mask, uint64_t bits, int source, Site site) {
 void collect(unsigned mask, uint64_t bits, uint64_t* all, Site site) { wait_at_warp(WarpOp::kCollect, mask, bits, 0, all, site); }
 
 void wait_for_warp(unsigned mask, Site site) { wait_at_warp(WarpOp::kSync, mask, 0, 0, nullptr, site); }
+
+void copy_async(void* to, const void* from, size_t size) {
+  std::memset(to, 0xff, size);
+  pool[current].copies.push_back({to, from, size});
+}
+
+void wait_for_copies() {
+  for (const Copy& copy : pool[current].copies) std::memcpy(copy.to, copy.from, copy.size);
+  pool[current].copies.clear();
+}
 
 void yield() { wait(State::kReady, {}); }
 

@@ -45,6 +45,9 @@ uint64_t shuffle(unsigned mask, uint64_t bits, int source, Site site);
 // The 8 bytes of every lane in `mask`, to `all` [32].
 void collect(unsigned mask, uint64_t bits, uint64_t* all, Site site);
 void wait_for_warp(unsigned mask, Site site);
+// Poisons `to` at once and copies when the same thread waits.
+void copy_async(void* to, const void* from, size_t size);
+void wait_for_copies();
 void yield();
 int lane();
 unsigned char* dynamic_shared();

@@ -131,6 +131,53 @@ def test_packed_equals_padded_equals_single(backend, feature):
         assert torch.equal(gae(**row).advantages[0], rows[i])
 
 
+# Sequences beside the chunks of 128 steps, and the tiles of 1, 8 and 32 chunks, that CUDA blocks take at a time.
+LONG = [[129, 128, 127, 1], [200, 0, 300, 256], [1023, 1024, 1025, 2100], [4095, 4097], [3000, *[1] * 60]]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("lengths", LONG, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
+def test_long_sequences(backend, lengths, feature):
+    case = make_case(len(lengths), max(lengths), feature)
+    if feature in ("mask", "all"):
+        case["mask"][:, -140:-100] = case["mask"][:, -1026:-1023] = False  # beside and over the chunks' borders
+        case["mask"][-1, -600:-200] = case["mask"][0, -1:] = False  # whole chunks, the first of all steps
+    case = pack(case, lengths)
+    ours, native, exact = gae(**case), reference(**case), reference(**to_fp64(case))
+    for name, a, b, c in zip(("advantages", "returns"), ours, native, exact, strict=True):
+        assert_as_exact_as_native(a, b, c, name)
+
+
+def test_bits_of_a_sequence_in_any_batch(backend):
+    """Alone, among short sequences and among long ones: what a block takes at a time differs, the bits do not."""
+    case = make_case(1, 2600, "all")
+
+    def among(lengths: list[int]) -> Tensor:
+        others = make_case(len(lengths), max(lengths), "all")
+        values = {k: v for k, v in pack(others, lengths).items() if k != "cu_seqlens"}
+        both = {k: torch.cat([case[k].flatten(), v]) if isinstance(v, Tensor) else v for k, v in values.items()}
+        offsets = torch.tensor([0, 2600, *lengths]).cumsum(0)
+        return gae(**both, cu_seqlens=offsets).advantages[:2600]
+
+    alone = gae(**case).advantages[0]
+    for lengths in ([3] * 40, [1200] * 3, [3000]):
+        assert torch.equal(among(lengths), alone)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_lies_far_behind_still_shows(backend, poison):
+    """Through products of thousands of decays, which underflow, and not beyond the end of an episode."""
+    case = make_case(2, 3000, "plain")
+    case["dones"] = torch.zeros(2, 3000, dtype=torch.bool)
+    case["dones"][1, 1023] = True
+    case["rewards"][:, 2900] = poison
+    advantages = gae(**case).advantages
+    expected = torch.zeros(2, 3000, dtype=torch.bool)
+    expected[0, :2901] = expected[1, 1024:2901] = True
+    shown = advantages.isnan() if poison != poison else advantages == poison
+    assert torch.equal(shown, expected) and torch.equal(~advantages.isfinite(), expected)
+
+
 def test_int64_offsets_and_no_sequences(backend):
     case = pack(make_case(3, 7, "all"), [7, 2, 5])
     expected = gae(**case)
@@ -389,7 +436,7 @@ def test_errors_name_the_argument(backend, change, error, message):
         gae(**{"rewards": X, "values": X, "gamma": 0.9, "lam": 0.9} | change)
 
 
-@pytest.mark.parametrize("offsets", [[1, 6], [0, 7], [0, 5], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6]], ids=str)
+@pytest.mark.parametrize("offsets", [[1, 6], [0, 7], [0, 5], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6], [0], [6]], ids=str)
 def test_wrong_offsets_are_refused(backend, offsets):
     """ValueError, or NaN everywhere where the host does not wait for the device."""
     if backend == "cuda":
