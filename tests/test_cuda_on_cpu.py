@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastppo import native
-from fastppo.ops import _backends, masked_whiten, use_backend
+from fastppo.ops import _backends, gae, masked_mean, masked_whiten, use_backend
 from tests.cuda_on_cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +149,25 @@ def test_reasons(monkeypatch):
 def test_cuda_errors_are_python_errors(emulated_cuda):
     with pytest.raises(RuntimeError, match="CUDA: invalid argument"):
         emulated_cuda.cuda.masked_moments((0, 0), 0, 0, 0, [0, 0, 0], (7, 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x: gae(x, x, x > 0, gamma=1.0, lam=0.9), 1),
+        (lambda x: gae(x[0], x[0], gamma=1.0, lam=0.9, cu_seqlens=torch.tensor([0, 7, x.shape[1]]).int()), 2),
+        (lambda x: masked_mean(x, x > 0), 2),
+        (lambda x: masked_whiten(x, x > 0), 3),
+    ],
+    ids=["gae", "packed gae and its offsets' check", "mean", "whiten"],
+)
+def test_number_of_launches(emulated_cuda, cuda_kernels_on_the_cpu, call, expected):
+    """Whatever the length."""
+    for length in (10, 9000):
+        before = emulated_cuda.launches()
+        with use_backend("cuda"):
+            call(torch.randn(2, length))
+        assert emulated_cuda.launches() - before == expected
 
 
 # ---- nvcc
