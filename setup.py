@@ -36,15 +36,26 @@ def find_nvcc() -> str | None:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if wanted == "1" and not nvcc:
         raise SystemExit("FASTPPO_CUDA=1 but nvcc was not found; put it on PATH or set NVCC")
-    return None if wanted == "0" or not list(CSRC.glob("cuda/*.cu")) else nvcc
+    return None if wanted == "0" else nvcc
 
 
-def cuda_flags() -> str:
-    archs = os.environ.get("FASTPPO_CUDA_ARCHS", "80;90;100").split(";")
-    if not all(arch.isdigit() for arch in archs):
-        raise SystemExit(f"FASTPPO_CUDA_ARCHS is {';'.join(archs)!r}, expected numbers such as '80;90;100'")
-    targets = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    return f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static {targets}"
+def cuda_archs(nvcc: str) -> list[str]:
+    """Compute capabilities to build for: those asked for, or of 80, 90 and 100 the ones that nvcc knows."""
+    asked = os.environ.get("FASTPPO_CUDA_ARCHS")
+    if asked is None:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        return [arch for arch in ("80", "90", "100") if f"sm_{arch}" in known] or ["80"]
+    if not all(arch.isdigit() for arch in asked.split(";")):
+        raise SystemExit(f"FASTPPO_CUDA_ARCHS is {asked!r}, expected numbers such as '80;90;100'")
+    return asked.split(";")
+
+
+def cuda_flags(nvcc: str) -> str:
+    archs = cuda_archs(nvcc)
+    # Machine code for each, and intermediate code of the newest for chips that are newer still.
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall --cudart=static {' '.join(targets)}"
 
 
 def ninja_file(out: Path, build: Path, nvcc: str | None) -> str:
@@ -59,7 +70,6 @@ def ninja_file(out: Path, build: Path, nvcc: str | None) -> str:
     lines = [
         f"builddir = {build}",
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared -fopenmp -s $in -o $out $libs",
     ]
     objects = [build / "bindings.o"]
     define = " -DFASTPPO_HAS_CUDA" if nvcc else ""
@@ -69,42 +79,61 @@ def ninja_file(out: Path, build: Path, nvcc: str | None) -> str:
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             objects.append(build / f"{source.stem}.{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags} -DFASTPPO_ISA={isa}")
-    libs = ""
+    link = f"{cxx} -shared -fopenmp -s $in -o $out"
     if nvcc:
+        nvcc_flags = cuda_flags(nvcc)
+        # nvcc links too: it knows where its runtime library is.
+        link = f"{nvcc} {nvcc_flags} -shared -Xcompiler -fopenmp -Xlinker -s $in -o $out"
         lines.append(
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {cuda_flags()} -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
         )
-        for source in sorted(CSRC.glob("cuda/*.cu")):
+        for source in [CSRC / "cuda" / "bindings.cpp", *sorted(CSRC.glob("cuda/*.cu"))]:
             objects.append(build / f"{source.stem}.cuda.o")
-            lines.append(f"build {objects[-1]}: nvcc {source}")
-        libs = f"-L{Path(nvcc).resolve().parents[1] / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
-    lines.append(f"build {out}: link {' '.join(map(str, objects))}\n  libs = {libs}")
+            lines.append(f"build {objects[-1]}: nvcc {source}\n  flags = {includes if source.suffix == '.cpp' else ''}")
+    lines.append(f"rule link\n  command = {link}")
+    lines.append(f"build {out}: link {' '.join(map(str, objects))}")
     return "\n\n".join(lines) + "\n"
 
 
 class NinjaBuild(build_ext):
-    """Runs ninja; a failed build leaves a pure-PyTorch install and one warning, unless FASTPPO_CUDA=1 asked for the kernels."""
+    """Runs ninja. What cannot be built is left out with a warning: the CUDA kernels, unless FASTPPO_CUDA=1 asked for them, or all."""
 
     def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        try:
+            self.run_ninja(ext, nvcc)
+            return
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("FASTPPO_CUDA") == "1":
+                raise
+            failure = error
+        if nvcc:
+            warn(f"fastppo's CUDA kernels were not built ({failure}). Set FASTPPO_CUDA=1 to make this an error.")
+            try:
+                self.run_ninja(ext, None)
+                return
+            except (OSError, subprocess.CalledProcessError) as error:
+                failure = error
+        warn(
+            f"fastppo's C++ kernels were not built ({failure}).\n"
+            "fastppo still installs and computes everything in plain PyTorch, slower. "
+            "Install a C++17 compiler (g++ >= 11) and install fastppo again for the kernels."
+        )
+
+    def run_ninja(self, ext: Extension, nvcc: str | None) -> None:
         import ninja
 
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(out, build, find_nvcc()))
+        (build / "build.ninja").write_text(ninja_file(out, build, nvcc))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(build / "build.ninja")]
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("FASTPPO_CUDA") == "1":
-                raise
-            print(
-                f"\nWARNING: fastppo's C++ kernels were not built ({error}).\n"
-                "fastppo still installs and computes everything in plain PyTorch, slower. "
-                "Install a C++17 compiler (g++ >= 11) and install fastppo again for the kernels.\n",
-                file=sys.stderr,
-            )
+        subprocess.run(command, check=True)
+
+
+def warn(text: str) -> None:
+    print(f"\nWARNING: {text}\n", file=sys.stderr)
 
 
 # `optional`: setuptools must not fail on a kernel library that could not be built.

@@ -1,14 +1,15 @@
-// Python bindings: integers become pointers here and nowhere else in C++; `fastppo/native/` is the only caller.
+// Python bindings of the CPU kernels; `fastppo/native/` is the only caller.
 #include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "ops.h"
+#include "binding_types.h"
+#ifdef FASTPPO_HAS_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastppo;
@@ -43,51 +44,6 @@ Isa isa() {
 #else
 #define FASTPPO_CPU(name, ...) plain::name(__VA_ARGS__)
 #endif
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, dtype, outer, inner, width, stride_outer, stride_inner), as `native.rows` makes it.
-using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-Rows rows(const RowsTuple& t) {
-  return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t),
-          std::get<6>(t)};
-}
-
-using TransformTuple = std::tuple<float, float, float>;
-
-LogitTransform transform(const TransformTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
-
-// (address, dtype) of each column, the mask's address, the number of tokens, as `native.ppo_tokens` makes it.
-using PPOTokensTuple = std::tuple<std::array<std::pair<uintptr_t, int>, kNumPPOColumns>, uintptr_t, int64_t>;
-
-PPOTokens ppo_tokens(const PPOTokensTuple& t) {
-  PPOTokens tokens{{}, pointer<const uint8_t>(std::get<1>(t)), std::get<2>(t)};
-  for (int c = 0; c < kNumPPOColumns; ++c) {
-    const auto& [address, dtype] = std::get<0>(t)[c];
-    tokens.columns[c] = {pointer<const void>(address), static_cast<DType>(dtype)};
-  }
-  return tokens;
-}
-
-// The numbers and the choices of PPOOptions, in its order.
-PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
-  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-          static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
-}
-
-// (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
-using StepsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
-
-Steps steps(const StepsTuple& t) { return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)}; }
-
-// (address of offsets or 0, count, length), as `native.sequences` makes it.
-using SequencesTuple = std::tuple<uintptr_t, int64_t, int64_t>;
-
-Sequences sequences(const SequencesTuple& t) { return {pointer<const int64_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
 }  // namespace
 
@@ -224,4 +180,8 @@ PYBIND11_MODULE(_C, m) {
     FASTPPO_CPU(kl_shaped_rewards, pointer<const float>(scores), pointer<const float>(logprobs), pointer<const float>(ref_logprobs),
                 pointer<const uint8_t>(mask), sequences(shape), coef, static_cast<KLKind>(kind), pointer<float>(rewards), threads);
   });
+
+#ifdef FASTPPO_HAS_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTPPO_HOST_DEVICE __host__ __device__
+#else
+#define FASTPPO_HOST_DEVICE
+#endif
+
 namespace fastppo {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -16,8 +22,8 @@ struct Rows {
   DType dtype;
   int64_t outer, inner, width;
   int64_t stride_outer, stride_inner;
-  int64_t count() const { return outer * inner; }
-  int64_t offset(int64_t row) const { return (row / inner) * stride_outer + (row % inner) * stride_inner; }
+  FASTPPO_HOST_DEVICE int64_t count() const { return outer * inner; }
+  FASTPPO_HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * stride_outer + (row % inner) * stride_inner; }
 };
 
 // Consecutive elements of one of the storage types; null data: not given.
@@ -40,8 +46,8 @@ struct PartialRow {
 struct Sequences {
   const int64_t* offsets;
   int64_t count, length;
-  int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * length; }  // flat positions, as contiguous outputs have them
-  int64_t end(int64_t i) const { return begin(i + 1); }
+  FASTPPO_HOST_DEVICE int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * length; }  // flat positions, as contiguous outputs have them
+  FASTPPO_HOST_DEVICE int64_t end(int64_t i) const { return begin(i + 1); }
   int64_t tokens() const { return begin(count); }
 };
 

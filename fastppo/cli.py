@@ -228,6 +228,7 @@ def _info(options: argparse.Namespace) -> int:
     facts.add_row(
         "CPU kernels", native.unavailable_reason or f"built, {native.cpu_isa()}, {torch.get_num_threads()} threads"
     )
+    facts.add_row("CUDA kernels", native.cuda_unavailable_reason() or "built")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts.add_row("GPUs", ", ".join(gpus) or "none")
     installed = [name for name, module in EXTRAS.items() if find_spec(module)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from fastppo import native
 from fastppo.ops import use_backend
+from tests.cuda_on_cpu import build as cuda_on_cpu
 
 # Tiny models gain nothing from threads, and threads of parallel test processes that wait for each other cost twenty times.
 torch.set_num_threads(1)
@@ -28,28 +31,54 @@ def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+# Two more backends run the tests of ops in a process of their own, in place of `cpu`: `triton` through Triton's interpreter, which must be
+# switched on before its kernels are imported (tests/test_triton.py starts one), and `cuda` with the CUDA kernels executed on the CPU
+# (tests/test_cuda_on_cpu.py).
+FAST_BACKEND = os.environ.get("FASTPPO_TEST_BACKEND", "cpu")
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
-    """Runs the test once on each backend of the CPU; inside, every op uses it.
+    """Runs the test once on each backend of the CPU; inside, every op uses it."""
+    if request.param == "reference" and FAST_BACKEND != "cpu":
+        pytest.skip(f"only {FAST_BACKEND} is tested in this process")
+    yield from _with_backend(FAST_BACKEND if request.param == "cpu" else "reference", request)
 
-    Triton's interpreter must be switched on before its kernels are imported: `FASTPPO_TEST_BACKEND=triton` runs the same tests
-    through it, in a process of its own (tests/test_triton.py starts one).
-    """
-    name = os.environ.get("FASTPPO_TEST_BACKEND", request.param)
-    if name != request.param and request.param != "cpu":
-        pytest.skip(f"only {name} is tested in this process")
-    if name == "cpu" and native.unavailable_reason:
+
+@pytest.fixture
+def fast_backend(request):
+    """The kernels that this process tests."""
+    yield from _with_backend(FAST_BACKEND, request)
+
+
+@pytest.fixture
+def cpu_backend(request):
+    """The kernels of csrc/cpu."""
+    if FAST_BACKEND != "cpu":
+        pytest.skip(f"only {FAST_BACKEND} is tested in this process")
+    yield from _with_backend("cpu", request)
+
+
+def _with_backend(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    if name in ("cpu", "cuda") and native.unavailable_reason:
         pytest.skip(native.unavailable_reason)
+    if name == "cuda":
+        request.getfixturevalue("cuda_kernels_on_the_cpu")
     with use_backend(name):
         yield name
 
 
 @pytest.fixture
-def cpu_backend():
-    if native.unavailable_reason:
-        pytest.skip(native.unavailable_reason)
-    with use_backend("cpu"):
-        yield
+def cuda_kernels_on_the_cpu(emulated_cuda, monkeypatch):
+    """In place of the compiled ones, and of the CPU's where nothing else is asked for."""
+    monkeypatch.setattr(native._C, "cuda", emulated_cuda.cuda, raising=False)
+    monkeypatch.setattr(native, "cuda_device_types", {"cpu", "cuda"})
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda() -> ModuleType:
+    """csrc/cuda as tests/cuda_on_cpu executes it."""
+    return cuda_on_cpu.load(cuda_on_cpu.build(sanitize="FASTPPO_TEST_SANITIZE" in os.environ))
 
 
 def _shared(path: str) -> Path:

@@ -47,10 +47,12 @@ def test_without_a_compiler_the_reference_serves(tmp_path):
         str(target),
         "-v",
     ]
-    environment = os.environ | {"CXX": "/bin/false", "FASTPPO_CUDA": "0"}
+    environment = os.environ | {"CXX": "/bin/false", "NVCC": "/bin/false"}
+    environment.pop("FASTPPO_CUDA", None)
     done = subprocess.run([*pip, str(sources)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "C++ kernels were not built" in done.stdout + done.stderr
+    for kind in ("CUDA", "C++"):
+        assert f"fastppo's {kind} kernels were not built" in done.stdout + done.stderr
     used = subprocess.run(
         [sys.executable, "-c", USE],
         cwd=tmp_path,

@@ -71,6 +71,8 @@ def test_each_op_has_all_its_parts(stem):
     assert stem in FAST_BACKENDS
     if "cpu" in FAST_BACKENDS[stem] and not stem.startswith("linear_"):
         assert (ROOT / "csrc" / "cpu" / f"{stem}.cpp").exists()
+    if "cuda" in FAST_BACKENDS[stem]:
+        assert (ROOT / "csrc" / "cuda" / f"{stem}.cu").exists()
 
 
 def test_every_listed_op_exists():

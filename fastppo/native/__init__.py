@@ -25,6 +25,31 @@ except ImportError as error:
     )
 
 
+# Device types whose tensors the CUDA kernels serve; the tests add "cpu" where they execute those kernels on one.
+cuda_device_types = {"cuda"}
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be called at all; None when they can."""
+    if _C is None:
+        return unavailable_reason
+    if not hasattr(_C, "cuda"):
+        return "the CUDA kernels are not built: install nvcc (CUDA 12 or newer) and install fastppo again"
+    return None
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels serve `tensor`, rather than those of the CPU."""
+    return tensor.device.type in cuda_device_types
+
+
+def stream(tensor: Tensor) -> tuple[int, int]:
+    """(device, stream handle) on which a kernel for `tensor` is to run: its own device, that device's current stream."""
+    if not tensor.is_cuda:
+        return (0, 0)
+    return (tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
 def cpu_isa() -> str:
     """Instruction set that the C++ kernels use here: `avx512`, `avx2`, `plain`, or `none` when they are not built.
 
@@ -39,6 +64,11 @@ def threads() -> int:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def column(x: Tensor) -> tuple[int, int]:
+    """Contiguous numbers as the bindings' description of them."""
+    return (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
 def collapse_rows(x: Tensor) -> Tensor:
@@ -76,22 +106,35 @@ def steps(x: Tensor | None) -> tuple[int, int, int, int]:
     return (x.data_ptr(), DTYPE_CODES.get(x.dtype, 0), stride_sequence, stride_step)
 
 
-def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
-    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at int64 `offsets` [B + 1]."""
-    if offsets is None:
-        return (0, *x.shape)
-    tokens, count = x.shape[0], offsets.shape[0] - 1
+def as_offsets(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """int64 offsets [B + 1] of sequences in `tokens` packed tokens, checked: ValueError on the CPU.
+
+    On a GPU, which the host must not wait for, wrong offsets become the kernels' mark for results that are NaN.
+    """
+    if cu_seqlens is None:
+        return None
+    cu_seqlens, count = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+    if on_cuda(cu_seqlens):
+        offsets = torch.empty_like(cu_seqlens, dtype=torch.int64)
+        is_int64 = cu_seqlens.dtype == torch.int64
+        _C.cuda.check_offsets(address(cu_seqlens), is_int64, count, tokens, address(offsets), stream(offsets))
+        return offsets
+    offsets = cu_seqlens.long()
     bad = _C.first_bad_offset(address(offsets), count, tokens)
     if bad >= 0:
         raise ValueError(
             f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
             f"expected 0 first, no decrease and {tokens} (all tokens) last"
         )
-    return (address(offsets), count, 0)
+    return offsets
 
 
-def as_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
-    return None if cu_seqlens is None else cu_seqlens.long().contiguous()
+def sequences(x: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """How the tokens of `x` divide into sequences: rows of [B, T], or [total] cut at `offsets`, as `as_offsets` makes them.
+
+    (address of the offsets or 0, number of sequences, T or total)
+    """
+    return (0, *x.shape) if offsets is None else (address(offsets), offsets.shape[0] - 1, x.shape[0])
 
 
 def flat_float(x: Tensor) -> Tensor:

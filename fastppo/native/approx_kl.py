@@ -33,7 +33,7 @@ def kl_shaped_rewards(
     coef: float, kind: int,
 ) -> Tensor:  # fmt: skip
     """-coef * kl at masked-in tokens plus scores [B] at each sequence's last of them; fp32 in logprobs' shape."""
-    offsets = as_offsets(cu_seqlens)
+    offsets = as_offsets(cu_seqlens, logprobs.shape[0])
     shape = sequences(logprobs, offsets)
     scores, logprobs, ref_logprobs = flat_float(scores), flat_float(logprobs), flat_float(ref_logprobs)
     mask = mask.contiguous()

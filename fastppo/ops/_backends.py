@@ -25,8 +25,8 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu", "triton"),
     "linear_token_logprobs": ("cpu",),
     "linear_ppo_loss": ("cpu",),
-    "gae": ("cpu",),
-    "masked_whiten": ("cpu",),
+    "gae": ("cpu", "cuda"),
+    "masked_whiten": ("cpu", "cuda"),
     "approx_kl": ("cpu",),
     "ppo_loss": ("cpu",),
     "sample_tokens": ("cpu",),
@@ -66,6 +66,8 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return f"{op} has no {backend} kernel"
     if backend == "cpu":
         return native.unavailable_reason if device_type == "cpu" else f"the tensors are on {device_type}"
+    if backend == "cuda" and device_type in native.cuda_device_types:
+        return native.cuda_unavailable_reason()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

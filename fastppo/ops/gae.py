@@ -36,8 +36,10 @@ def gae(
 
         delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   return_t = A_t + V_t
 
-    Every input is read once, where it lies: a transposed time-major tensor costs no copy. Each sequence has the bits of
-    the sequential fp32 recursion, whatever the batch, padding, packing or threads.
+    Every input is read once, where it lies: a transposed time-major tensor costs no copy. On the CPU each sequence has
+    the bits of the sequential fp32 recursion, whatever the batch, padding, packing or threads. The CUDA kernel composes
+    steps in parallel, so its roundings differ, but a sequence has the same bits in every batch and packing (not in other
+    padding).
 
     Args:
         rewards, values: [B, T], or packed [total] with `cu_seqlens`; float32, bfloat16 or float16 (float64 runs in the
@@ -61,7 +63,8 @@ def gae(
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, gamma or lam outside [0, 1], `truncated` without
-            `next_values`; on the CPU also wrong offsets and a truncated step without a value (on a GPU that gives NaN).
+            `next_values`; on the CPU also wrong offsets (on a GPU all results are NaN) and a truncated step without a value
+            (NaN at that step and where it reaches).
     """
     _check_inputs(rewards, values, mask, dones, truncated, next_values, cu_seqlens)
     gamma = _checks.number("gamma", gamma, at_least=0, at_most=1)

@@ -102,23 +102,80 @@ def test_as_exact_as_the_reference(backend, shape, feature, dtype):
     for name, a, b, c in zip(("advantages", "returns"), ours, native, exact, strict=True):
         assert a.dtype == torch.float32 and a.shape == shape and a.is_contiguous()
         assert_as_exact_as_native(a, b, c, name)
-        assert torch.equal(a, b), f"{name}: not the bits of the sequential recursion"
+        # A GPU composes the steps in parallel, with other roundings.
+        assert backend == "cuda" or torch.equal(a, b), f"{name}: not the bits of the sequential recursion"
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_packed_equals_padded_equals_single(backend, feature):
-    """The same bits in a batch padded on the right, packed without padding, and alone; empty sequences in between."""
+    """The same bits in a batch padded on the right, packed without padding, and alone; empty sequences in between.
+
+    On a GPU, where steps are composed in groups counted from the end, padding moves the groups and so changes roundings.
+    """
     lengths = [5, 0, 1, 40, 16, 17, 33, 0, 2, 40, 31, 1, 8, 9, 10, 11, 12, 13, 40, 0]
     case = make_case(len(lengths), 40, feature)
     inside = torch.arange(40) < torch.tensor(lengths)[:, None]
-    padded = gae(**case | {"mask": inside & case.get("mask", inside)})
-    packed = gae(**pack(case, lengths))
-    assert torch.equal(padded.advantages[inside], packed.advantages)
-    assert torch.equal(padded.returns[inside], packed.returns)
+    mask = {"mask": inside & case.get("mask", inside)}
+    padded, packed = gae(**case | mask), gae(**pack(case, lengths))
+    native, exact = reference(**case | mask), reference(**to_fp64(case) | mask)
+    for ours, flat, fp32, fp64 in zip(padded, packed, native, exact, strict=True):
+        if backend == "cuda":
+            assert_as_exact_as_native(ours, fp32, fp64)
+            assert_as_exact_as_native(flat, fp32[inside], fp64[inside])
+        else:
+            assert torch.equal(ours[inside], flat)
+    rows = packed.advantages.split(lengths)
     for i, length in enumerate(lengths):
         row = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.items()}
         row = {k: v[:, :length] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in row.items()}
-        assert torch.equal(gae(**row).advantages[0], padded.advantages[i, :length])
+        assert torch.equal(gae(**row).advantages[0], rows[i])
+
+
+# Sequences beside the chunks of 128 steps, and the tiles of 1, 8 and 32 chunks, that CUDA blocks take at a time.
+LONG = [[129, 128, 127, 1], [200, 0, 300, 256], [1023, 1024, 1025, 2100], [4095, 4097], [3000, *[1] * 60]]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("lengths", LONG, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
+def test_long_sequences(backend, lengths, feature):
+    case = make_case(len(lengths), max(lengths), feature)
+    if feature in ("mask", "all"):
+        case["mask"][:, -140:-100] = case["mask"][:, -1026:-1023] = False  # beside and over the chunks' borders
+        case["mask"][-1, -600:-200] = case["mask"][0, -1:] = False  # whole chunks, the first of all steps
+    case = pack(case, lengths)
+    ours, native, exact = gae(**case), reference(**case), reference(**to_fp64(case))
+    for name, a, b, c in zip(("advantages", "returns"), ours, native, exact, strict=True):
+        assert_as_exact_as_native(a, b, c, name)
+
+
+def test_bits_of_a_sequence_in_any_batch(backend):
+    """Alone, among short sequences and among long ones: what a block takes at a time differs, the bits do not."""
+    case = make_case(1, 2600, "all")
+
+    def among(lengths: list[int]) -> Tensor:
+        others = make_case(len(lengths), max(lengths), "all")
+        values = {k: v for k, v in pack(others, lengths).items() if k != "cu_seqlens"}
+        both = {k: torch.cat([case[k].flatten(), v]) if isinstance(v, Tensor) else v for k, v in values.items()}
+        offsets = torch.tensor([0, 2600, *lengths]).cumsum(0)
+        return gae(**both, cu_seqlens=offsets).advantages[:2600]
+
+    alone = gae(**case).advantages[0]
+    for lengths in ([3] * 40, [1200] * 3, [3000]):
+        assert torch.equal(among(lengths), alone)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_lies_far_behind_still_shows(backend, poison):
+    """Through products of thousands of decays, which underflow, and not beyond the end of an episode."""
+    case = make_case(2, 3000, "plain")
+    case["dones"] = torch.zeros(2, 3000, dtype=torch.bool)
+    case["dones"][1, 1023] = True
+    case["rewards"][:, 2900] = poison
+    advantages = gae(**case).advantages
+    expected = torch.zeros(2, 3000, dtype=torch.bool)
+    expected[0, :2901] = expected[1, 1024:2901] = True
+    shown = advantages.isnan() if poison != poison else advantages == poison
+    assert torch.equal(shown, expected) and torch.equal(~advantages.isfinite(), expected)
 
 
 def test_int64_offsets_and_no_sequences(backend):
@@ -143,9 +200,12 @@ def test_lambda_zero_and_one(backend, lam):
     torch.testing.assert_close(gae(rewards, values, gamma=0.9, lam=lam).advantages, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_long_episode_without_discount(backend):
-    """gamma = lam = 1 over 3000 steps: the sum of all rewards to come, to fp32."""
-    rewards, values = torch.randn(1, 3000), torch.randn(1, 3000)
+@pytest.mark.parametrize("length", [3000, 70_000])
+def test_long_episode_without_discount(backend, length):
+    """gamma = lam = 1: the sum of all rewards to come, to fp32."""
+    if backend == "reference" and length > 3000:
+        pytest.skip("the reference takes a step at a time")
+    rewards, values = torch.randn(1, length), torch.randn(1, length)
     returns = gae(rewards, values, gamma=1.0, lam=1.0).returns
     exact = rewards.double().flip(1).cumsum(1).flip(1)
     assert (returns - exact).abs().max() < 1e-6 * exact.abs().max() * 100
@@ -211,9 +271,16 @@ def test_truncation_at_the_last_step_bootstraps(backend):
 
 
 def test_truncation_inside_a_sequence_needs_every_value(backend):
+    """ValueError, or NaN at that step and back to its episode's first one where the host does not wait for the device."""
     case = make_case(20, 50, "bootstrap")
     truncated = torch.zeros(20, 50, dtype=torch.bool)
     truncated[11, 30] = truncated[11, 40] = truncated[19, 2] = True
+    if backend == "cuda":
+        expected = torch.zeros(20, 50, dtype=torch.bool)
+        expected[11, :41] = expected[19, :3] = True
+        assert torch.equal(gae(**case, truncated=truncated).advantages.isnan(), expected)
+        assert torch.equal(gae(**case, truncated=truncated).returns.isnan(), expected)
+        return
     with pytest.raises(ValueError, match="truncated is set at step 30 of sequence 11"):
         gae(**case, truncated=truncated)
     with pytest.raises(ValueError, match="truncated is set at step 30 of sequence 11"):
@@ -241,6 +308,13 @@ def test_nothing_under_the_mask_is_read(backend, poison):
     ours = gae(**case | dirty)
     assert torch.equal(ours.advantages, clean.advantages) and torch.equal(ours.returns, clean.returns)
     assert (ours.advantages[hidden] == 0).all() and (ours.returns[hidden] == 0).all()
+
+
+def test_flags_that_are_never_set_change_no_bit(backend):
+    case = make_case(3, 700, "mask")
+    unset = torch.zeros(3, 700, dtype=torch.bool)
+    ours = gae(**case, dones=unset, truncated=unset, next_values=torch.zeros(3))
+    assert torch.equal(ours.advantages, gae(**case).advantages)
 
 
 def test_nan_stays_in_its_episode(backend):
@@ -317,7 +391,7 @@ def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("feature", ["plain", "all"])
-def test_opcheck(cpu_backend, feature, packed):
+def test_opcheck(fast_backend, feature, packed):
     case = make_case(3, 20, feature)
     case = pack(case, [20, 3, 0]) if packed else case
     names = ("rewards", "values", "mask", "dones", "truncated", "next_values", "cu_seqlens")
@@ -326,7 +400,7 @@ def test_opcheck(cpu_backend, feature, packed):
 
 
 @pytest.mark.parametrize("feature", ["plain", "all"])
-def test_compiles_without_graph_breaks(cpu_backend, feature):
+def test_compiles_without_graph_breaks(fast_backend, feature):
     """One graph for every batch size and length."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gae, fullgraph=True, backend=counter, dynamic=True)
@@ -372,8 +446,13 @@ def test_errors_name_the_argument(backend, change, error, message):
         gae(**{"rewards": X, "values": X, "gamma": 0.9, "lam": 0.9} | change)
 
 
-@pytest.mark.parametrize("offsets", [[1, 6], [0, 7], [0, 5], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6]], ids=str)
+@pytest.mark.parametrize("offsets", [[1, 6], [0, 7], [0, 5], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6], [0], [6]], ids=str)
 def test_wrong_offsets_are_refused(backend, offsets):
+    """ValueError, or NaN everywhere where the host does not wait for the device."""
+    if backend == "cuda":
+        for x in gae(X[0], X[0], gamma=0.9, lam=0.9, cu_seqlens=torch.tensor(offsets)):
+            assert x.isnan().all()
+        return
     with pytest.raises(ValueError, match="cu_seqlens"):
         gae(X[0], X[0], gamma=0.9, lam=0.9, cu_seqlens=torch.tensor(offsets))
 

@@ -177,7 +177,7 @@ def test_a_group_whitens_together(bounds, tmp_path):
         assert_as_exact_as_native(ours, native, exact)
 
 
-def test_opcheck(cpu_backend):
+def test_opcheck(fast_backend):
     x, mask = torch.randn(4, 33, requires_grad=True), torch.rand(4, 33) < 0.5
     for m in (None, mask):
         torch.library.opcheck(torch.ops.fastppo.masked_moments, (x, m))
@@ -185,7 +185,7 @@ def test_opcheck(cpu_backend):
         torch.library.opcheck(torch.ops.fastppo.masked_whiten, (x.detach(), m, *moments, True))
 
 
-def test_compiles_without_graph_breaks(cpu_backend):
+def test_compiles_without_graph_breaks(fast_backend):
     def function(x, mask):
         return masked_whiten(x, mask), masked_mean(x, mask)
 

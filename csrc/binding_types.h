@@ -1,0 +1,63 @@
+// What fastppo/native/ passes, as the launchers take it: integers become pointers here and nowhere else in C++.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+
+#include "ops.h"
+
+namespace fastppo {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, dtype, outer, inner, width, stride_outer, stride_inner), as `native.rows` makes it.
+using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+inline Rows rows(const RowsTuple& t) {
+  return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t),
+          std::get<6>(t)};
+}
+
+using TransformTuple = std::tuple<float, float, float>;
+
+inline LogitTransform transform(const TransformTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
+
+// (address, dtype) of contiguous numbers, as `native.column` makes it.
+using ColumnTuple = std::pair<uintptr_t, int>;
+
+inline Column column(const ColumnTuple& t) { return {pointer<const void>(t.first), static_cast<DType>(t.second)}; }
+
+// (address, dtype) of each column, the mask's address, the number of tokens, as `native.ppo_tokens` makes it.
+using PPOTokensTuple = std::tuple<std::array<ColumnTuple, kNumPPOColumns>, uintptr_t, int64_t>;
+
+inline PPOTokens ppo_tokens(const PPOTokensTuple& t) {
+  PPOTokens tokens{{}, pointer<const uint8_t>(std::get<1>(t)), std::get<2>(t)};
+  for (int c = 0; c < kNumPPOColumns; ++c) tokens.columns[c] = column(std::get<0>(t)[c]);
+  return tokens;
+}
+
+// The numbers and the choices of PPOOptions, in its order.
+inline PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
+  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
+          static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
+}
+
+// (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
+using StepsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+inline Steps steps(const StepsTuple& t) { return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)}; }
+
+// (address of offsets or 0, count, length), as `native.sequences` makes it.
+using SequencesTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+inline Sequences sequences(const SequencesTuple& t) { return {pointer<const int64_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
+}  // namespace fastppo

@@ -1,0 +1,35 @@
+// Every launcher of fastppo._C.cuda. As csrc/ops.h has it for the CPU, but all pointers are the device's and nothing is read on the host: offsets,
+// labels or lengths out of range give NaN or are skipped, and no access leaves the tensors. Work is enqueued on the stream; scratch comes from the
+// caller.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../ops.h"
+
+namespace fastppo::cuda {
+
+// Packed sequences come with offsets that check_offsets has seen, and with their number of tokens as `length`.
+constexpr int64_t kBadOffset = -1;
+
+// out [count + 1] = offsets (int64, or int32) if they start at 0, never fall and end at `tokens`; else kBadOffset everywhere, and what is computed
+// with them shall be NaN.
+cudaError_t check_offsets(const void* offsets, bool are_int64, int64_t count, int64_t tokens, int64_t* out, cudaStream_t stream);
+
+// As on the CPU, in one launch. A truncated step without a value to bootstrap from gives NaN, and so do wrong offsets, everywhere.
+cudaError_t gae(const GaeInputs& inputs, const Sequences& sequences, float* advantages, float* returns, cudaStream_t stream);
+
+// Moments that masked_moments writes for parts of x, and takes as scratch.
+constexpr int kMaxPartialMoments = 1024;
+
+// How many elements of x [count] have mask set, their mean and the sum of squared deviations from it; mask may be null. partial [kMaxPartialMoments] is
+// scratch. The order of additions depends on `count` alone.
+cudaError_t masked_moments(const Column& x, const uint8_t* mask, int64_t count, Moments* partial, double* moment_count, double* mean, double* squares,
+                           cudaStream_t stream);
+
+// out [count] = (x - mean) / sqrt(variance + 1e-8), plus the mean if keep_mean, 0 where masked. The moments are read one by one: they may come from
+// a merge over processes.
+cudaError_t masked_whiten(const Column& x, const uint8_t* mask, int64_t count, const double* moment_count, const double* mean, const double* squares,
+                          bool keep_mean, float* out, cudaStream_t stream);
+
+}  // namespace fastppo::cuda
