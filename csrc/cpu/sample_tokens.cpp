@@ -2,6 +2,7 @@
 // fastppo/reference/sample_tokens.py is the specification, bit for bit.
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "../sampling_math.h"
@@ -254,7 +255,8 @@ class RowSampler {
   template <bool kMass>
   float threshold(uint64_t need) {
     if (!(least_z_ < stats_.max)) return least_z_;
-    const float scale = kBins / (stats_.max - least_z_);
+    // Finite also where all is within denormals of the maximum: 0 * inf has no bin.
+    const float scale = std::min(kBins / (stats_.max - least_z_), std::numeric_limits<float>::max());
     uint64_t bins[kBins + 2] = {};
     each_weight<kMass>(scale, kAllBins, [&](int bin, float, uint64_t weight) { bins[bin] += weight; });
     int bin = 0;

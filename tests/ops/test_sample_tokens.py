@@ -23,6 +23,7 @@ from tests.tolerance import assert_as_exact_as_native
 FILTERS = {
     "none": {},
     "temperature": {"temperature": 0.3},
+    "temperature that leaves denormals": {"temperature": 3e38, "top_k": 2, "top_p": 0.5},
     "top-1": {"top_k": 1},
     "top-k": {"top_k": 7},
     "top-k beyond the kernel's lanes": {"top_k": 600},
