@@ -28,9 +28,12 @@ constexpr double kMassScale = 0x1p40;
 #if defined(__CUDA_ARCH__)
 FASTPPO_SCALAR float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
 FASTPPO_SCALAR float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+// c - a * b where the product is exact: fused or not, it rounds once.
+FASTPPO_SCALAR float minus_exact_product(float c, float a, float b) { return fmaf(-a, b, c); }
 #else
 FASTPPO_SCALAR float rounded_sum(float a, float b) { return a + b; }
 FASTPPO_SCALAR float rounded_product(float a, float b) { return a * b; }
+FASTPPO_SCALAR float minus_exact_product(float c, float a, float b) { return c - a * b; }
 #endif
 
 template <class To, class From>
@@ -45,7 +48,7 @@ FASTPPO_SCALAR To same_bits(From x) {
 FASTPPO_SCALAR float exp_nonpositive(float x) {
   const float shifted = rounded_sum(rounded_product(x, kLog2E), kShifter);
   const float n = rounded_sum(shifted, -kShifter);
-  const float r = rounded_sum(rounded_sum(x, -rounded_product(n, kLn2High)), -rounded_product(n, kLn2Low));
+  const float r = rounded_sum(minus_exact_product(x, n, kLn2High), -rounded_product(n, kLn2Low));
   float poly = rounded_sum(rounded_product(kExp5, r), kExp4);
   poly = rounded_sum(rounded_product(poly, r), kExp3);
   poly = rounded_sum(rounded_product(poly, r), kExp2);

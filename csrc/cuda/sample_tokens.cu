@@ -10,6 +10,7 @@
 #include "device.h"
 #include "launch.h"
 #include "launchers.h"
+#include "weighted_search.h"
 
 namespace fastppo::cuda {
 namespace {
@@ -18,8 +19,7 @@ constexpr int kPerThread = 32;
 constexpr int kChunkThreads = 256;
 constexpr int kChunk = kChunkThreads * kPerThread;
 constexpr int kGroup = 64;  // neighbours whose maximum `scan` keeps
-constexpr int kChooseThreads = 512;
-constexpr int kBinBits = 11, kBins = 1 << kBinBits;
+constexpr int kWeighBlocks = 2048;  // fill a GPU; where nothing is to be weighed, more would only have to be started
 constexpr int kListed = 2048;  // tokens that `choose` holds in shared memory; where more are left it reads the row again
 constexpr float kMultipliedBelow = 64.0f;
 constexpr float kInfinity = __builtin_inff();
@@ -64,35 +64,6 @@ __device__ float scaled(float x, float temperature) { return temperature == 1.0f
 struct Larger {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
-
-// block_reduce for a block of up to kMost threads.
-template <int kMost, class T, class Op>
-__device__ T reduce(T value, const Op& op) {
-  __shared__ T partial[kMost / kWarpSize];
-  value = warp_reduce(value, op);
-  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  T result = partial[0];
-  for (int warp = 1; warp < blockDim.x / kWarpSize; ++warp) result = op(result, partial[warp]);
-  __syncthreads();  // until all have read
-  return result;
-}
-
-// The sum over the threads in front of this one.
-__device__ uint64_t sum_in_front(uint64_t own) {
-  __shared__ uint64_t partial[kChooseThreads / kWarpSize];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint64_t sum = own;
-#pragma unroll
-  for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const uint64_t other = __shfl_up_sync(kFullWarp, sum, delta);
-    if (lane >= delta) sum += other;
-  }
-  if (lane == kWarpSize - 1) partial[warp] = sum;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) sum += partial[i];
-  return sum - own;
-}
 
 // The logits of a chunk, kPerThread a thread: x[i * kVector + j] is number begin(i) + j of the row; -inf beyond the row.
 template <class Storage>
@@ -194,30 +165,58 @@ class MassSum {
   __device__ uint64_t total() const { return (static_cast<uint64_t>(high_) << 23) + static_cast<int64_t>(static_cast<int32_t>(low_)); }
 };
 
+// Whether the row's choice depends on the mass of all its tokens. Behind top-k nothing does but the share that was kept, which the sum of
+// exponentials gives too: rows of several chunks, for which a second read costs something, are not weighed then.
+__device__ bool is_weighed(float temperature, int64_t top_k, const Layout& shape) {
+  return temperature > 0 && (shape.chunks == 1 || !(top_k > 0 && top_k < shape.width));
+}
+
+// z = x / temperature, correctly rounded, for -inf and all x of a row whose largest |x / temperature| or x is no extreme: y = 1 / temperature is
+// correctly rounded and q within an ulp of the quotient after one correction, so the second correction rounds right (Markstein 1990). Below 2^-100,
+// where the remainders lose bits, z is so small that exp(z - max z) cannot tell.
+struct Quotient {
+  float temperature, reciprocal;
+  __device__ float operator()(float x) const {
+    float q = rounded_product(x, reciprocal);
+    q = fmaf(fmaf(-q, temperature, x), reciprocal, q);
+    q = fmaf(fmaf(-q, temperature, x), reciprocal, q);
+    return fmaxf(q, -FLT_MAX);  // -inf - -inf made a NaN
+  }
+};
+
 template <class Storage, bool kAligned>
-__global__ void __launch_bounds__(kChunkThreads) weigh_kernel(Rows logits, SamplingParameters parameters, Layout shape, Scratch w) {
-  const int64_t row = blockIdx.x / shape.chunks;
+__global__ void __launch_bounds__(kChunkThreads) weigh_kernel(Rows logits, SamplingParameters parameters, Layout shape, int blocks_a_row,
+                                                                   Scratch w) {
+  const int64_t row = blockIdx.x / blocks_a_row;
   const float temperature = parameters.temperature[row];
-  if (!(temperature > 0)) return;  // greedy, or an error
+  if (!is_weighed(temperature, parameters.top_k[row], shape)) return;
   float top = -kInfinity;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x) top = fmaxf(top, w.chunk_max[row * shape.chunks + i]);
-  top = scaled(reduce<kChunkThreads>(top, Larger{}), temperature);
+  top = reduce<kChunkThreads>(top, Larger{});
+  const bool quick = fabsf(top) < 0x1p100f && temperature > 0x1p-20f && temperature < 0x1p20f;
+  const Quotient quotient{temperature, __frcp_rn(temperature)};
+  top = scaled(top, temperature);
 
-  ChunkLogits<Storage> logit(blockIdx.x % shape.chunks);
-  logit.template load<kAligned>(row_of<Storage>(logits, row), shape.width);
-  MassSum sum;
+  for (int chunk = blockIdx.x % blocks_a_row; chunk < shape.chunks; chunk += blocks_a_row) {
+    ChunkLogits<Storage> logit(chunk);
+    logit.template load<kAligned>(row_of<Storage>(logits, row), shape.width);
+    if (temperature != 1.0f) {
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) sum.add(exp_nonpositive(rounded_sum(scaled(logit.x[i], temperature), -top)));
-  const uint64_t mass = reduce<kChunkThreads>(sum.total(), Add{});
-  if (threadIdx.x == 0) w.chunk_mass[blockIdx.x] = mass;
+      for (float& x : logit.x) x = quick ? quotient(x) : scaled(x, temperature);
+    }
+    MassSum sum;
+#pragma unroll
+    for (float z : logit.x) sum.add(exp_nonpositive(rounded_sum(z, -top)));
+    const uint64_t mass = reduce<kChunkThreads>(sum.total(), Add{});
+    if (threadIdx.x == 0) w.chunk_mass[row * shape.chunks + chunk] = mass;
+  }
 }
 
 // What the threads of a `choose` block share.
 struct Board {
-  unsigned long long bins[kBins];
-  uint2 items[kListed];  // (rank, index) of the tokens left, in any order: no sum depends on it
-  uint64_t before;
-  int bin, count, token;
+  SearchBoard search;
+  uint2 items[kListed];  // (rank, index) of the tokens left
+  int count, token;
 };
 
 // A row of logits and who is still in: tokens with depth(z) < limit_ and rank(z) <= last_rank_ and exp(z - max z) >= min_p. Ranks are integers that
@@ -255,11 +254,11 @@ class RowChooser {
 
   // The token of an unfiltered row: first its chunk, then its place.
   __device__ int draw_unfiltered(const uint64_t* chunk_mass, uint64_t total) {
-    const Found chunk = search(0, shape_.chunks - 1, multiply_high(p_.uniform, total) + 1, [&](const auto& visit) {
+    const Found chunk = search(board_.search, 0, shape_.chunks - 1, multiply_high(p_.uniform, total) + 1, [&](const auto& visit) {
       for (int i = threadIdx.x; i < shape_.chunks; i += blockDim.x) visit(i, chunk_mass[i]);
     });
     const int first_group = chunk.key * (kChunk / kGroup), last_group = min(shape_.groups, first_group + kChunk / kGroup);
-    return search(first_group * kGroup, min(shape_.width, last_group * kGroup) - 1, chunk.need, [&](const auto& visit) {
+    return search(board_.search, first_group * kGroup, min(shape_.width, last_group * kGroup) - 1, chunk.need, [&](const auto& visit) {
       each_logit(first_group, last_group, [&](float z, int index) { visit(index, mass_of(exp_nonpositive(z - max_))); });
     }).key;
   }
@@ -271,62 +270,23 @@ class RowChooser {
     if (top_k) limit_ = 1.0f + deepest_group(p_.top_k);
     else if (p_.top_p < 1) limit_ = 1.0f + deepest_token(top_p_mass(p_.top_p, total));
     list_tokens();
-    if (top_k) narrow(p_.top_k, [](uint32_t) { return uint64_t{1}; });
-    if (p_.top_p < 1) narrow(top_p_mass(p_.top_p, top_k ? mass_left(0.0f) : total), [&](uint32_t rank) { return mass_at(rank, 0.0f); });
+    // Each keeps the smallest set of largest logits that weighs enough, and all that are equal to its last.
+    if (top_k) last_rank_ = find(last_rank_, p_.top_k, [](uint32_t rank, uint32_t) { return Item{rank, 1}; });
+    if (p_.top_p < 1) {
+      const uint64_t need = top_p_mass(p_.top_p, top_k ? mass_left(0.0f) : total);
+      last_rank_ = find(last_rank_, need, [&](uint32_t rank, uint32_t) { return Item{rank, mass_at(rank, 0.0f)}; });
+    }
     return mass_left(p_.min_p);
   }
 
   // The first of the kept tokens whose cumulative mass exceeds the uniform's share of `kept`.
   __device__ int draw(uint64_t kept) {
-    return search(0, shape_.width - 1, multiply_high(p_.uniform, kept) + 1, [&](const auto& visit) {
-      each_token([&](uint32_t rank, int index) { visit(index, mass_at(rank, p_.min_p)); });
-    }).key;
+    return find(shape_.width - 1, multiply_high(p_.uniform, kept) + 1, [&](uint32_t rank, uint32_t index) {
+      return Item{index, mass_at(rank, p_.min_p)};
+    });
   }
 
  private:
-  struct Found {
-    uint32_t key;
-    uint64_t need;  // of the weight at `key`
-  };
-
-  // The smallest key that, with all below it, weighs `need`; `high` where all of them weigh less. each(visit) shares the items among the threads and
-  // calls visit(key, weight). A radix select: every look at the items leaves 1 / kBins of the keys.
-  template <class Each>
-  __device__ Found search(uint32_t low, uint32_t high, uint64_t need, const Each& each) {
-    for (;;) {
-      const int shift = max(0, 32 - kBinBits - __clz(high - low)), bins = ((high - low) >> shift) + 1;
-      for (int i = threadIdx.x; i < bins; i += blockDim.x) board_.bins[i] = 0;
-      if (threadIdx.x == 0) board_.bin = -1;
-      __syncthreads();
-      each([&](uint32_t key, uint64_t weight) {
-        if (key - low <= high - low && weight) atomicAdd(&board_.bins[(key - low) >> shift], static_cast<unsigned long long>(weight));
-      });
-      __syncthreads();
-      find_bin(bins, need);
-      if (board_.bin < 0) return {high, need};
-      need -= board_.before;
-      low += static_cast<uint32_t>(board_.bin) << shift;
-      high = min(high, low + ((1u << shift) - 1));
-      __syncthreads();  // the board is wiped next
-      if (shift == 0) return {low, need};
-    }
-  }
-
-  // Sets board.bin to the bin in which the running sum reaches `need`, and board.before to the sum in front of it.
-  __device__ void find_bin(int bins, uint64_t need) {
-    const int share = (bins + blockDim.x - 1) / blockDim.x, first = threadIdx.x * share, last = min(bins, first + share);
-    uint64_t own = 0;
-    for (int i = first; i < last; ++i) own += board_.bins[i];
-    uint64_t before = sum_in_front(own);
-    if (before < need && need <= before + own) {
-      int bin = first;
-      for (; before + board_.bins[bin] < need; ++bin) before += board_.bins[bin];
-      board_.bin = bin;
-      board_.before = before;
-    }
-    __syncthreads();
-  }
-
   __device__ uint32_t rank(float z) const { return top_key_ - order_key(z); }
   __device__ float depth(float z) const { return (max_ - z) * depth_scale_; }
 
@@ -365,7 +325,7 @@ class RowChooser {
 
   // k groups whose maximum is >= t hold k logits >= t: the k-th largest logit is not deeper than this.
   __device__ uint32_t deepest_group(uint64_t k) {
-    return search(0, kBins - 1, k, [&](const auto& visit) {
+    return search(board_.search, 0, kBins - 1, k, [&](const auto& visit) {
       for (int i = threadIdx.x; i < shape_.groups; i += blockDim.x) {
         const float d = depth(z_of(group_max_[i]));
         if (d < limit_) visit(static_cast<uint32_t>(d), 1);
@@ -374,7 +334,7 @@ class RowChooser {
   }
 
   __device__ uint32_t deepest_token(uint64_t need) {
-    return search(0, kBins - 1, need, [&](const auto& visit) {
+    return search(board_.search, 0, kBins - 1, need, [&](const auto& visit) {
       each_logit(0, shape_.groups, [&](float z, int) {
         const float d = depth(z);
         if (d < limit_) visit(static_cast<uint32_t>(d), mass_of(exp_nonpositive(z - max_)));
@@ -393,23 +353,42 @@ class RowChooser {
     listed_ = board_.count <= kListed;
   }
 
-  // Keeps the smallest set of largest logits that weighs `need`, and all that are equal to its last.
-  template <class Weight>
-  __device__ void narrow(uint64_t need, const Weight& weight) {
-    last_rank_ = search(0, last_rank_, need, [&](const auto& visit) {
-      each_token([&](uint32_t rank, int) { visit(rank, weight(rank)); });
+  struct Item {
+    uint32_t key;
+    uint64_t weight;
+  };
+
+  // The key, `high` at most, at which the tokens left, item(rank, index) each, weigh `need`.
+  template <class MakeItem>
+  __device__ uint32_t find(uint32_t high, uint64_t need, const MakeItem& item) {
+    if (listed_ && board_.count <= blockDim.x) {
+      const bool has = threadIdx.x < board_.count;
+      const Item own = has ? item(board_.items[threadIdx.x].x, board_.items[threadIdx.x].y) : Item{0, 0};
+      return search_few(board_.search, board_.count, high, need, own.key, own.weight);
+    }
+    return search(board_.search, 0, high, need, [&](const auto& visit) {
+      each_token([&](uint32_t rank, uint32_t index) {
+        const Item one = item(rank, index);
+        visit(one.key, one.weight);
+      });
     }).key;
   }
 
   __device__ uint64_t mass_left(float least_e) {
     uint64_t mass = 0;
     each_token([&](uint32_t rank, int) { mass += mass_at(rank, least_e); });
-    return reduce<kChooseThreads>(mass, Add{});
+    return reduce<kSearchThreads>(mass, Add{});
   }
 };
 
+__device__ uint64_t sum_of_masses(const uint64_t* chunk_mass, int chunks) {
+  uint64_t mass = 0;
+  for (int i = threadIdx.x; i < chunks; i += blockDim.x) mass += chunk_mass[i];
+  return reduce<kSearchThreads>(mass, Add{});
+}
+
 template <class Storage>
-__global__ void __launch_bounds__(kChooseThreads) choose_kernel(Rows logits, SamplingParameters parameters, Layout shape, Scratch w, SampledRows out) {
+__global__ void __launch_bounds__(kSearchThreads) choose_kernel(Rows logits, SamplingParameters parameters, Layout shape, Scratch w, SampledRows out) {
   __shared__ Board board;
   const int64_t row = blockIdx.x;
   const RowParameters p = row_parameters(parameters, row);
@@ -418,12 +397,12 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Rows logits, Sam
 
   float top_x = -kInfinity;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x) top_x = fmaxf(top_x, chunk_max[i]);
-  top_x = reduce<kChooseThreads>(top_x, Larger{});
+  top_x = reduce<kSearchThreads>(top_x, Larger{});
   const float max = scaled(top_x, divisor(p));
   double sum = 0;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x)
     sum += w.chunk_sum[row * shape.chunks + i] * exp(static_cast<double>(scaled(chunk_max[i], divisor(p))) - max);
-  sum = reduce<kChooseThreads>(sum, Add{});
+  sum = reduce<kSearchThreads>(sum, Add{});
   // As in torch: NaN anywhere, a +inf, or nothing but -inf leaves no distribution.
   if (!valid(p) || !(fabsf(max) < kInfinity) || sum != sum) {
     if (threadIdx.x == 0) {
@@ -435,29 +414,26 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Rows logits, Sam
   }
 
   RowChooser<Storage> chooser(row_of<Storage>(logits, row), w.group_max + row * shape.groups, shape, p, max, board);
-  uint64_t total = 1, kept = 1;
+  const bool weighed = is_weighed(p.temperature, p.top_k, shape);
+  uint64_t total = weighed ? sum_of_masses(chunk_mass, shape.chunks) : 0, kept = total;
   int token;
   if (p.temperature == 0) {
     token = chooser.first_largest();
+  } else if (has_filters(p, shape.width)) {
+    kept = chooser.filter(total);
+    token = chooser.draw(kept);
   } else {
-    uint64_t mass = 0;
-    for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x) mass += chunk_mass[i];
-    kept = total = reduce<kChooseThreads>(mass, Add{});
-    if (has_filters(p, shape.width)) {
-      kept = chooser.filter(total);
-      token = chooser.draw(kept);
-    } else {
-      token = chooser.draw_unfiltered(chunk_mass, total);
-    }
+    token = chooser.draw_unfiltered(chunk_mass, total);
   }
   if (threadIdx.x != 0) return;
-  const double shifted = static_cast<double>(chooser.z_at(token)) - max;
-  const float logprob = static_cast<float>(shifted - log(sum));
+  const double shifted = static_cast<double>(chooser.z_at(token)) - max, mass = weighed ? static_cast<double>(total) : sum * kMassScale;
+  const float logprob = static_cast<float>(shifted - log(sum)), share = p.temperature == 0 ? 1.0f : static_cast<float>(fmin(kept / mass, 1.0));
   out.tokens[row] = token;
   out.logprobs[row] = logprob;
   // All mass kept: the same distribution, so the same number.
-  out.processed_logprobs[row] = kept == total ? logprob : static_cast<float>(shifted - log(kept / kMassScale));
-  out.kept_mass[row] = static_cast<float>(static_cast<double>(kept) / static_cast<double>(total));
+  const bool all = weighed ? kept == total : share == 1.0f;
+  out.processed_logprobs[row] = all ? logprob : static_cast<float>(shifted - log(kept / kMassScale));
+  out.kept_mass[row] = share;
 }
 
 // The fewest threads, a power of two, that `elements` keep busy.
@@ -471,13 +447,14 @@ template <class Storage, bool kAligned>
 cudaError_t run(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, void* scratch, cudaStream_t stream) {
   const Layout shape = layout(logits.width);
   const Scratch w = scratch_in(scratch, logits.count(), shape);
-  const dim3 chunks(logits.count() * shape.chunks), rows(logits.count());
-  const dim3 threads(block_threads(shape.width, kPerThread, kChunkThreads));
-  cudaError_t error = launch(scan_kernel<Storage, kAligned>, chunks, threads, 0, stream, logits, parameters.temperature, shape, w);
+  const int64_t rows = logits.count(), enough = (kWeighBlocks + rows - 1) / rows;
+  const int blocks_a_row = enough < shape.chunks ? static_cast<int>(enough) : shape.chunks;
+  const dim3 threads(block_threads(shape.width, kPerThread, kChunkThreads)), choose_threads(block_threads(shape.width, 8, kSearchThreads));
+  cudaError_t error = launch(scan_kernel<Storage, kAligned>, dim3(rows * shape.chunks), threads, 0, stream, logits, parameters.temperature, shape, w);
   if (error != cudaSuccess) return error;
-  error = launch(weigh_kernel<Storage, kAligned>, chunks, threads, 0, stream, logits, parameters, shape, w);
+  error = launch(weigh_kernel<Storage, kAligned>, dim3(rows * blocks_a_row), threads, 0, stream, logits, parameters, shape, blocks_a_row, w);
   if (error != cudaSuccess) return error;
-  return launch(choose_kernel<Storage>, rows, dim3(block_threads(shape.width, 8, kChooseThreads)), 0, stream, logits, parameters, shape, w, out);
+  return launch(choose_kernel<Storage>, dim3(rows), choose_threads, 0, stream, logits, parameters, shape, w, out);
 }
 
 }  // namespace
