@@ -2,27 +2,17 @@
 // fastppo/reference/sample_tokens.py is the specification, bit for bit.
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <vector>
 
+#include "../sampling_math.h"
 #include "online_softmax.h"
 #include "parallel.h"
 
 namespace fastppo::FASTPPO_ISA {
 namespace {
 
-constexpr double kMassScale = 0x1p40;
-// A double near 2^12 has a last place of 2^-40: adding 2^12 to e <= 1 rounds e to a multiple of 2^-40 (to even), and the sum's bits count them.
-constexpr double kMassShifter = 0x1p12;
-constexpr uint64_t kMassShifterBits = 0x40b0000000000000;
 constexpr int kBins = 512;
-
-// round(e * 2^40)
-uint64_t mass_of(float e) {
-  const double shifted = static_cast<double>(e) + kMassShifter;
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  return bits - kMassShifterBits;
-}
 
 // Sum of mass_of over vectors of e.
 class MassSum {
@@ -49,47 +39,6 @@ class MassSum {
   }
 };
 
-// Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position, sequence id); the first two words of its output, low one first.
-uint64_t philox(uint64_t seed, uint64_t sequence_id, uint64_t position) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
-  uint32_t c2 = static_cast<uint32_t>(sequence_id), c3 = static_cast<uint32_t>(sequence_id >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return c0 | static_cast<uint64_t>(c1) << 32;
-}
-
-uint64_t multiply_high(uint64_t a, uint64_t b) { return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64); }
-
-// ceil(top_p * total), top_p rounded to a multiple of 2^-31; at least 1, so that the largest logit always stays.
-uint64_t top_p_mass(float top_p, uint64_t total) {
-  const uint64_t share = static_cast<uint64_t>(std::nearbyint(top_p * 0x1p31));
-  const auto product = static_cast<unsigned __int128>(share) * total + ((uint64_t{1} << 31) - 1);
-  return std::max<uint64_t>(1, static_cast<uint64_t>(product >> 31));
-}
-
-// Unsigned integers in the order of their floats, and back; -0 equals 0.
-uint32_t order_key(float z) {
-  const float positive_zero = z + 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &positive_zero, sizeof bits);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-float from_order_key(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
-  float z;
-  std::memcpy(&z, &bits, sizeof z);
-  return z;
-}
-
 struct Weighted {
   uint32_t key;
   uint64_t weight;
@@ -113,18 +62,6 @@ uint32_t select_key(std::vector<Weighted>& items, uint64_t need) {
   }
   return low;
 }
-
-// One row's parameters; out of range, the row is an error row.
-struct RowParameters {
-  float temperature;
-  int64_t top_k;
-  float top_p, min_p;
-  uint64_t uniform;
-  bool valid() const {
-    return temperature >= 0 && temperature < kInfinity && top_k >= 0 && top_p >= 0 && top_p <= 1 && min_p >= 0 && min_p <= 1;
-  }
-  bool filters(int64_t width) const { return (top_k > 0 && top_k < width) || top_p < 1 || min_p > 0; }
-};
 
 // A thread's memory, used for one row after the other.
 struct Scratch {
@@ -168,7 +105,7 @@ class RowSampler {
 
  public:
   RowSampler(const T* row, int64_t width, const RowParameters& p, Scratch& scratch)
-      : row_(row), width_(width), transform_{1.0f, 0.0f, p.temperature == 0 ? 1.0f : p.temperature}, p_(p), s_(scratch) {
+      : row_(row), width_(width), transform_{1.0f, 0.0f, divisor(p)}, p_(p), s_(scratch) {
     stats_ = row_softmax<Storage, false, false>(row, width, transform_, KeepBlocks{s_});
   }
 
@@ -176,7 +113,7 @@ class RowSampler {
     if (stats_.sum != stats_.sum) return error(out, i);
     if (p_.temperature == 0) return finish(out, i, first_largest(), 1, 1);
     const uint64_t total = total_mass();
-    const uint64_t kept = p_.filters(width_) ? filter(total) : total;
+    const uint64_t kept = has_filters(p_, width_) ? filter(total) : total;
     finish(out, i, draw(multiply_high(p_.uniform, kept)), kept, total);
   }
 
@@ -294,10 +231,8 @@ class RowSampler {
 
   // Top-k, then top-p, then min-p: narrows to the kept tokens and returns their mass.
   uint64_t filter(uint64_t total) {
-    const bool top_k = p_.top_k > 0 && p_.top_k < width_;
-    const double least = top_k ? 0 : least_reachable(total);
-    // At 2^-42 and below there is no mass; e^-0.001 is room for the rounding of exp and of z - max, and the bound is rounded down.
-    least_z_ = std::nextafter(static_cast<float>(stats_.max + std::log(std::max(least, 0x1p-42)) - 1e-3), -kInfinity);
+    const bool top_k = has_top_k(p_, width_);
+    least_z_ = least_kept(p_, stats_.max, total, width_);
     if (top_k) {
       least_z_ = std::max(least_z_, lane_bound());
       least_z_ = threshold<false>(p_.top_k);
@@ -315,19 +250,13 @@ class RowSampler {
     return s_.order[p_.top_k - 1];
   }
 
-  // A probability, relative to the largest, that top-p and min-p do not keep less than: all tokens of mass <= c weigh <= width * c, and with that
-  // no more than total - needed, top-p stops above them.
-  double least_reachable(uint64_t total) const {
-    const uint64_t spare = (total - top_p_mass(p_.top_p, total)) / width_;
-    return std::max(static_cast<double>(p_.min_p), static_cast<double>(spare) / kMassScale);
-  }
-
   // The largest t for which {z >= t} among the tokens kept so far weighs `need` (mass, or else number); least_z_ where all of them weigh less.
   // A histogram over even bins from the maximum down names the bin, whose tokens alone are then looked at one by one.
   template <bool kMass>
   float threshold(uint64_t need) {
     if (!(least_z_ < stats_.max)) return least_z_;
-    const float scale = kBins / (stats_.max - least_z_);
+    // Finite also where all is within denormals of the maximum: 0 * inf has no bin.
+    const float scale = std::min(kBins / (stats_.max - least_z_), std::numeric_limits<float>::max());
     uint64_t bins[kBins + 2] = {};
     each_weight<kMass>(scale, kAllBins, [&](int bin, float, uint64_t weight) { bins[bin] += weight; });
     int bin = 0;
@@ -368,7 +297,7 @@ void sample_tokens(const Rows& logits, const SamplingParameters& parameters, con
       for (int64_t i = first; i < last; ++i) {
         const RowParameters p{parameters.temperature[i], parameters.top_k[i], parameters.top_p[i], parameters.min_p[i],
                               philox(parameters.seed, parameters.sequence_ids[i], parameters.positions[i])};
-        if (p.valid()) RowSampler<Storage>(data + logits.offset(i), logits.width, p, scratch).sample(out, i);
+        if (valid(p)) RowSampler<Storage>(data + logits.offset(i), logits.width, p, scratch).sample(out, i);
         else RowSampler<Storage>::error(out, i);
       }
     });

@@ -12,6 +12,7 @@
 #endif
 
 #include "../ops.h"
+#include "../sampling_math.h"
 
 #define FASTPPO_INLINE static inline __attribute__((always_inline))
 #define FASTPPO_MEMBER inline __attribute__((always_inline))
@@ -318,19 +319,15 @@ FASTPPO_INLINE float max_lanes(const vfloat& v) {
   return m;
 }
 
-// exp(r) for |r| <= ln 2 / 2: Cephes' degree-6 polynomial.
+// exp(r) for |r| <= ln 2 / 2.
 FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) {
-  vfloat poly = vfloat(1.9875691500e-4f) * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
+  vfloat poly = vfloat(kExp5) * r + kExp4;
+  poly = poly * r + kExp3;
+  poly = poly * r + kExp2;
+  poly = poly * r + kExp1;
+  poly = poly * r + kExp0;
   return (poly * (r * r) + r) + 1.0f;
 }
-
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite): n * kLn2High is exact
-constexpr float kShifter = 12582912.0f;                              // 1.5 * 2^23: adding it rounds to the nearest integer
 
 // exp(x) within 1.2 ulp: x = n ln 2 + r, exp(x) = 2^n exp(r), with 2^n in two factors so that results reach the denormals.
 // exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
@@ -354,7 +351,7 @@ FASTPPO_INLINE vfloat vexp_nonpositive(const vfloat& x) {
   const vfloat r = (x - n * kLn2High) - n * kLn2Low;
   const vint exponent = bit_cast<int32_t>(shifted) << 23;  // the shifter's own bits leave at the top
   const vfloat result = bit_cast<float>(bit_cast<int32_t>(exp_polynomial(r)) + exponent);
-  return select(x < -87.3f, vfloat(0.0f), result);
+  return select(x < kExpUnderflow, vfloat(0.0f), result);
 }
 
 // tanh(x) within 3 ulp: a Taylor series to x^9 near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.

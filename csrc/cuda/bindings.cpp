@@ -84,6 +84,19 @@ void bind_masked_whiten(py::module_& m) {
   });
 }
 
+void bind_sample_tokens(py::module_& m) {
+  m.def("sample_tokens_scratch", &cuda::sample_tokens_scratch);
+
+  m.def("sample_tokens", [](const RowsTuple& logits, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t sequence_ids,
+                            uintptr_t positions, uint64_t seed, uintptr_t tokens, uintptr_t logprobs, uintptr_t processed_logprobs, uintptr_t kept_mass,
+                            uintptr_t scratch, const StreamTuple& on) {
+    const SamplingParameters parameters{pointer<const float>(temperature), pointer<const int64_t>(top_k), pointer<const float>(top_p),
+                                        pointer<const float>(min_p), pointer<const int64_t>(sequence_ids), pointer<const int64_t>(positions), seed};
+    const SampledRows out{pointer<int64_t>(tokens), pointer<float>(logprobs), pointer<float>(processed_logprobs), pointer<float>(kept_mass)};
+    enqueue(on, [&](cudaStream_t stream) { return cuda::sample_tokens(rows(logits), parameters, out, pointer<void>(scratch), stream); });
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -91,6 +104,7 @@ void bind_cuda(py::module_& m) {
   bind_sequences(cuda);
   bind_gae(cuda);
   bind_masked_whiten(cuda);
+  bind_sample_tokens(cuda);
 }
 
 }  // namespace fastppo

@@ -32,4 +32,11 @@ cudaError_t masked_moments(const Column& x, const uint8_t* mask, int64_t count, 
 cudaError_t masked_whiten(const Column& x, const uint8_t* mask, int64_t count, const double* moment_count, const double* mean, const double* squares,
                           bool keep_mean, float* out, cudaStream_t stream);
 
+// Bytes of scratch, aligned to 16, that sample_tokens takes.
+size_t sample_tokens_scratch(int64_t rows, int64_t width);
+
+// One token a row, the one that the CPU's sample_tokens chooses; width <= 2^22. A row without a distribution or with a parameter out of range: -1,
+// NaN, NaN, 0.
+cudaError_t sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, void* scratch, cudaStream_t stream);
+
 }  // namespace fastppo::cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, address, collapse_rows, rows, threads
+from fastppo.native import _C, address, collapse_rows, on_cuda, rows, stream, threads
 
 
 def sample_tokens(
@@ -13,9 +13,15 @@ def sample_tokens(
     sequence_ids: Tensor, positions: Tensor, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logits [B, V], the rest [B] -> tokens int64 [B]; log-probs, processed log-probs and kept mass fp32 [B]."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    floats = [torch.empty(logits.shape[0], dtype=torch.float32) for _ in range(3)]
+    count, width = logits.shape
+    tokens = logits.new_empty(count, dtype=torch.int64)
+    floats = [logits.new_empty(count, dtype=torch.float32) for _ in range(3)]
     parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, sequence_ids, positions)]
     view = collapse_rows(logits)
-    _C.sample_tokens(rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats), threads())
+    arguments = (rows(view), *map(address, parameters), seed, address(tokens), *map(address, floats))
+    if on_cuda(logits):
+        scratch = logits.new_empty(_C.cuda.sample_tokens_scratch(count, width), dtype=torch.uint8)
+        _C.cuda.sample_tokens(*arguments, address(scratch), stream(logits))
+    else:
+        _C.sample_tokens(*arguments, threads())
     return tokens, *floats

@@ -29,7 +29,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "masked_whiten": ("cpu", "cuda"),
     "approx_kl": ("cpu",),
     "ppo_loss": ("cpu",),
-    "sample_tokens": ("cpu",),
+    "sample_tokens": ("cpu", "cuda"),
     "decode_attention": ("cpu",),
     "batch_invariant_linear": ("cpu",),
 }

@@ -23,6 +23,7 @@ from tests.tolerance import assert_as_exact_as_native
 FILTERS = {
     "none": {},
     "temperature": {"temperature": 0.3},
+    "temperature that leaves denormals": {"temperature": 3e38, "top_k": 2, "top_p": 0.5},
     "top-1": {"top_k": 1},
     "top-k": {"top_k": 7},
     "top-k beyond the kernel's lanes": {"top_k": 600},
@@ -36,19 +37,20 @@ FILTERS = {
 ROWS = 12
 
 
-def assert_same(ours: SampledTokens, other: SampledTokens) -> None:
+def assert_same(ours: SampledTokens, other: SampledTokens, exact_mass: bool = True) -> None:
     """The integers decide, so tokens and kept mass are equal to the last bit; log-probs are right, not equal."""
     assert torch.equal(ours.tokens, other.tokens)
-    assert torch.equal(ours.kept_mass, other.kept_mass)
-    for name in ("logprobs", "processed_logprobs"):
+    if exact_mass:
+        assert torch.equal(ours.kept_mass, other.kept_mass)
+    for name in ("kept_mass", "logprobs", "processed_logprobs"):
         a, b = getattr(ours, name), getattr(other, name)
         assert_as_exact_as_native(a, b, b.double(), name)
 
 
-def compare(logits: Tensor, **options) -> SampledTokens:
+def compare(logits: Tensor, exact_mass: bool = True, **options) -> SampledTokens:
     ours = sample_tokens(logits, **options)
     with use_backend("reference"):
-        assert_same(ours, sample_tokens(logits, **options))
+        assert_same(ours, sample_tokens(logits, **options), exact_mass)
     return ours
 
 
@@ -70,7 +72,7 @@ def adversarial_rows(vocab: int, spread: float, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_equals_reference(cpu_backend, dtype, options):
+def test_kernel_equals_reference(fast_backend, dtype, options):
     for vocab in (1, 2, 17, 252, 1023, 1024, 1025, 5000):
         for seed, spread in enumerate((0.0, 1e-3, 1.0, 30.0)):
             logits = adversarial_rows(vocab, spread, dtype)
@@ -83,10 +85,11 @@ def test_kernel_equals_reference(cpu_backend, dtype, options):
             assert (drawn > -torch.inf).all()
 
 
-def test_large_vocabulary(cpu_backend):
+def test_large_vocabulary(fast_backend):
     logits = torch.randn(3, 100_000) * torch.tensor([[0.1], [1.0], [4.0]])
     for options in ({}, FILTERS["top-p"], FILTERS["all"], {"top_k": 20_000}):
-        compare(logits, **options)
+        # Behind top-k nothing but the kept share depends on all masses: CUDA takes it from the sum of exponentials.
+        compare(logits, exact_mass=fast_backend != "cuda" or "top_k" not in options, **options)
 
 
 def test_parameters_of_each_row(backend):
@@ -109,7 +112,7 @@ def test_parameters_of_each_row(backend):
             assert all(torch.equal(a[i : i + 1], b) for a, b in zip(batch, row, strict=True))
 
 
-def test_bits_do_not_depend_on_batch_order_or_threads(cpu_backend):
+def test_bits_do_not_depend_on_batch_order_or_threads(fast_backend):
     logits, ids, options = torch.randn(9, 3000) * 2, torch.arange(9) * 5, {"top_p": 0.8, "temperature": 0.7}
     whole = sample_tokens(logits, sequence_ids=ids, **options)
     order = torch.randperm(9)
@@ -209,8 +212,8 @@ def test_ties_are_kept_together():
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 12}, {"min_p": 0.1}], ids=str)
 def test_frequencies_follow_the_distribution(backend, options):
-    """Chi-square of 40,000 draws from 30 tokens: below the 99.9 % point for 29 degrees of freedom."""
-    logits, draws = torch.randn(30), 40_000
+    """Chi-square of 10,000 draws from 30 tokens: below the 99.9 % point for 29 degrees of freedom."""
+    logits, draws = torch.randn(30), 10_000
     sampled = sample_tokens(logits.expand(draws, 30), temperature=0.8, seed=3, **options)
     filters = (options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0))
     keep = transformers_keeps(logits.unsqueeze(0), 0.8, *filters)[0]
@@ -257,7 +260,7 @@ def test_dividing_by_a_tiny_temperature_can_leave_no_distribution(backend):
     assert sampled.tokens.tolist() == [-1, 0]
 
 
-def test_bad_parameters_beyond_the_checks_give_error_rows(cpu_backend):
+def test_bad_parameters_beyond_the_checks_give_error_rows(fast_backend):
     """As on a GPU and in a compiled graph, where looking at the values would wait for the device."""
     parameters = {
         "temperature": torch.tensor([1.0, -1.0, torch.nan, 1, 1, 1, 1, 1, torch.inf]),
@@ -306,7 +309,7 @@ def test_exp_is_monotone_where_its_pieces_meet():
     assert ((exp_nonpositive(x).double() - x.double().exp()).abs() <= 1.5e-7 * x.double().exp()).all()
 
 
-def test_opcheck(cpu_backend):
+def test_opcheck(fast_backend):
     logits = torch.randn(4, 33)
     arguments = (torch.ones(4), torch.full((4,), 5), torch.full((4,), 0.9), torch.zeros(4))
     torch.library.opcheck(
@@ -314,7 +317,7 @@ def test_opcheck(cpu_backend):
     )
 
 
-def test_compiles_once_for_all_parameters(cpu_backend):
+def test_compiles_once_for_all_parameters(fast_backend):
     """fullgraph, and neither a number, a seed nor a batch size compiles anew after the second call."""
     graphs = []
 
