@@ -12,6 +12,30 @@ NUM_WARPS = 8
 
 
 @triton.jit
+def add_row(
+    row_ptr,
+    V,
+    running_max,
+    total,
+    weighted,
+    scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Folds a row x [V], or the next piece of one, into (max, sum exp(z - max), sum exp(z - max) (z - max))."""
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0, eviction_policy="evict_first")  # [BLOCK_V]
+        z = tl.where(mask_v, transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP), -float("inf"))
+        running_max, total, weighted = online_update(z, running_max, total, weighted, WITH_ENTROPY)
+    return running_max, total, weighted
+
+
+@triton.jit
 def _token_logprobs_forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -41,15 +65,9 @@ def _token_logprobs_forward_kernel(
         if WITH_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         return
-    running_max = -float("inf")
-    total = 0.0
-    weighted = 0.0
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
-        x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0, eviction_policy="evict_first")  # [BLOCK_V]
-        z = tl.where(mask_v, transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP), -float("inf"))
-        running_max, total, weighted = online_update(z, running_max, total, weighted, WITH_ENTROPY)
+    running_max, total, weighted = add_row(
+        row_ptr, V, -float("inf"), 0.0, 0.0, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
+    )
     # As in torch: a +inf, or nothing but -inf, leaves no distribution; NaN is in the sums already.
     no_distribution = (running_max == float("inf")) | (running_max == -float("inf"))
     log_sum = tl.where(no_distribution, float("nan"), tl.log(total))
@@ -61,6 +79,39 @@ def _token_logprobs_forward_kernel(
     tl.store(max_logsum_ptr + 2 * row + 1, log_sum)
     if WITH_ENTROPY:
         tl.store(entropy_ptr + row, log_sum - weighted / total)
+
+
+@triton.jit
+def _token_logprobs_add_tile_kernel(
+    tile_ptr,
+    labels_ptr,
+    state_ptr,
+    width,
+    stride_row,
+    scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a row. tile [rows, width]; labels [rows]; state fp64 [rows, 4]: max, sum, weighted sum, label's z."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * stride_row
+    sums_ptr = state_ptr + 4 * row
+    running_max = tl.load(sums_ptr).to(tl.float32)
+    total = tl.load(sums_ptr + 1).to(tl.float32)
+    weighted = tl.load(sums_ptr + 2).to(tl.float32)
+    running_max, total, weighted = add_row(
+        row_ptr, width, running_max, total, weighted, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
+    )
+    label = tl.load(labels_ptr + row)
+    here = (label >= 0) & (label < width)
+    x_label = tl.load(row_ptr + label, mask=here, other=0.0)
+    tl.store(sums_ptr, running_max)
+    tl.store(sums_ptr + 1, total)
+    tl.store(sums_ptr + 2, weighted)
+    tl.store(sums_ptr + 3, transform_logits(x_label, scale, softcap, temperature, HAS_SOFTCAP), mask=here)
 
 
 @triton.jit
@@ -153,6 +204,33 @@ def token_logprobs_forward(
     return logprobs, entropy, max_logsum
 
 
+def token_logprobs_add_tile(
+    tile: Tensor, labels: Tensor, transform: tuple[float, float, float], with_entropy: bool, state: Tensor
+) -> None:
+    """Adds columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max), the same times z - max, label's z.
+
+    labels int64 [rows] count from the tile's first column; one outside it leaves the label's z as it is. The tile's last
+    stride is 1, all else is contiguous; `state` starts as (-inf, 0, 0, NaN).
+    """
+    count, width = tile.shape
+    scale, softcap, temperature = transform
+    if count:
+        _token_logprobs_add_tile_kernel[(count,)](
+            tile,
+            labels,
+            state,
+            width,
+            tile.stride(0),
+            scale,
+            softcap,
+            temperature,
+            HAS_SOFTCAP=softcap > 0,
+            WITH_ENTROPY=with_entropy,
+            BLOCK_V=_block(width),
+            num_warps=NUM_WARPS,
+        )
+
+
 def token_logprobs_backward(
     logits: Tensor,
     labels: Tensor,
@@ -164,7 +242,10 @@ def token_logprobs_backward(
     d_entropy: Tensor | None,
     grad: Tensor,
 ) -> None:
-    """Writes the gradient of logits [outer, inner, V] into `grad`, of the same shape; `grad` may be `logits` itself."""
+    """Writes the gradient of logits [outer, inner, V] into `grad`, of that shape and any type; it may be `logits` itself.
+
+    A label outside [0, V) that is not `ignore_index` stands in columns that these logits do not hold.
+    """
     outer, inner, V = logits.shape
     scale, softcap, temperature = transform
     if not outer * inner:

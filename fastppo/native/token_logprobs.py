@@ -40,7 +40,7 @@ def token_logprobs_add_tile(
 ) -> None:
     """Adds fp32 columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max), the same times z - max, label's z.
 
-    labels int64 [rows] count from the tile's first column. Everything contiguous; `state` starts as (-inf, 0, 0, 0).
+    labels int64 [rows] count from the tile's first column. Everything contiguous; `state` starts as (-inf, 0, 0, NaN).
     """
     count, width = tile.shape
     _C.token_logprobs_add_tile(

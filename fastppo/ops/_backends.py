@@ -23,8 +23,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # The fast backends of each op, besides the reference that every op has: at most one a device type.
 FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu", "triton"),
-    "linear_token_logprobs": ("cpu",),
-    "linear_ppo_loss": ("cpu",),
+    "linear_token_logprobs": ("cpu", "triton"),
+    "linear_ppo_loss": ("cpu", "triton"),
     "gae": ("cpu", "cuda"),
     "masked_whiten": ("cpu", "cuda"),
     "approx_kl": ("cpu",),

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from fastppo.native import ppo_loss as native_loss
-from fastppo.native import token_logprobs as native_logprobs
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
-from fastppo.ops._chunked_head import ChunkedHead, check_head, kept_rows
+from fastppo.ops._head import (
+    Head,
+    HeadGradients,
+    Statistics,
+    Transform,
+    Upstream,
+    WholeRows,
+    check_head,
+    exact_products,
+    kept_rows,
+    lift_for,
+)
 from fastppo.ops._registry import custom_op
 from fastppo.ops.ppo_loss import (
     RATIO_LEVELS,
@@ -164,35 +174,38 @@ def linear_ppo_loss(
     return LinearPPOLoss(loss, PPOStats(*stats.unbind()), logprobs, entropy)
 
 
-class _Chunk(NamedTuple):
+class _Loss(NamedTuple):
+    """The loss over tokens, whose sums are added up part by part."""
+
+    options: native_loss.PPOOptions
+    scale: float
+    columns: dict[str, Tensor]
+    """fp32 [count], of the rows that are multiplied."""
+    labels: Tensor
+    mask: Tensor | None
     sums: dict[str, float]
-    logprobs: Tensor
-    entropy: Tensor
 
-
-def _chunk_loss(
-    logits: Tensor,
-    labels: Tensor,
-    transform: tuple[float, float, float],
-    columns: dict[str, Tensor],
-    options: native_loss.PPOOptions,
-    scale: float,
-    with_gradient: bool,
-) -> _Chunk:
-    """The loss of a chunk of rows, none of them ignored; with_gradient overwrites their logits by its gradient."""
-    no_index = -1
-    logprobs, entropy, max_logsum = native_logprobs.token_logprobs_forward(
-        logits[None], labels, no_index, transform, True
-    )
-    columns = columns | {"logprobs": logprobs, "entropy": entropy}
-    wanted = ("logprobs", "entropy") if options.entropy_coef != 0 else ("logprobs",)
-    sums, gradients = native_loss.ppo_loss_tokens(columns, None, options, scale, wanted if with_gradient else ())
-    if with_gradient:
-        upstream = gradients["logprobs"], gradients.get("entropy")
-        native_logprobs.token_logprobs_backward(
-            logits[None], labels, no_index, transform, max_logsum, entropy, *upstream, logits[None]
+    def add(self, part: slice, statistics: Statistics, with_gradient: bool) -> Upstream | None:
+        """Adds a part's sums; with_gradient returns what its logits' gradients need."""
+        columns = {name: x[part] for name, x in self.columns.items()}
+        columns |= {"logprobs": statistics.logprobs, "entropy": statistics.entropy}
+        wanted = ("logprobs", "entropy") if self.options.entropy_coef != 0 else ("logprobs",)
+        mask = None if self.mask is None else self.mask[part]
+        sums, gradients = native_loss.ppo_loss_tokens(
+            columns, mask, self.options, self.scale, wanted if with_gradient else ()
         )
-    return _Chunk(sums, logprobs, entropy)
+        for name, value in sums.items():
+            self.sums[name] = max(self.sums[name], value) if name == "ratio_max" else self.sums[name] + value
+        if not with_gradient:
+            return None
+        entropy = statistics.entropy if "entropy" in gradients else None
+        upstream = entropy, gradients["logprobs"], gradients.get("entropy")
+        return Upstream(self.labels[part], statistics.max_logsum, *upstream)
+
+
+def _gradient_dtype(x: Tensor, backend: str) -> torch.dtype:
+    """Of what waits for the loss's own gradient: fp32, or bf16, which has its range and whose factor is 1 but for scaling."""
+    return torch.bfloat16 if backend == "triton" and x.dtype == torch.bfloat16 else torch.float32
 
 
 @custom_op("linear_ppo_loss")
@@ -232,37 +245,66 @@ def _linear_ppo_loss(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
     )
     transform = (logit_scale, softcap, temperature)
-    keep = kept_rows(labels, mask, len(weight), ignore_index)
-    rows = keep.reshape(-1).nonzero().squeeze(1)
-    kept_labels = labels.reshape(-1)[rows]
-    head = ChunkedHead(hidden, weight, bias, rows, wanted)
-    logprobs, entropy = (torch.zeros(labels.shape, dtype=torch.float32) for _ in range(2))
+    backend = choose("linear_ppo_loss", hidden)
+    keep = kept_rows(labels, mask, len(weight), ignore_index, backend)
+    head = Head(hidden, weight, bias, keep, backend)
+    kept_labels = head.labels(labels)
     by_sequence = ratio_level == "sequence"
-    # Under autocast the products would be rounded to half precision.
-    with torch.autocast("cpu", enabled=False):
+    with exact_products(hidden):
+        rows = WholeRows(head, any(wanted))
+        logprobs = old_logprobs  # for the counts alone, but for a ratio of sequences
         if by_sequence:
-            for places, logits in head.chunks():
-                values, *_ = native_logprobs.token_logprobs_forward(
-                    logits[None], kept_labels[places], -1, transform, False
-                )
-                logprobs.view(-1)[rows[places]] = values
-        sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
+            logprobs = head.put(_row_logprobs(rows, kept_labels, transform))
+        sequence_columns = {"logprobs": logprobs.contiguous(), "old_logprobs": old_logprobs.contiguous()}
         needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
         counts = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
         scale = loss_scale(counts, aggregation, denominator)
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
         given |= {"rollout_logprobs": rollout_logprobs} | counts.columns()
-        columns = {name: x.reshape(-1)[rows] for name, x in given.items() if x is not None}
+        columns = {name: head.take(x.reshape(labels.shape)) for name, x in given.items() if x is not None}
         sums = dict.fromkeys(native_loss.PPO_SUMS, 0.0)
-        for places, logits in head.chunks():
-            in_chunk = {name: x[places] for name, x in columns.items()}
-            chunk = _chunk_loss(logits, kept_labels[places], transform, in_chunk, options, scale, any(wanted))
-            logprobs.view(-1)[rows[places]], entropy.view(-1)[rows[places]] = chunk.logprobs, chunk.entropy
-            for name, value in chunk.sums.items():
-                sums[name] = max(sums[name], value) if name == "ratio_max" else sums[name] + value
-            if any(wanted):
-                head.add_gradients(places, logits)
-    return *finish(sums, counts.tokens, scale, options), logprobs, entropy, *head.gradients
+        loss = _Loss(options, scale, columns, kept_labels, head.mask, sums)
+        sources = zip((hidden, weight, bias), wanted, strict=True)
+        dtypes = [_gradient_dtype(x, backend) if want else None for x, want in sources]
+        logprobs, entropy, gradients = _loss_and_gradients(head, rows, loss, transform, dtypes)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients)
+    d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
+    outputs = head.put(logprobs), head.put(entropy), d_hidden, d_weight, d_bias
+    return *finish(sums, counts.tokens, scale, options), *outputs
+
+
+def _row_logprobs(rows: WholeRows, labels: Tensor, transform: Transform) -> Tensor:
+    logprobs = torch.empty_like(labels, dtype=torch.float32)
+    for part in rows.parts(slice(0, len(labels))):
+        logprobs[part] = rows.statistics(rows.logits(part), labels[part], transform, False).logprobs
+    return logprobs
+
+
+def _loss_and_gradients(
+    head: Head, rows: WholeRows, loss: _Loss, transform: Transform, dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """(log-probs, entropies) of the rows that are multiplied and the three gradients, of the types that are not None."""
+    lift = None
+    if head.dtype == torch.float16:
+        lift = lift_for(torch.as_tensor(loss.scale, dtype=torch.float32, device=loss.labels.device))
+    gradients = HeadGradients(head, dtypes, lift)
+    logprobs, entropy = (torch.empty_like(loss.labels, dtype=torch.float32) for _ in range(2))
+    with_gradient = any(dtype is not None for dtype in dtypes)
+    for chunk in rows.chunks():
+        d_logits = rows.gradients(chunk)
+        for part in rows.parts(chunk):
+            logits = rows.logits(part)
+            statistics = rows.statistics(logits, loss.labels[part], transform, True)
+            logprobs[part], entropy[part], _ = statistics
+            upstream = loss.add(part, statistics, with_gradient)
+            if with_gradient:
+                inside = slice(part.start - chunk.start, part.stop - chunk.start)
+                rows.differentiate(logits, upstream.lifted(lift), transform, [x[inside] for x in d_logits])
+        if with_gradient:
+            inputs = head.inputs(chunk)
+            for (block, weight), gradient in zip(rows.blocks(), d_logits, strict=True):
+                gradients.add(chunk, block, weight, inputs, gradient)
+    return logprobs, entropy, gradients.finish()
 
 
 @torch.library.register_fake("fastppo::linear_ppo_loss")
@@ -270,8 +312,10 @@ def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
     *_, wanted = options
     loss = hidden.new_empty((), dtype=torch.float32)
     logprobs, entropy = loss.new_empty(labels.shape), loss.new_empty(labels.shape)
-    sources = zip((hidden, weight, bias), wanted, strict=True)
-    gradients = [loss.new_empty(x.shape if want else 0) for x, want in sources]
+    backend, sources = choose("linear_ppo_loss", hidden), zip((hidden, weight, bias), wanted, strict=True)
+    gradients = [
+        loss.new_empty(x.shape, dtype=_gradient_dtype(x, backend)) if want else loss.new_empty(0) for x, want in sources
+    ]
     return loss, loss.new_empty(len(PPOStats._fields)), logprobs, entropy, *gradients
 
 

@@ -7,16 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastppo.native import token_logprobs as native
 from fastppo.ops._backends import choose
-from fastppo.ops._chunked_head import check_head, kept_rows
+from fastppo.ops._head import (
+    Head,
+    HeadGradients,
+    Upstream,
+    check_head,
+    exact_products,
+    finish_state,
+    kept_rows,
+    kept_tiles_shape,
+    lift_for,
+    tile_gradient,
+    tiles,
+)
 from fastppo.ops._registry import custom_op, refuse_gradient
-from fastppo.ops._tiled_head import HeadGradients, TiledHead, kept_tiles_shape
 from fastppo.ops.token_logprobs import TokenLogprobs, check_logit_options
 from fastppo.reference import linear_token_logprobs as reference
-
-# Rows that are ignored never reach the kernels; labels count from a tile's first column and so may be any small number.
-NO_INDEX = torch.iinfo(torch.int64).min
 
 
 def linear_token_logprobs(
@@ -85,32 +92,24 @@ def _linear_token_logprobs(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored; some tiles' logits."""
-    rows = kept_rows(labels, None, len(weight), ignore_index).reshape(-1).nonzero().squeeze(1)
-    kept_labels = labels.reshape(-1)[rows]
+    backend = choose("linear_token_logprobs", hidden)
+    keep = kept_rows(labels, None, len(weight), ignore_index, backend)
     kept = _kept_tiles(hidden, weight, labels, keep_logits)
-    head = TiledHead(hidden, weight, bias, rows, kept, filled=False)
-    state = torch.tensor([-torch.inf, 0, 0, 0], dtype=torch.float64).repeat(head.count, 1)
+    head = Head(hidden, weight, bias, keep, backend)
+    kept_labels, state = head.take(labels), head.new_state(head.count)
     transform = (logit_scale, softcap, temperature)
-    # Under autocast the products would be rounded to half precision.
-    with torch.autocast(hidden.device.type, enabled=False):
-        for block, block_weight in head.columns():
-            for tile in head.tiles(block, block_weight):
-                in_block = kept_labels[tile.places] - block.start
-                native.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
-    peak, total, weighted, label_z = state.unbind(1)
-    log_sum = total.log()
-    logprobs = hidden.new_zeros(labels.shape, dtype=torch.float32)
-    entropy = torch.zeros_like(logprobs) if return_entropy else logprobs.new_empty(0)
-    max_logsum = logprobs.new_zeros((*labels.shape, 2))
-    logprobs.view(-1)[rows] = ((label_z - peak) - log_sum).float()
-    max_logsum.view(-1, 2)[rows] = torch.stack([peak, log_sum], 1).float()
-    if return_entropy:
-        entropy.view(-1)[rows] = (log_sum - weighted / total).float()
-    return logprobs, entropy, max_logsum, kept
+    with exact_products(hidden):
+        for tile in tiles(head, kept, backward=False):
+            in_block = kept_labels[tile.places] - tile.block.start
+            head.kernels.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
+    logprobs, entropy, max_logsum = finish_state(state)
+    made_entropy = head.put(entropy) if return_entropy else logprobs.new_empty(0)
+    return head.put(logprobs), made_entropy, head.put(max_logsum), kept
 
 
 def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool) -> Tensor:
-    shape = kept_tiles_shape(labels.numel(), weight.shape[0]) if keep_logits else (0, 0)
+    backend = choose("linear_token_logprobs", hidden)
+    shape = kept_tiles_shape(labels.numel(), weight.shape[0], backend) if keep_logits else (0, 0)
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
@@ -140,26 +139,21 @@ def _linear_token_logprobs_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their own types, each empty where not `wanted`."""
-    rows = (labels != ignore_index).reshape(-1).nonzero().squeeze(1)
-    kept_labels, statistics = labels.reshape(-1)[rows], max_logsum.view(-1, 2)[rows]
-    d_logprobs = d_logprobs.reshape(-1)[rows]
-    kept_entropy = entropy.view(-1)[rows] if d_entropy is not None else None
-    d_entropy = None if d_entropy is None else d_entropy.reshape(-1)[rows]
-    head = TiledHead(hidden, weight, bias, rows, kept, filled=True)
-    gradients = HeadGradients(head, tuple(wanted))
+    head = Head(hidden, weight, bias, labels != ignore_index, choose("linear_token_logprobs", hidden))
+    entropy = entropy if d_entropy is not None else None
+    given = [None if x is None else head.take(x) for x in (max_logsum, entropy, d_logprobs, d_entropy)]
+    rows = Upstream(head.labels(labels), *given)
+    lift = lift_for(rows.peak()) if head.dtype == torch.float16 else None
+    rows = rows.lifted(lift)
+    sources = zip((hidden, weight, bias), wanted, strict=True)
+    gradients = HeadGradients(head, [x.dtype if want else None for x, want in sources], lift)
     transform = (logit_scale, softcap, temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for block, block_weight in gradients.columns():
-            for tile in head.tiles(block, block_weight):
-                at = tile.places
-                of_entropy = [None if x is None else x[at] for x in (kept_entropy, d_entropy)]
-                native.token_logprobs_backward(
-                    tile.logits[None], kept_labels[at] - block.start, NO_INDEX, transform, statistics[at],
-                    of_entropy[0], d_logprobs[at], of_entropy[1], tile.scratch,
-                )  # fmt: skip
-                gradients.add(block, block_weight, tile)
-    d_bias = None if gradients.bias is None else gradients.bias.to(bias.dtype)
-    made = gradients.hidden(hidden.shape, hidden.dtype), gradients.weight, d_bias
+    with exact_products(hidden):
+        for tile in tiles(head, kept, backward=True):
+            tile_gradient(head, tile.block, tile.logits, rows.part(tile.places), transform, tile.gradient)
+            gradients.add(tile.places, tile.block, tile.weight, tile.inputs, tile.gradient)
+    d_hidden, d_weight, d_bias = gradients.finish()
+    made = None if d_hidden is None else d_hidden.view(hidden.shape), d_weight, d_bias
     return tuple(hidden.new_empty(0) if x is None else x for x in made)
 
 

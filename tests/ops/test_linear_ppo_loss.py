@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo.native import token_logprobs as native
-from fastppo.ops import _chunked_head, linear_ppo_loss, ppo_loss, token_logprobs
+from fastppo.ops import _head, linear_ppo_loss, ppo_loss, token_logprobs
 from fastppo.ops.ppo_loss import named_statistics
 from fastppo.reference.linear_ppo_loss import linear_ppo_loss as reference
 from tests.cases import DTYPES
@@ -74,9 +74,16 @@ def compare(batch: dict, trained=GRADIENTS, **options) -> None:
     compare_results(ours, run(reference, batch, trained, **options), run(reference, widened(batch), trained, **options))
 
 
-def set_chunk_rows(monkeypatch, rows: int, vocabulary: int) -> None:
-    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 4 * rows * vocabulary)
-    monkeypatch.setattr(_chunked_head, "LARGE_VOCABULARY_ROWS", 1)
+def set_rows(monkeypatch, rows: int, vocabulary: int, columns: int = 2048, chunk_rows: int = 0) -> None:
+    """So many rows of logits at a time, in blocks of so many columns where the weight is converted."""
+    pitch = -(-vocabulary // _head.ALIGNMENT) * _head.ALIGNMENT
+    for backend, sizes in _head.SIZES.items():
+        gradient_bytes = 2 * chunk_rows * pitch
+        smaller = sizes._replace(
+            tile_columns=columns, logits_bytes=4 * rows * vocabulary, gradient_bytes=gradient_bytes
+        )
+        monkeypatch.setitem(_head.SIZES, backend, smaller)
+    monkeypatch.setattr(_head, "LARGE_VOCABULARY_ROWS", 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,21 +98,21 @@ def test_variants(backend, variant, dtype):
 def test_chunk_boundaries(cpu_backend, monkeypatch, rows, variant):
     """One row a chunk, a ragged last chunk, exactly one chunk; and a half-precision weight in blocks."""
     batch = make_batch(1, 70, share=1.0)
-    set_chunk_rows(monkeypatch, rows, 67)
+    set_rows(monkeypatch, rows, 67, columns=30)
     compare(batch, **VARIANTS[variant])
     half = {name: x.bfloat16() if name in GRADIENTS else x for name, x in batch.items()}
     compare(half, **VARIANTS[variant])
 
 
 def test_logits_stay_small(cpu_backend, monkeypatch):
-    """No more than CHUNK_BYTES of logits, or an eighth of the weight, exist at a time."""
-    monkeypatch.setattr(_chunked_head, "CHUNK_BYTES", 2**17)
-    seen, forward = [], native.token_logprobs_forward
-    monkeypatch.setattr(native, "token_logprobs_forward", lambda x, *rest: seen.append(x.shape) or forward(x, *rest))
+    """No more than `logits_bytes` of logits, or an eighth of the weight, exist at a time."""
+    monkeypatch.setitem(_head.SIZES, "cpu", _head.SIZES["cpu"]._replace(logits_bytes=2**17))
+    seen, add_tile = [], native.token_logprobs_add_tile
+    monkeypatch.setattr(native, "token_logprobs_add_tile", lambda x, *rest: seen.append(x.shape) or add_tile(x, *rest))
     for width, rows in ((4, 2**17 // 8000), (1024, 128)):
         seen.clear()
         run(linear_ppo_loss, make_batch(250, width=width, vocabulary=2000, share=1.0), ("hidden",))
-        assert sum(count for _, count, _ in seen) == 250 and max(count for _, count, _ in seen) == rows
+        assert sum(count for count, _ in seen) == 250 and max(count for count, _ in seen) == rows
         assert rows * 2000 * 4 <= max(2**17, 2000 * width * 4 / 8)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.ops import _tiled_head, linear_token_logprobs, token_logprobs
+from fastppo.ops import _head, linear_token_logprobs, token_logprobs
 from fastppo.reference.linear_token_logprobs import linear_token_logprobs as reference
 from tests.cases import DTYPES
 from tests.isa import assert_same_bits_on_every_isa
@@ -38,11 +38,16 @@ def compare(hidden, weight, bias, labels, **options):
         assert_as_exact_as_native(a, b, c, name)
 
 
+def set_tiles(monkeypatch, rows: int, columns: int, **others: int) -> None:
+    for backend, sizes in _head.SIZES.items():
+        smaller = sizes._replace(tile_rows=rows, tile_columns=columns, **others)
+        monkeypatch.setitem(_head.SIZES, backend, smaller)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Four rows by thirty columns: several tiles each way, the last ones smaller."""
-    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 4)
-    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 30)
+    set_tiles(monkeypatch, 4, 30)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "temperature", "softcap"])
@@ -60,22 +65,19 @@ def test_tile_boundaries(backend, small_tiles, rows):
 def test_tiles_do_not_change_the_result(cpu_backend, monkeypatch):
     hidden, weight, bias, labels = operands(rows=9)
     whole = linear_token_logprobs(hidden, weight, labels, bias)
-    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 1)
-    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 1)
+    set_tiles(monkeypatch, 1, 1)
     assert torch.allclose(linear_token_logprobs(hidden, weight, labels, bias), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_kept_logits_serve_every_backward_pass(cpu_backend, monkeypatch, ignored):
     """Four tiles of 49 are kept, or none; a second backward pass finds them as the first one did."""
-    monkeypatch.setattr(_tiled_head, "TILE_ROWS", 2)
-    monkeypatch.setattr(_tiled_head, "TILE_COLUMNS", 10)
     hidden, weight, bias, labels = operands()
     if ignored:
         labels[[0, 3, 4]] = -100
     results = []
     for most in (0, 4):
-        monkeypatch.setattr(_tiled_head, "MOST_KEPT_TILES", most)
+        set_tiles(monkeypatch, 2, 10, most_kept_tiles=most)
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         loss = linear_token_logprobs(leaves[0], leaves[1], labels, leaves[2]).square().sum()
         results += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
