@@ -1,4 +1,4 @@
-// What kernels share: storage types, exchanges within a warp and a block, random numbers.
+// What kernels share: storage types, exchanges within a warp and a block.
 //
 // A `static` local in this namespace is a kernel's shared memory and nothing else: tests/cuda_on_cpu fills all of them with NaN before each block.
 #pragma once
@@ -54,17 +54,14 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
 struct Float32 {
   typedef float type;
   __device__ static __forceinline__ float to_float(float x) { return x; }
-  __device__ static __forceinline__ float from_float(float x) { return x; }
 };
 struct BFloat16 {
   typedef uint16_t type;
   __device__ static __forceinline__ float to_float(uint16_t bits) { return bfloat16_to_float(bits); }
-  __device__ static __forceinline__ uint16_t from_float(float x) { return float_to_bfloat16(x); }
 };
 struct Float16 {
   typedef uint16_t type;
   __device__ static __forceinline__ float to_float(uint16_t bits) { return half_to_float(bits); }
-  __device__ static __forceinline__ uint16_t from_float(float x) { return float_to_half(x); }
 };
 
 // Calls f(Float32{}), f(BFloat16{}) or f(Float16{}), on the host, and returns what it returns.
@@ -131,17 +128,6 @@ __device__ __forceinline__ T block_reduce(T value, const Op& op) {
   return result;
 }
 
-// The launch's shared memory as an array of T.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-#ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char memory[];
-  return reinterpret_cast<T*>(memory);
-#else
-  return reinterpret_cast<T*>(emulator::dynamic_shared());
-#endif
-}
-
 // Starts a copy of 4 bytes from global to shared memory, which is there after this thread's wait_for_copies().
 __device__ __forceinline__ void copy_async(float* shared, const float* global) {
 #ifdef __CUDACC__
@@ -159,24 +145,15 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// ---- random numbers
-
-// Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position, sequence id); the first two words of its output, low one first.
-__device__ __forceinline__ uint64_t philox(uint64_t seed, uint64_t sequence_id, uint64_t position) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
-  uint32_t c2 = static_cast<uint32_t>(sequence_id), c3 = static_cast<uint32_t>(sequence_id >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return c0 | static_cast<uint64_t>(c1) << 32;
+// The launch's shared memory as an array of T.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return reinterpret_cast<T*>(emulator::dynamic_shared());
+#endif
 }
 
 }  // namespace fastppo::cuda
