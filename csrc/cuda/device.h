@@ -54,17 +54,14 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
 struct Float32 {
   typedef float type;
   __device__ static __forceinline__ float to_float(float x) { return x; }
-  __device__ static __forceinline__ float from_float(float x) { return x; }
 };
 struct BFloat16 {
   typedef uint16_t type;
   __device__ static __forceinline__ float to_float(uint16_t bits) { return bfloat16_to_float(bits); }
-  __device__ static __forceinline__ uint16_t from_float(float x) { return float_to_bfloat16(x); }
 };
 struct Float16 {
   typedef uint16_t type;
   __device__ static __forceinline__ float to_float(uint16_t bits) { return half_to_float(bits); }
-  __device__ static __forceinline__ uint16_t from_float(float x) { return float_to_half(x); }
 };
 
 // Calls f(Float32{}), f(BFloat16{}) or f(Float16{}), on the host, and returns what it returns.
@@ -129,17 +126,6 @@ __device__ __forceinline__ T block_reduce(T value, const Op& op) {
   for (int warp = 1; warp < kWarps; ++warp) result = op(result, partial[warp]);
   __syncthreads();  // until all have read
   return result;
-}
-
-// The launch's shared memory as an array of T.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-#ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char memory[];
-  return reinterpret_cast<T*>(memory);
-#else
-  return reinterpret_cast<T*>(emulator::dynamic_shared());
-#endif
 }
 
 // Starts a copy of 4 bytes from global to shared memory, which is there after this thread's wait_for_copies().
