@@ -22,11 +22,11 @@ from fastppo.ops.ppo_loss import (
     check_options,
     check_policy_partners,
     check_sequences,
-    finish,
-    loss_scale,
+    loss_denominator,
     named_statistics,
     needs_sequences,
-    scale_gradient,
+    save_gradients,
+    scaled_gradients,
 )
 from fastppo.ops.token_logprobs import check_logit_options
 from fastppo.reference import linear_ppo_loss as reference
@@ -132,7 +132,7 @@ def linear_ppo_loss(
         )
         return LinearPPOLoss(loss, named_statistics(stats), logprobs, entropy)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    loss, stats, logprobs, entropy, *_ = _linear_ppo_loss(
+    loss, stats, _, logprobs, entropy, *_ = _linear_ppo_loss(
         hidden,
         weight,
         labels.long(),
@@ -165,7 +165,7 @@ def linear_ppo_loss(
 
 
 class _Chunk(NamedTuple):
-    sums: dict[str, float]
+    sums: Tensor
     logprobs: Tensor
     entropy: Tensor
 
@@ -176,7 +176,6 @@ def _chunk_loss(
     transform: tuple[float, float, float],
     columns: dict[str, Tensor],
     options: native_loss.PPOOptions,
-    scale: float,
     with_gradient: bool,
 ) -> _Chunk:
     """The loss of a chunk of rows, none of them ignored; with_gradient overwrites their logits by its gradient."""
@@ -186,7 +185,7 @@ def _chunk_loss(
     )
     columns = columns | {"logprobs": logprobs, "entropy": entropy}
     wanted = ("logprobs", "entropy") if options.entropy_coef != 0 else ("logprobs",)
-    sums, gradients = native_loss.ppo_loss_tokens(columns, None, options, scale, wanted if with_gradient else ())
+    sums, gradients = native_loss.ppo_loss_tokens(columns, None, options, wanted if with_gradient else ())
     if with_gradient:
         upstream = gradients["logprobs"], gradients.get("entropy")
         native_logprobs.token_logprobs_backward(
@@ -225,8 +224,8 @@ def _linear_ppo_loss(
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, log-probs, entropies, gradients of hidden, weight and bias, each empty where not `wanted`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, scale, log-probs, entropies, gradients of hidden, weight and bias before that scale, each empty where not `wanted`)."""
     coefficients, rollout_bounds = (0.0, kl_coef, kl_kind, entropy_coef), (rollout_low, rollout_high)
     options = native_loss.PPOOptions(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
@@ -246,23 +245,27 @@ def _linear_ppo_loss(
                     logits[None], kept_labels[places], -1, transform, False
                 )
                 logprobs.view(-1)[rows[places]] = values
-        sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
-        needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
-        counts = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
-        scale = loss_scale(counts, aggregation, denominator)
+        made, used_sequences = {}, None
+        if needs_sequences(ratio_level, aggregation, denominator):
+            sequence_columns = {"logprobs": logprobs, "old_logprobs": old_logprobs.contiguous()}
+            needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
+            sequences = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
+            made, used_sequences = sequences.columns(), sequences.used
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
-        given |= {"rollout_logprobs": rollout_logprobs} | counts.columns()
+        given |= {"rollout_logprobs": rollout_logprobs} | made
         columns = {name: x.reshape(-1)[rows] for name, x in given.items() if x is not None}
-        sums = dict.fromkeys(native_loss.PPO_SUMS, 0.0)
+        sums = [logprobs.new_empty((0, len(native_loss.PPO_SUMS)))]
         for places, logits in head.chunks():
             in_chunk = {name: x[places] for name, x in columns.items()}
-            chunk = _chunk_loss(logits, kept_labels[places], transform, in_chunk, options, scale, any(wanted))
+            chunk = _chunk_loss(logits, kept_labels[places], transform, in_chunk, options, any(wanted))
             logprobs.view(-1)[rows[places]], entropy.view(-1)[rows[places]] = chunk.logprobs, chunk.entropy
-            for name, value in chunk.sums.items():
-                sums[name] = max(sums[name], value) if name == "ratio_max" else sums[name] + value
+            sums.append(chunk.sums)
             if any(wanted):
                 head.add_gradients(places, logits)
-    return *finish(sums, counts.tokens, scale, options), logprobs, entropy, *head.gradients
+    result = native_loss.ppo_loss_finish(
+        torch.cat(sums), options, loss_denominator(denominator, aggregation, used_sequences)
+    )
+    return *result, logprobs, entropy, *head.gradients
 
 
 @torch.library.register_fake("fastppo::linear_ppo_loss")
@@ -272,23 +275,20 @@ def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
     logprobs, entropy = loss.new_empty(labels.shape), loss.new_empty(labels.shape)
     sources = zip((hidden, weight, bias), wanted, strict=True)
     gradients = [loss.new_empty(x.shape if want else 0) for x, want in sources]
-    return loss, loss.new_empty(len(PPOStats._fields)), logprobs, entropy, *gradients
+    scale = loss.new_empty((), dtype=torch.float64)
+    return loss, loss.new_empty(len(PPOStats._fields)), scale, logprobs, entropy, *gradients
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, _, _, _, _, bias, *_, wanted = inputs
-    sources = zip((hidden, weight, bias), wanted, strict=True)
-    ctx.dtypes = [x.dtype if want else None for x, want in sources]
-    ctx.save_for_backward(*output[4:])
+    _, _, scale, _, _, *gradients = output
+    save_gradients(ctx, (hidden, weight, bias), scale, gradients, wanted)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_loss, *_):
     grads = [None] * 28
-    if d_loss is not None:
-        for place, gradient, dtype in zip((0, 1, 6), ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads[place] = None if dtype is None else scale_gradient(gradient, d_loss, dtype)
+    grads[0], grads[1], grads[6] = scaled_gradients(ctx, d_loss)
     return tuple(grads)
 
 
