@@ -104,7 +104,7 @@ PYBIND11_MODULE(_C, m) {
     return FASTPPO_CPU(write_kv, arguments);
   });
 
-  m.attr("PPO_PART") = kPPOPart;
+  m.def("ppo_loss_parts", &ppo_loss_parts);
 
   m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, const SequencesTuple& shape, uintptr_t weights, uintptr_t log_ratios,
                                  uintptr_t used_sequences, int threads) {

@@ -209,10 +209,11 @@ FASTPPO_EACH_ISA(void ppo_loss_sequences(const PPOTokens& tokens, const Sequence
 namespace fastppo {
 
 constexpr int64_t kPPOPart = 512;  // tokens whose sums are made in fp32; parts are added in fp64, in order, whichever thread made them
+inline int64_t ppo_loss_parts(int64_t tokens) { return (tokens + kPPOPart - 1) / kPPOPart; }
 
 }  // namespace fastppo
 
-// The token losses, statistics and gradients in one pass. part_sums [parts, kNumPPOSums]: one row for each kPPOPart tokens.
+// The token losses, statistics and gradients in one pass. part_sums [ppo_loss_parts, kNumPPOSums].
 FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, float* part_sums, const PPOGradients& gradients, int threads))
 
 // The result from the sums of any number of parts; denominator null: the number of unmasked tokens.

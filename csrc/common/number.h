@@ -28,13 +28,13 @@ FASTPPO_SHARED float vexp(float x) { return expf(x); }
 template <class Number>
 using Condition = decltype(Number() < Number());
 
-// A parameter that takes part in no deduction: a plain float converts to a vector.
+// A parameter that takes part in no deduction: a plain float converts to a vector. By value: device code may not refer to a constant of the host.
 template <class Number>
 struct Plain {
   typedef Number type;
 };
 template <class Number>
-using Like = const typename Plain<Number>::type&;
+using Like = typename Plain<Number>::type;
 
 // Beyond the bounds, where torch.clamp's gradient stops; at them it flows.
 template <class Number>

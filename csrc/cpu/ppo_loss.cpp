@@ -133,8 +133,7 @@ void ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, flo
 }
 
 void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, float* part_sums, const PPOGradients& gradients, int threads) {
-  const int64_t parts = (tokens.count + kPPOPart - 1) / kPPOPart;
-  parallel_ranges(parts, threads, kPartsPerThread, [&](int64_t first_part, int64_t last_part) {
+  parallel_ranges(ppo_loss_parts(tokens.count), threads, kPartsPerThread, [&](int64_t first_part, int64_t last_part) {
     Block block;
     for (int64_t p = first_part; p < last_part; ++p) {
       const int64_t end = (p + 1) * kPPOPart;

@@ -106,7 +106,7 @@ def ppo_loss_tokens(
     logprobs = columns["logprobs"]
     kernels, where = (_C.cuda, stream(logprobs)) if on_cuda(logprobs) else (_C, threads())
     gradients = {name: torch.empty_like(columns[name], dtype=torch.float32) for name in wanted}
-    parts = -(-logprobs.numel() // kernels.PPO_PART)
+    parts = kernels.ppo_loss_parts(logprobs.numel())
     sums = logprobs.new_empty((parts, len(PPO_SUMS)), dtype=torch.float32)
     addresses = [address(gradients.get(name)) for name in ("logprobs", "values", "entropy")]
     kernels.ppo_loss_tokens(ppo_tokens(columns, mask), options.codes(), address(sums), addresses, where)

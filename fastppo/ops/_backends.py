@@ -27,8 +27,8 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_ppo_loss": ("cpu",),
     "gae": ("cpu", "cuda"),
     "masked_whiten": ("cpu", "cuda"),
-    "approx_kl": ("cpu",),
-    "ppo_loss": ("cpu",),
+    "approx_kl": ("cpu", "cuda"),
+    "ppo_loss": ("cpu", "cuda"),
     "sample_tokens": ("cpu",),
     "decode_attention": ("cpu",),
 }
