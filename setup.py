@@ -124,7 +124,7 @@ class NinjaBuild(build_ext):
         import ninja
 
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / "kernels"  # the same for every way to install, so that a wheel reuses what is built
         build.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(ninja_file(out, build, nvcc))
