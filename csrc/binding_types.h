@@ -45,10 +45,19 @@ inline PPOTokens ppo_tokens(const PPOTokensTuple& t) {
 }
 
 // The numbers and the choices of PPOOptions, in its order.
-inline PPOOptions ppo_options(const std::array<float, 10>& x, const std::array<int, 3>& choice) {
-  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
+using PPOOptionsTuple = std::pair<std::array<float, 9>, std::array<int, 3>>;
+
+inline PPOOptions ppo_options(const PPOOptionsTuple& t) {
+  const auto& [x, choice] = t;
+  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8],
           static_cast<KLKind>(choice[0]), static_cast<RolloutCorrection>(choice[1]), choice[2] != 0};
 }
+
+// Addresses of the gradients of logprobs, values and entropy.
+inline PPOGradients ppo_gradients(const std::array<uintptr_t, 3>& t) { return {pointer<float>(t[0]), pointer<float>(t[1]), pointer<float>(t[2])}; }
+
+// Addresses of the loss, its statistics and the scale of its gradients.
+inline PPOResult ppo_result(const std::array<uintptr_t, 3>& t) { return {pointer<float>(t[0]), pointer<float>(t[1]), pointer<double>(t[2])}; }
 
 // (address, dtype, stride_sequence, stride_step), as `native.steps` makes it.
 using StepsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;

@@ -112,21 +112,24 @@ PYBIND11_MODULE(_C, m) {
     FASTPPO_CPU(batch_invariant_linear, arguments, threads);
   });
 
-  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, uintptr_t offsets, int64_t count, int64_t length, uintptr_t weights,
-                                 uintptr_t log_ratios, int threads) {
+  m.def("ppo_loss_parts", &ppo_loss_parts);
+
+  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, const SequencesTuple& shape, uintptr_t weights, uintptr_t log_ratios,
+                                 uintptr_t used_sequences, int threads) {
     py::gil_scoped_release release;
-    const PPOCounts counts = FASTPPO_CPU(ppo_loss_sequences, ppo_tokens(tokens), Sequences{pointer<const int64_t>(offsets), count, length},
-                                         pointer<float>(weights), pointer<float>(log_ratios), threads);
-    return std::make_tuple(counts.tokens, counts.sequences, counts.bad_offset);
+    FASTPPO_CPU(ppo_loss_sequences, ppo_tokens(tokens), sequences(shape), pointer<float>(weights), pointer<float>(log_ratios),
+                pointer<double>(used_sequences), threads);
   });
 
-  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const std::array<float, 10>& numbers, const std::array<int, 3>& choices,
-                              uintptr_t d_logprobs, uintptr_t d_values, uintptr_t d_entropy, int threads) {
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const PPOOptionsTuple& options, uintptr_t part_sums,
+                              const std::array<uintptr_t, 3>& gradients, int threads) {
     py::gil_scoped_release release;
-    std::array<double, kNumPPOSums> sums;
-    FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(numbers, choices), sums.data(),
-                PPOGradients{pointer<float>(d_logprobs), pointer<float>(d_values), pointer<float>(d_entropy)}, threads);
-    return sums;
+    FASTPPO_CPU(ppo_loss_tokens, ppo_tokens(tokens), ppo_options(options), pointer<float>(part_sums), ppo_gradients(gradients), threads);
+  });
+
+  m.def("ppo_loss_finish", [](uintptr_t part_sums, int64_t parts, const PPOOptionsTuple& options, uintptr_t denominator,
+                              const std::array<uintptr_t, 3>& result) {
+    FASTPPO_CPU(ppo_loss_finish, pointer<const float>(part_sums), parts, ppo_options(options), pointer<const double>(denominator), ppo_result(result));
   });
 
   m.def("first_bad_offset", [](uintptr_t offsets, int64_t count, int64_t tokens) {

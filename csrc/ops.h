@@ -102,27 +102,29 @@ struct PPOTokens {
 
 enum RolloutCorrection : int { kNoCorrection, kTruncate, kMaskOut };
 
-// A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off. `scale` multiplies every gradient, not the sums.
+// A coefficient of 0 leaves its term out, dual_clip and value_clip 0 mean off.
 struct PPOOptions {
-  float scale, ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
+  float ratio_min, ratio_max, dual_clip, value_clip, vf_coef, kl_coef, entropy_coef, rollout_min, rollout_max;
   KLKind kl_kind;
   RolloutCorrection correction;
   bool cispo;
 };
 
-// Sums over the unmasked tokens, the first four with the tokens' weights; the last is a maximum.
+// Sums over the unmasked tokens: the statistics first, in the order of fastppo.ops.ppo_loss.PPOStats. The three losses and the entropy bonus are sums
+// with the tokens' weights; kRatioMax is a maximum; kTokens counts.
 enum PPOSum {
-  kPolicyLoss, kValueLoss, kKLLoss, kEntropyBonus, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRefKL,
-  kRolloutWeight, kRolloutClipped, kRatioMax, kNumPPOSums
+  kPolicyLoss, kValueLoss, kKLLoss, kEntropySum, kApproxKL, kPPOKL, kClipped, kDualClipped, kValueClipped, kRatio, kRatioMax, kRefKL, kRolloutWeight,
+  kRolloutClipped, kTokens, kEntropyBonus, kNumPPOSums, kNumPPOStatistics = kEntropyBonus
 };
 
 struct PPOGradients {
-  float *logprobs, *values, *entropy;  // [count] each, or null
+  float *logprobs, *values, *entropy;  // [count] each, or null; of the sum of the tokens' losses: to be multiplied by PPOResult.scale
 };
 
-struct PPOCounts {
-  int64_t tokens, sequences;  // unmasked tokens, sequences that have any
-  int64_t bad_offset;         // first position of an offset that is out of order, or -1
+// Scalars, and the statistics [kNumPPOStatistics].
+struct PPOResult {
+  float *loss, *statistics;
+  double* scale;  // 1 / denominator
 };
 
 }  // namespace fastppo
@@ -214,12 +216,23 @@ struct Linear {
 // out = x weight^T + bias, accumulated in fp32. An output's bits depend on nothing but its row and its column.
 FASTPPO_EACH_ISA(void batch_invariant_linear(const Linear& arguments, int threads))
 
-// Counts, and for each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
-// logprob - old_logprob over them. Either may be null; without log_ratios no column is read. Nothing is written when an offset is bad.
-FASTPPO_EACH_ISA(PPOCounts ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, int threads))
+// For each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
+// logprob - old_logprob over them. Either may be null; without log_ratios no column is read. used_sequences: how many have an unmasked token.
+FASTPPO_EACH_ISA(void ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, double* used_sequences,
+                                         int threads))
 
-// The token losses, statistics and gradients in one pass. sums [kNumPPOSums].
-FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, double* sums, const PPOGradients& gradients, int threads))
+namespace fastppo {
+
+constexpr int64_t kPPOPart = 512;  // tokens whose sums are made in fp32; parts are added in fp64, in order, whichever thread made them
+inline int64_t ppo_loss_parts(int64_t tokens) { return (tokens + kPPOPart - 1) / kPPOPart; }
+
+}  // namespace fastppo
+
+// The token losses, statistics and gradients in one pass. part_sums [ppo_loss_parts, kNumPPOSums].
+FASTPPO_EACH_ISA(void ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, float* part_sums, const PPOGradients& gradients, int threads))
+
+// The result from the sums of any number of parts; denominator null: the number of unmasked tokens.
+FASTPPO_EACH_ISA(void ppo_loss_finish(const float* part_sums, int64_t parts, const PPOOptions& options, const double* denominator, const PPOResult& result))
 
 // First i whose offset is wrong, or -1: offsets [count + 1] start at 0, never fall and end at `tokens`.
 FASTPPO_EACH_ISA(int64_t first_bad_offset(const int64_t* offsets, int64_t count, int64_t tokens))

@@ -1,5 +1,5 @@
 // KL estimates of tokens, their gradients, and rewards shaped by them: one read and one write each.
-#include "approx_kl.h"
+#include "../common/kl.h"
 
 #include "masks.h"
 #include "sequences.h"

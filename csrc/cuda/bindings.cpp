@@ -97,6 +97,70 @@ void bind_sample_tokens(py::module_& m) {
   });
 }
 
+void bind_ppo_loss(py::module_& m) {
+  m.def("ppo_loss_parts", &cuda::ppo_loss_parts);
+  m.def("ppo_sequence_parts", &cuda::ppo_sequence_parts);
+
+  m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, const SequencesTuple& shape, uintptr_t partial, uintptr_t weights, uintptr_t log_ratios,
+                                 uintptr_t used_sequences, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::ppo_loss_sequences(ppo_tokens(tokens), sequences(shape), pointer<double>(partial), pointer<float>(weights), pointer<float>(log_ratios),
+                                      pointer<double>(used_sequences), stream);
+    });
+  });
+
+  m.def("ppo_loss_tokens", [](const PPOTokensTuple& tokens, const PPOOptionsTuple& options, uintptr_t part_sums,
+                              const std::array<uintptr_t, 3>& gradients, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::ppo_loss_tokens(ppo_tokens(tokens), ppo_options(options), pointer<float>(part_sums), ppo_gradients(gradients), stream);
+    });
+  });
+
+  m.def("ppo_loss_finish", [](uintptr_t part_sums, int64_t parts, const PPOOptionsTuple& options, uintptr_t denominator,
+                              const std::array<uintptr_t, 3>& result, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::ppo_loss_finish(pointer<const float>(part_sums), parts, ppo_options(options), pointer<const double>(denominator), ppo_result(result),
+                                   stream);
+    });
+  });
+
+  // Of each gradient: it, the scaled one's address and dtype, count.
+  using GradientTuple = std::tuple<ColumnTuple, uintptr_t, int, int64_t>;
+  m.def("scale_gradients", [](const std::array<GradientTuple, cuda::kMaxScaledGradients>& gradients, uintptr_t d_loss, uintptr_t scale,
+                              const StreamTuple& on) {
+    cuda::ScaledGradients scaled{};
+    for (int i = 0; i < cuda::kMaxScaledGradients; ++i) {
+      const auto& [from, to, dtype, count] = gradients[i];
+      scaled.each[i] = {column(from), pointer<void>(to), static_cast<DType>(dtype), count};
+    }
+    enqueue(on, [&](cudaStream_t stream) { return cuda::scale_gradients(scaled, pointer<const float>(d_loss), pointer<const double>(scale), stream); });
+  });
+}
+
+void bind_approx_kl(py::module_& m) {
+  m.def("approx_kl", [](const ColumnTuple& logprobs, const ColumnTuple& ref_logprobs, int64_t count, int kind, uintptr_t kl, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::approx_kl(column(logprobs), column(ref_logprobs), count, static_cast<KLKind>(kind), pointer<float>(kl), stream);
+    });
+  });
+
+  m.def("approx_kl_backward", [](const ColumnTuple& logprobs, const ColumnTuple& ref_logprobs, uintptr_t d_kl, int64_t count, int kind, uintptr_t grad,
+                                 const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::approx_kl_backward(column(logprobs), column(ref_logprobs), pointer<const float>(d_kl), count, static_cast<KLKind>(kind),
+                                      pointer<float>(grad), stream);
+    });
+  });
+
+  m.def("kl_shaped_rewards", [](const ColumnTuple& scores, const ColumnTuple& logprobs, const ColumnTuple& ref_logprobs, uintptr_t mask,
+                                const SequencesTuple& shape, int64_t tokens, float coef, int kind, uintptr_t rewards, const StreamTuple& on) {
+    enqueue(on, [&](cudaStream_t stream) {
+      return cuda::kl_shaped_rewards(column(scores), column(logprobs), column(ref_logprobs), pointer<const uint8_t>(mask), sequences(shape), tokens, coef,
+                                     static_cast<KLKind>(kind), pointer<float>(rewards), stream);
+    });
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -105,6 +169,8 @@ void bind_cuda(py::module_& m) {
   bind_gae(cuda);
   bind_masked_whiten(cuda);
   bind_sample_tokens(cuda);
+  bind_ppo_loss(cuda);
+  bind_approx_kl(cuda);
 }
 
 }  // namespace fastppo

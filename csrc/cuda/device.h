@@ -128,6 +128,17 @@ __device__ __forceinline__ T block_reduce(T value, const Op& op) {
   return result;
 }
 
+// The launch's shared memory as an array of T.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return reinterpret_cast<T*>(emulator::dynamic_shared());
+#endif
+}
+
 // Starts a copy of 4 bytes from global to shared memory, which is there after this thread's wait_for_copies().
 __device__ __forceinline__ void copy_async(float* shared, const float* global) {
 #ifdef __CUDACC__

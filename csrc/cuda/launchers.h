@@ -39,4 +39,37 @@ size_t sample_tokens_scratch(int64_t rows, int64_t width);
 // NaN, NaN, 0.
 cudaError_t sample_tokens(const Rows& logits, const SamplingParameters& parameters, const SampledRows& out, void* scratch, cudaStream_t stream);
 
+// Columns and count as on the CPU; wrong offsets make them NaN. partial [ppo_sequence_parts, 2] is scratch. Two launches.
+int64_t ppo_sequence_parts(int64_t tokens, int64_t count);
+cudaError_t ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, double* partial, float* weights, float* log_ratios,
+                               double* used_sequences, cudaStream_t stream);
+
+// As on the CPU, in one launch each. A denominator that is not a number > 0 makes the loss and the gradients NaN.
+int64_t ppo_loss_parts(int64_t tokens);
+cudaError_t ppo_loss_tokens(const PPOTokens& tokens, const PPOOptions& options, float* part_sums, const PPOGradients& gradients, cudaStream_t stream);
+cudaError_t ppo_loss_finish(const float* part_sums, int64_t parts, const PPOOptions& options, const double* denominator, const PPOResult& result,
+                            cudaStream_t stream);
+
+// to [count] = from [count] * d_loss * scale, rounded once; count 0: no gradient.
+struct ScaledGradient {
+  Column from;
+  void* to;
+  DType dtype;  // of `to`
+  int64_t count;
+};
+constexpr int kMaxScaledGradients = 3;
+struct ScaledGradients {
+  ScaledGradient each[kMaxScaledGradients];
+};
+cudaError_t scale_gradients(const ScaledGradients& gradients, const float* d_loss, const double* scale, cudaStream_t stream);
+
+// As on the CPU, from any storage types, in one launch.
+cudaError_t approx_kl(const Column& logprobs, const Column& ref_logprobs, int64_t count, KLKind kind, float* kl, cudaStream_t stream);
+cudaError_t approx_kl_backward(const Column& logprobs, const Column& ref_logprobs, const float* d_kl, int64_t count, KLKind kind, float* grad,
+                               cudaStream_t stream);
+
+// As on the CPU; wrong offsets make all rewards NaN. Two launches.
+cudaError_t kl_shaped_rewards(const Column& scores, const Column& logprobs, const Column& ref_logprobs, const uint8_t* mask, const Sequences& sequences,
+                              int64_t tokens, float coef, KLKind kind, float* rewards, cudaStream_t stream);
+
 }  // namespace fastppo::cuda

@@ -8,18 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, DTYPE_CODES, address, threads
+from fastppo.native import _C, DTYPE_CODES, address, as_offsets, column, on_cuda, sequences, stream, threads
 from fastppo.native.approx_kl import KL_KINDS
 
 PPO_COLUMNS = (
     "logprobs", "old_logprobs", "advantages", "values", "old_values", "returns",
     "ref_logprobs", "entropy", "rollout_logprobs", "weights", "sequence_log_ratios",
 )  # fmt: skip
+# In the order of csrc/ops.h's PPOSum: the statistics, and the entropy bonus.
 PPO_SUMS = (
-    "policy_loss", "value_loss", "kl_loss", "entropy_bonus", "entropy", "approx_kl", "ppo_kl", "clipfrac",
-    "clipfrac_dual", "value_clipfrac", "ratio_mean", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "ratio_max",
+    "policy_loss", "value_loss", "kl_loss", "entropy", "approx_kl", "ppo_kl", "clipfrac", "clipfrac_dual",
+    "value_clipfrac", "ratio_mean", "ratio_max", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "tokens",
+    "entropy_bonus",
 )  # fmt: skip
+PPO_STATISTICS = PPO_SUMS[:-1]
 ROLLOUT_CORRECTIONS = (None, "truncate", "mask")  # in the order of csrc/ops.h's RolloutCorrection
+DTYPES = tuple(DTYPE_CODES)
 
 
 class PPOOptions(NamedTuple):
@@ -37,20 +41,20 @@ class PPOOptions(NamedTuple):
     rollout_correction: str | None
     rollout_bounds: tuple[float, float]
 
-    def numbers(self, scale: float) -> list[float]:
-        return [
-            scale, 1 - self.clip_low, 1 + self.clip_high, self.dual_clip or 0.0, self.value_clip or 0.0,
+    def codes(self) -> tuple[list[float], list[int]]:
+        """The numbers and the choices of csrc/ops.h's PPOOptions."""
+        numbers = [
+            1 - self.clip_low, 1 + self.clip_high, self.dual_clip or 0.0, self.value_clip or 0.0,
             self.vf_coef, self.kl_coef, self.entropy_coef, *self.rollout_bounds,
         ]  # fmt: skip
-
-    def choices(self) -> list[int]:
         correction = ROLLOUT_CORRECTIONS.index(self.rollout_correction)
-        return [KL_KINDS.index(self.kl_kind), correction, self.objective == "cispo"]
+        return numbers, [KL_KINDS.index(self.kl_kind), correction, self.objective == "cispo"]
 
 
-class PPOCounts(NamedTuple):
-    tokens: int  # unmasked tokens
-    sequences: int  # sequences that have any
+class SequenceColumns(NamedTuple):
+    """What the sequences of a batch decide."""
+
+    used: Tensor  # fp64 0-d: how many have an unmasked token; NaN where offsets are wrong
     weights: Tensor | None  # fp32 [N]: 1 / unmasked tokens of the token's sequence
     log_ratios: Tensor | None  # fp32 [N]: mean log-ratio of the token's sequence
 
@@ -59,45 +63,83 @@ class PPOCounts(NamedTuple):
         return {name: x for name, x in made.items() if x is not None}
 
 
+class PPOResult(NamedTuple):
+    loss: Tensor  # fp32 0-d
+    statistics: Tensor  # fp32 [15], in the order of PPO_STATISTICS
+    scale: Tensor  # fp64 0-d, 1 / denominator: what the gradients still have to be multiplied by
+
+
 def ppo_tokens(columns: dict[str, Tensor], mask: Tensor | None) -> tuple[list[tuple[int, int]], int, int]:
     """Contiguous columns of one shape, bool mask of that shape -> the bindings' description of them."""
-    described = [
-        (address(columns.get(name)), DTYPE_CODES[columns[name].dtype] if name in columns else 0) for name in PPO_COLUMNS
-    ]
+    described = [column(columns[name]) if name in columns else (0, 0) for name in PPO_COLUMNS]
     return described, address(mask), columns["logprobs"].numel()
 
 
 def ppo_loss_sequences(
     columns: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None,
     *, with_weights: bool = False, with_log_ratios: bool = False,
-) -> PPOCounts:  # fmt: skip
-    """Sequences are rows of [B, T] columns, or ranges of packed ones; tokens of any other shape make one sequence."""
-    shape = columns["logprobs"].shape
-    total = shape.numel()
-    weights = torch.empty(total, dtype=torch.float32) if with_weights else None
-    log_ratios = torch.empty(total, dtype=torch.float32) if with_log_ratios else None
-    offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    count, length = (1, total) if len(shape) != 2 else shape
-    if offsets is not None:
-        count, length = offsets.numel() - 1, 0
-    tokens, sequences, bad = _C.ppo_loss_sequences(
-        ppo_tokens(columns, mask), address(offsets), count, length, address(weights), address(log_ratios), threads()
-    )
-    if bad >= 0:
-        raise ValueError(
-            f"cu_seqlens holds {offsets[bad].item()} at position {bad}, "
-            f"expected offsets that start at 0, never fall and end at {total}"
-        )
-    return PPOCounts(tokens, sequences, weights, log_ratios)
+) -> SequenceColumns:  # fmt: skip
+    """Sequences are rows of [B, T] columns, or ranges of packed ones."""
+    logprobs = columns["logprobs"]
+    offsets = as_offsets(cu_seqlens, logprobs.shape[0])
+    total, shape = logprobs.numel(), sequences(logprobs, offsets)
+    used = logprobs.new_empty((), dtype=torch.float64)
+    weights = logprobs.new_empty(total, dtype=torch.float32) if with_weights else None
+    log_ratios = logprobs.new_empty(total, dtype=torch.float32) if with_log_ratios else None
+    outputs = address(weights), address(log_ratios), address(used)
+    if on_cuda(logprobs):
+        partial = logprobs.new_empty((_C.cuda.ppo_sequence_parts(total, shape[1]), 2), dtype=torch.float64)
+        _C.cuda.ppo_loss_sequences(ppo_tokens(columns, mask), shape, address(partial), *outputs, stream(logprobs))
+    else:
+        _C.ppo_loss_sequences(ppo_tokens(columns, mask), shape, *outputs, threads())
+    return SequenceColumns(used, weights, log_ratios)
 
 
 def ppo_loss_tokens(
-    columns: dict[str, Tensor], mask: Tensor | None, options: PPOOptions, scale: float, wanted: Sequence[str]
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(sums over the unmasked tokens, fp32 gradients of the `wanted` columns times `scale`)."""
-    gradients = {name: torch.empty(columns[name].shape, dtype=torch.float32) for name in wanted}
-    sums = _C.ppo_loss_tokens(
-        ppo_tokens(columns, mask), options.numbers(scale), options.choices(),
-        *(address(gradients.get(name)) for name in ("logprobs", "values", "entropy")), threads(),
-    )  # fmt: skip
-    return dict(zip(PPO_SUMS, sums, strict=True)), gradients
+    columns: dict[str, Tensor], mask: Tensor | None, options: PPOOptions, wanted: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(fp32 [parts, 16] sums over the unmasked tokens of each part, fp32 gradients of the `wanted` columns).
+
+    Gradients are those of the sum of the token losses: `PPOResult.scale` is still missing. The sums of several calls,
+    one below the other, are those of all their tokens.
+    """
+    logprobs = columns["logprobs"]
+    kernels, where = (_C.cuda, stream(logprobs)) if on_cuda(logprobs) else (_C, threads())
+    gradients = {name: torch.empty_like(columns[name], dtype=torch.float32) for name in wanted}
+    parts = kernels.ppo_loss_parts(logprobs.numel())
+    sums = logprobs.new_empty((parts, len(PPO_SUMS)), dtype=torch.float32)
+    addresses = [address(gradients.get(name)) for name in ("logprobs", "values", "entropy")]
+    kernels.ppo_loss_tokens(ppo_tokens(columns, mask), options.codes(), address(sums), addresses, where)
+    return sums, gradients
+
+
+def ppo_loss_finish(sums: Tensor, options: PPOOptions, denominator: Tensor | None) -> PPOResult:
+    """The result from the sums that `ppo_loss_tokens` made; the denominator is a number > 0, or None for their tokens.
+
+    ValueError on the CPU for a denominator out of range; on a GPU, which the host must not wait for, it gives NaN.
+    """
+    if denominator is not None:
+        denominator = denominator.to(sums.device, torch.float64)
+    loss, scale = sums.new_empty(()), sums.new_empty((), dtype=torch.float64)
+    result = PPOResult(loss, sums.new_empty(len(PPO_STATISTICS)), scale)
+    arguments = address(sums), len(sums), options.codes(), address(denominator), list(map(address, result))
+    if on_cuda(sums):
+        _C.cuda.ppo_loss_finish(*arguments, stream(sums))
+        return result
+    _C.ppo_loss_finish(*arguments)
+    if denominator is not None and scale.isnan():
+        raise ValueError(f"denominator is {denominator.item()}, expected a finite number > 0")
+    return result
+
+
+def scale_gradients(gradients: Sequence[Tensor], d_loss: Tensor, scale: Tensor, dtypes: Sequence[int]) -> list[Tensor]:
+    """Each of three contiguous gradients times d_loss * scale, rounded once to its type, a place in DTYPES."""
+    scaled = [torch.empty_like(x, dtype=DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True)]
+    if on_cuda(scale):
+        described = [
+            (column(x), address(y), code, x.numel()) for x, y, code in zip(gradients, scaled, dtypes, strict=True)
+        ]
+        _C.cuda.scale_gradients(described, address(d_loss), address(scale), stream(scale))
+        return scaled
+    factor = d_loss * scale
+    return [torch.mul(x, factor, out=y) for x, y in zip(gradients, scaled, strict=True)]

@@ -32,11 +32,11 @@ from fastppo.ops.ppo_loss import (
     check_options,
     check_policy_partners,
     check_sequences,
-    finish,
-    loss_scale,
+    loss_denominator,
     named_statistics,
     needs_sequences,
-    scale_gradient,
+    save_gradients,
+    scaled_gradients,
 )
 from fastppo.ops.token_logprobs import check_logit_options
 from fastppo.reference import linear_ppo_loss as reference
@@ -142,7 +142,7 @@ def linear_ppo_loss(
         )
         return LinearPPOLoss(loss, named_statistics(stats), logprobs, entropy)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    loss, stats, logprobs, entropy, *_ = _linear_ppo_loss(
+    loss, stats, _, logprobs, entropy, *_ = _linear_ppo_loss(
         hidden,
         weight,
         labels.long(),
@@ -178,12 +178,12 @@ class _Loss(NamedTuple):
     """The loss over tokens, whose sums are added up part by part."""
 
     options: native_loss.PPOOptions
-    scale: float
     columns: dict[str, Tensor]
     """fp32 [count], of the rows that are multiplied."""
     labels: Tensor
     mask: Tensor | None
-    sums: dict[str, float]
+    sums: list[Tensor]
+    """fp32 [parts, 16] of each part, as `native_loss.ppo_loss_tokens` makes them."""
 
     def add(self, part: slice, statistics: Statistics, with_gradient: bool) -> Upstream | None:
         """Adds a part's sums; with_gradient returns what its logits' gradients need."""
@@ -191,11 +191,8 @@ class _Loss(NamedTuple):
         columns |= {"logprobs": statistics.logprobs, "entropy": statistics.entropy}
         wanted = ("logprobs", "entropy") if self.options.entropy_coef != 0 else ("logprobs",)
         mask = None if self.mask is None else self.mask[part]
-        sums, gradients = native_loss.ppo_loss_tokens(
-            columns, mask, self.options, self.scale, wanted if with_gradient else ()
-        )
-        for name, value in sums.items():
-            self.sums[name] = max(self.sums[name], value) if name == "ratio_max" else self.sums[name] + value
+        sums, gradients = native_loss.ppo_loss_tokens(columns, mask, self.options, wanted if with_gradient else ())
+        self.sums.append(sums)
         if not with_gradient:
             return None
         entropy = statistics.entropy if "entropy" in gradients else None
@@ -238,8 +235,8 @@ def _linear_ppo_loss(
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, log-probs, entropies, gradients of hidden, weight and bias, each empty where not `wanted`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, scale, log-probs, entropies, gradients of hidden, weight and bias before that scale, each empty where not `wanted`)."""
     coefficients, rollout_bounds = (0.0, kl_coef, kl_kind, entropy_coef), (rollout_low, rollout_high)
     options = native_loss.PPOOptions(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
@@ -255,22 +252,25 @@ def _linear_ppo_loss(
         logprobs = old_logprobs  # for the counts alone, but for a ratio of sequences
         if by_sequence:
             logprobs = head.put(_row_logprobs(rows, kept_labels, transform))
-        sequence_columns = {"logprobs": logprobs.contiguous(), "old_logprobs": old_logprobs.contiguous()}
-        needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
-        counts = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
-        scale = loss_scale(counts, aggregation, denominator)
+        made, used_sequences = {}, None
+        if needs_sequences(ratio_level, aggregation, denominator):
+            sequence_columns = {"logprobs": logprobs.contiguous(), "old_logprobs": old_logprobs.contiguous()}
+            needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
+            sequences = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
+            made, used_sequences = sequences.columns(), sequences.used
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
-        given |= {"rollout_logprobs": rollout_logprobs} | counts.columns()
+        given |= {"rollout_logprobs": rollout_logprobs} | made
         columns = {name: head.take(x.reshape(labels.shape)) for name, x in given.items() if x is not None}
-        sums = dict.fromkeys(native_loss.PPO_SUMS, 0.0)
-        loss = _Loss(options, scale, columns, kept_labels, head.mask, sums)
+        no_sums = torch.empty((0, len(native_loss.PPO_SUMS)), dtype=torch.float32, device=hidden.device)
+        loss = _Loss(options, columns, kept_labels, head.mask, [no_sums])
         sources = zip((hidden, weight, bias), wanted, strict=True)
         dtypes = [_gradient_dtype(x, backend) if want else None for x, want in sources]
         logprobs, entropy, gradients = _loss_and_gradients(head, rows, loss, transform, dtypes)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients)
     d_hidden = d_hidden.view(hidden.shape) if wanted[0] else d_hidden
     outputs = head.put(logprobs), head.put(entropy), d_hidden, d_weight, d_bias
-    return *finish(sums, counts.tokens, scale, options), *outputs
+    divisor = loss_denominator(denominator, aggregation, used_sequences)
+    return *native_loss.ppo_loss_finish(torch.cat(loss.sums), options, divisor), *outputs
 
 
 def _row_logprobs(rows: WholeRows, labels: Tensor, transform: Transform) -> Tensor:
@@ -284,9 +284,8 @@ def _loss_and_gradients(
     head: Head, rows: WholeRows, loss: _Loss, transform: Transform, dtypes: Sequence[torch.dtype | None]
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """(log-probs, entropies) of the rows that are multiplied and the three gradients, of the types that are not None."""
-    lift = None
-    if head.dtype == torch.float16:
-        lift = lift_for(torch.as_tensor(loss.scale, dtype=torch.float32, device=loss.labels.device))
+    # The token losses' gradients are of the size of the advantages: about 1.
+    lift = lift_for(torch.ones((), device=loss.labels.device)) if head.dtype == torch.float16 else None
     gradients = HeadGradients(head, dtypes, lift)
     logprobs, entropy = (torch.empty_like(loss.labels, dtype=torch.float32) for _ in range(2))
     with_gradient = any(dtype is not None for dtype in dtypes)
@@ -316,23 +315,20 @@ def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
     gradients = [
         loss.new_empty(x.shape, dtype=_gradient_dtype(x, backend)) if want else loss.new_empty(0) for x, want in sources
     ]
-    return loss, loss.new_empty(len(PPOStats._fields)), logprobs, entropy, *gradients
+    scale = loss.new_empty((), dtype=torch.float64)
+    return loss, loss.new_empty(len(PPOStats._fields)), scale, logprobs, entropy, *gradients
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, _, _, _, _, bias, *_, wanted = inputs
-    sources = zip((hidden, weight, bias), wanted, strict=True)
-    ctx.dtypes = [x.dtype if want else None for x, want in sources]
-    ctx.save_for_backward(*output[4:])
+    _, _, scale, _, _, *gradients = output
+    save_gradients(ctx, (hidden, weight, bias), scale, gradients, wanted)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_loss, *_):
     grads = [None] * 28
-    if d_loss is not None:
-        for place, gradient, dtype in zip((0, 1, 6), ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads[place] = None if dtype is None else scale_gradient(gradient, d_loss, dtype)
+    grads[0], grads[1], grads[6] = scaled_gradients(ctx, d_loss)
     return tuple(grads)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -296,31 +295,9 @@ def named_statistics(stats: dict[str, Tensor]) -> PPOStats:
     return PPOStats(*(stats.get(name, zero) for name in PPOStats._fields))
 
 
-def loss_scale(counts: native.PPOCounts, aggregation: str, denominator: Tensor | None) -> float:
-    """1 / denominator; 0 for an empty batch, whose denominator may well be 0."""
-    if counts.tokens == 0:
-        return 0.0
-    if denominator is not None:
-        return 1 / _checks.number("denominator", denominator.item(), above=0)
-    return 1 / (counts.sequences if aggregation.startswith("seq-") else counts.tokens)
-
-
-def finish(sums: dict[str, float], tokens: int, scale: float, options: native.PPOOptions) -> tuple[Tensor, Tensor]:
-    """(loss, statistics in PPOStats' order), both fp32, from the sums over all unmasked tokens."""
-    coefficients = {
-        "policy_loss": 1.0,
-        "value_loss": options.vf_coef,
-        "kl_loss": options.kl_coef,
-        "entropy_bonus": -options.entropy_coef,
-    }
-    loss = sum(coefficient * (sums[name] * scale) for name, coefficient in coefficients.items() if coefficient != 0)
-    stats = {name: sums[name] / max(tokens, 1) for name in native.PPO_SUMS}
-    stats |= {name: sums[name] * scale for name in ("policy_loss", "value_loss", "kl_loss")}
-    # A maximum of comparisons does not see a NaN; a sum does.
-    stats["ratio_max"] = math.nan if math.isnan(sums["ratio_mean"]) else sums["ratio_max"]
-    stats["tokens"] = float(tokens)
-    loss, stats = (torch.tensor(x, dtype=torch.float32) for x in (loss, [stats[name] for name in PPOStats._fields]))
-    return loss, stats
+def loss_denominator(denominator: Tensor | None, aggregation: str, used_sequences: Tensor | None) -> Tensor | None:
+    """What the sums are divided by; None: the number of unmasked tokens."""
+    return used_sequences if denominator is None and aggregation.startswith("seq-") else denominator
 
 
 @custom_op("ppo_loss")
@@ -352,24 +329,27 @@ def _ppo_loss(
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradients of logprobs, values and entropy, each empty where not `wanted`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, scale, gradients of logprobs, values and entropy before that scale, each empty where not `wanted`)."""
     clips, coefficients = (clip_low, clip_high, dual_clip, value_clip), (vf_coef, kl_coef, kl_kind, entropy_coef)
     rollout_bounds = (rollout_low, rollout_high)
     options = native.PPOOptions(*clips, *coefficients, objective, rollout_correction, rollout_bounds)
     given = (logprobs, old_logprobs, advantages, values, old_values, returns, ref_logprobs, entropy, rollout_logprobs)
     columns = {name: x.contiguous() for name, x in zip(native.PPO_COLUMNS, given, strict=False) if x is not None}
     mask = None if mask is None else mask.contiguous()
-    needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": ratio_level == "sequence"}
-    counts = native.ppo_loss_sequences(columns, mask, cu_seqlens, **needed)
-    columns |= counts.columns()
-    scale = loss_scale(counts, aggregation, denominator)
+    used_sequences = None
+    if needs_sequences(ratio_level, aggregation, denominator):
+        needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": ratio_level == "sequence"}
+        sequences = native.ppo_loss_sequences(columns, mask, cu_seqlens, **needed)
+        columns |= sequences.columns()
+        used_sequences = sequences.used
     names = ("logprobs", "values", "entropy")
     sums, gradients = native.ppo_loss_tokens(
-        columns, mask, options, scale, [name for name, want in zip(names, wanted, strict=True) if want]
+        columns, mask, options, [name for name, want in zip(names, wanted, strict=True) if want]
     )
-    empty = (logprobs.new_empty(0, dtype=torch.float32) for _ in names)
-    return *finish(sums, counts.tokens, scale, options), *map(gradients.get, names, empty)
+    result = native.ppo_loss_finish(sums, options, loss_denominator(denominator, aggregation, used_sequences))
+    empty = (sums.new_empty(0) for _ in names)
+    return *result, *map(gradients.get, names, empty)
 
 
 @torch.library.register_fake("fastppo::ppo_loss")
@@ -377,36 +357,58 @@ def _(logprobs, old_logprobs, advantages, mask, values, *options):
     *_, wanted = options
     loss = logprobs.new_empty((), dtype=torch.float32)
     gradients = [loss.new_empty(logprobs.shape if want else 0) for want in wanted]
-    return loss, loss.new_empty(len(PPOStats._fields)), *gradients
+    return loss, loss.new_empty(len(PPOStats._fields)), loss.new_empty((), dtype=torch.float64), *gradients
 
 
-@custom_op("scale_gradient")
-def scale_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * d_loss, rounded once to `dtype`. An op of its own: a second derivative is refused, not silently 0."""
-    return torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
+@custom_op("scale_gradients")
+def scale_gradients(
+    first: Tensor, second: Tensor, third: Tensor, d_loss: Tensor, scale: Tensor, dtypes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three gradients (empty: none) times d_loss * scale, each rounded once to its type, a place in native.DTYPES.
+
+    An op of its own: a second derivative is refused, not silently 0.
+    """
+    return tuple(native.scale_gradients((first, second, third), d_loss, scale, dtypes))
 
 
-@torch.library.register_fake("fastppo::scale_gradient")
-def _(gradient, d_loss, dtype):
-    return torch.empty_like(gradient, dtype=dtype)
+@torch.library.register_fake("fastppo::scale_gradients")
+def _(first, second, third, d_loss, scale, dtypes):
+    gradients = (first, second, third)
+    return tuple(torch.empty_like(x, dtype=native.DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True))
 
 
-refuse_gradient("scale_gradient")
+refuse_gradient("scale_gradients")
+
+
+def save_gradients(
+    ctx, sources: Sequence[Tensor | None], scale: Tensor, gradients: Sequence[Tensor], wanted: Sequence[bool]
+) -> None:
+    """For `scaled_gradients`: of each of three inputs, its gradient before the loss' own and whether it is wanted."""
+    ctx.wanted = tuple(wanted)
+    ctx.dtypes = [native.DTYPES.index(x.dtype) if want else 0 for x, want in zip(sources, wanted, strict=True)]
+    ctx.save_for_backward(scale, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def scaled_gradients(ctx, d_loss: Tensor | None) -> list[Tensor | None]:
+    """The gradients of the three inputs, None where there is none."""
+    if d_loss is None:
+        return [None] * 3
+    scale, *gradients = ctx.saved_tensors
+    scaled = scale_gradients(*gradients, d_loss, scale, ctx.dtypes)
+    return [gradient if want else None for gradient, want in zip(scaled, ctx.wanted, strict=True)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logprobs, _, _, _, values, _, _, _, entropy, *_, wanted = inputs
-    ctx.dtypes = [None if not want else x.dtype for x, want in zip((logprobs, values, entropy), wanted, strict=True)]
-    ctx.save_for_backward(*output[2:])
+    _, _, scale, *gradients = output
+    save_gradients(ctx, (logprobs, values, entropy), scale, gradients, wanted)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_loss, *_):
     grads = [None] * 27
-    if d_loss is not None:
-        for place, gradient, dtype in zip((0, 4, 8), ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads[place] = None if dtype is None else scale_gradient(gradient, d_loss, dtype)
+    grads[0], grads[4], grads[8] = scaled_gradients(ctx, d_loss)
     return tuple(grads)
 
 

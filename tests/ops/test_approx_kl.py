@@ -72,6 +72,15 @@ def test_k3_is_never_negative(backend):
     assert (kl >= -1e-12).all()
 
 
+def test_long_sequences(backend):
+    """Scores land on the last trainable token however much padding follows it, and however long its sequence is."""
+    case = make_rewards_case(3, 5000)
+    case["mask"][:] = False
+    for row, last in enumerate((0, 2047, 4999)):
+        case["mask"][row, : last + 1 : 3 if last % 3 == 0 else 1] = True
+    assert torch.equal(kl_shaped_rewards(**case), reference_rewards(**case))
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_expectation_is_the_kl(kind):
     """Under the policy, k1 and k3 average to the KL exactly."""
@@ -236,19 +245,19 @@ def test_bits_do_not_depend_on_threads(cpu_backend):
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_opcheck(cpu_backend, kind):
+def test_opcheck(fast_backend, kind):
     logprobs, ref_logprobs = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
     torch.library.opcheck(torch.ops.fastppo.approx_kl, (logprobs, ref_logprobs, kind))
 
 
-def test_opcheck_of_the_rewards(cpu_backend):
+def test_opcheck_of_the_rewards(fast_backend):
     x, mask = torch.randn(2, 20), torch.rand(2, 20) < 0.5
     torch.library.opcheck(torch.ops.fastppo.kl_shaped_rewards, (x[:, 0], x, x, mask, None, 0.1, 2))
     offsets = torch.tensor([0, 20])
     torch.library.opcheck(torch.ops.fastppo.kl_shaped_rewards, (x[:1, 0], x[0], x[1], mask[0], offsets, 0.1, 0))
 
 
-def test_compiles_without_graph_breaks(cpu_backend):
+def test_compiles_without_graph_breaks(fast_backend):
     def function(scores, logprobs, ref_logprobs, mask):
         rewards = kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, coef=0.1, kind="k3")
         return rewards, approx_kl(logprobs, ref_logprobs, "k3+")
@@ -298,8 +307,13 @@ def test_errors_name_the_argument(backend, change, error, message):
 
 @pytest.mark.parametrize("offsets", [[1, 4, 6], [0, 4, 5], [0, 7, 6]], ids=str)
 def test_wrong_offsets_are_refused(backend, offsets):
+    """ValueError, or NaN everywhere where the host does not wait for the device."""
+    arguments = {"coef": 0.1, "cu_seqlens": torch.tensor(offsets)}
+    if backend == "cuda":
+        assert kl_shaped_rewards(torch.zeros(2), Y[0], Y[0], MASK[0], **arguments).isnan().all()
+        return
     with pytest.raises(ValueError, match="cu_seqlens"):
-        kl_shaped_rewards(torch.zeros(2), Y[0], Y[0], MASK[0], coef=0.1, cu_seqlens=torch.tensor(offsets))
+        kl_shaped_rewards(torch.zeros(2), Y[0], Y[0], MASK[0], **arguments)
 
 
 def test_approx_kl_errors(backend):

@@ -271,6 +271,15 @@ def test_packed_equals_padded(backend, variant):
             assert_as_exact_as_native(ours, a[2][name][padded["mask"]], expected, name)
 
 
+@pytest.mark.parametrize("variant", ["everything", "gspo", "token-sum"])
+@pytest.mark.parametrize("lengths", [[30000], [9000, 1, 0, 700, 9000]], ids=str)
+def test_long_batches(backend, variant, lengths):
+    """Longer than what a GPU's block takes at once, in few sequences: several warps share each."""
+    batch = make_batch(sum(lengths), share=0.9)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    compare(batch | {"cu_seqlens": cu_seqlens}, **VARIANTS[variant])
+
+
 def test_strides(backend):
     batch = make_batch(6, 50)
     expected = run(ppo_loss, batch, **EVERYTHING)
@@ -294,7 +303,7 @@ def test_expanded_advantages_and_upstream(backend):
     torch.testing.assert_close(leaf.grad, 3 * once)
 
 
-def test_gradients_only_where_wanted(cpu_backend):
+def test_gradients_only_where_wanted(fast_backend):
     batch = make_batch(3, 20, share=1.0)
     assert not ppo_loss(**batch).loss.requires_grad
     values = batch["values"].clone().requires_grad_()
@@ -304,7 +313,7 @@ def test_gradients_only_where_wanted(cpu_backend):
         assert not ppo_loss(**(batch | {"values": values})).loss.requires_grad
 
 
-def test_backward_twice_and_second_derivative(cpu_backend):
+def test_backward_twice_and_second_derivative(fast_backend):
     leaf = torch.randn(5, requires_grad=True)
     loss = ppo_loss(leaf, leaf.detach(), torch.randn(5)).loss
     first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
@@ -390,7 +399,7 @@ OPERATOR_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPERATOR_OPTIONS)
-def test_opcheck(cpu_backend, options):
+def test_opcheck(fast_backend, options):
     batch = make_batch(3, 20)
     for name in GRADIENTS:
         batch[name].requires_grad_()
@@ -401,7 +410,7 @@ def test_opcheck(cpu_backend, options):
     torch.library.opcheck(torch.ops.fastppo.ppo_loss, arguments)
 
 
-def test_denominators_and_lengths_do_not_recompile(cpu_backend):
+def test_denominators_and_lengths_do_not_recompile(fast_backend):
     """Once torch.compile has seen them vary, further values and sizes compile nothing; nor do a tensor's values."""
     step = torch.compile(ppo_loss, fullgraph=True, backend="aot_eager")
     stats = torch._dynamo.utils.counters["stats"]
@@ -417,7 +426,7 @@ def test_denominators_and_lengths_do_not_recompile(cpu_backend):
         assert stats["unique_graphs"] == seen, as_denominator
 
 
-def test_compiled_gradients(cpu_backend):
+def test_compiled_gradients(fast_backend):
     batch = make_batch(3, 50)
     compiled = torch.compile(ppo_loss, fullgraph=True, backend="aot_eager")
     a, b = run(compiled, batch, **EVERYTHING), run(ppo_loss, batch, **EVERYTHING)
@@ -465,10 +474,29 @@ ROW = torch.zeros(2, 3)
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"expected packed tokens \[total\]"),
     ],
 )
-def test_errors_name_the_argument(cpu_backend, change, error, message):
+def test_errors_name_the_argument(fast_backend, change, error, message):
     arguments = {"logprobs": ROW, "old_logprobs": ROW, "advantages": ROW} | change
+    if fast_backend == "cuda" and torch.is_tensor(change.get("denominator")) and change["denominator"].dim() == 0:
+        assert ppo_loss(**arguments).loss.isnan()  # the host does not wait for the device
+        return
     with pytest.raises(error, match=message):
         ppo_loss(**arguments)
+
+
+OFFSETS_OF_SIX = [[1, 6], [0, 4, 2, 6], [0, 4], [0, 9], [0, -1, 6]]
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"])
+@pytest.mark.parametrize("offsets", OFFSETS_OF_SIX, ids=str)
+def test_wrong_offsets_give_nan_on_a_gpu(fast_backend, offsets, aggregation):
+    """The host does not wait for the device: loss and gradient say that something is wrong."""
+    if fast_backend == "cpu":
+        pytest.skip("the CPU raises")
+    level = "sequence" if aggregation == "token-mean" else "token"
+    leaf, x = torch.zeros(6, requires_grad=True), torch.ones(6)
+    loss, _ = ppo_loss(leaf, x, x, cu_seqlens=torch.tensor(offsets), aggregation=aggregation, ratio_level=level)
+    loss.backward()
+    assert loss.isnan() and leaf.grad.isnan().all()
 
 
 @pytest.mark.parametrize(
