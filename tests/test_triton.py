@@ -19,7 +19,7 @@ ARCHITECTURES = {
     90: 232448,
     100: 232448,
 }  # compute capability: most shared memory a block can have, in bytes
-TESTED_OPS = ["token_logprobs"]
+TESTED_OPS = ["token_logprobs", "linear_token_logprobs", "linear_ppo_loss"]
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
@@ -51,7 +51,25 @@ def token_logprobs_launches():
         yield "_token_logprobs_backward_kernel", backward, constants, module.NUM_WARPS
 
 
-LAUNCHES = [("token_logprobs", *launch) for launch in token_logprobs_launches()]
+def linear_head_launches():
+    """What the ops of the fused head launch of kernels/token_logprobs.py: fp32 tiles, gradients in the type of the products."""
+    module = importlib.import_module("fastppo.kernels.token_logprobs")
+    options = {"scale": "fp32", "softcap": "fp32", "temperature": "fp32"}
+    for softcap, entropy, block in [(False, True, module.BLOCK_V), (False, False, module.BLOCK_V), (True, True, 128)]:
+        constants = {"HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, "BLOCK_V": block}
+        pointers = {"tile_ptr": "*fp32", "labels_ptr": "*i64", "state_ptr": "*fp64"}
+        add_tile = pointers | {"width": "i32", "stride_row": "i32"} | options
+        yield "_token_logprobs_add_tile_kernel", add_tile, constants, module.NUM_WARPS
+    for name, signature, constants, warps in token_logprobs_launches():
+        if "backward" in name and signature["grad_ptr"] != "*fp32":
+            yield name, signature | {"logits_ptr": "*fp32", "ignore_index": "i64"}, constants, warps
+
+
+LAUNCHES = [
+    ("token_logprobs", *launch)
+    for launches in (token_logprobs_launches(), linear_head_launches())
+    for launch in launches
+]
 
 
 @pytest.mark.slow

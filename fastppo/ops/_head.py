@@ -97,17 +97,16 @@ def exact_products(x: Tensor) -> Iterator[None]:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a @ b or, to `accumulate`, out += a @ b: fp32 sums, rounded once to out's type (a's and b's own, or fp32)."""
-    if a.dtype != out.dtype and a.is_cuda:
-        # The batched form alone takes an fp32 sum beside half-precision factors in every version since 2.8.
-        out, a, b = out[None], a[None], b[None]
-        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
-        return
-    if a.dtype != out.dtype:  # interpreted kernels: the CPU has no such product
+    if a.dtype != out.dtype and not a.is_cuda:  # interpreted kernels: the CPU has no such product
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if accumulate:
+    wider = {"out_dtype": out.dtype} if a.dtype != out.dtype else {}
+    if not accumulate:
+        torch.mm(a, b, **wider, out=out)
+    elif not wider:
         out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+    else:  # batched: not every version's addmm takes an fp32 sum beside half-precision factors
+        total = out[None]
+        torch.baddbmm(total, a[None], b[None], **wider, out=total)
 
 
 class Statistics(NamedTuple):

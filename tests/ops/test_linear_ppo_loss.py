@@ -95,13 +95,17 @@ def test_variants(backend, variant, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 70, 71])
 @pytest.mark.parametrize("variant", ["everything", "sequence"])
-def test_chunk_boundaries(cpu_backend, monkeypatch, rows, variant):
-    """One row a chunk, a ragged last chunk, exactly one chunk; and a half-precision weight in blocks."""
+def test_chunk_boundaries(fast_backend, monkeypatch, rows, variant):
+    """One row a chunk, a ragged last chunk, exactly one chunk; and a half-precision weight in blocks.
+
+    On a GPU half-precision gradients of logits wait for those of more rows: chunks of two parts, of one, or all in one.
+    """
     batch = make_batch(1, 70, share=1.0)
-    set_rows(monkeypatch, rows, 67, columns=30)
+    set_rows(monkeypatch, rows, 67, columns=30, chunk_rows=2 * rows + 1)
     compare(batch, **VARIANTS[variant])
     half = {name: x.bfloat16() if name in GRADIENTS else x for name, x in batch.items()}
     compare(half, **VARIANTS[variant])
+    compare(half | {"hidden": batch["hidden"]}, **VARIANTS[variant])
 
 
 def test_logits_stay_small(cpu_backend, monkeypatch):
@@ -117,7 +121,7 @@ def test_logits_stay_small(cpu_backend, monkeypatch):
 
 
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids=str)
-def test_frozen_parts(cpu_backend, trained):
+def test_frozen_parts(fast_backend, trained):
     """What is frozen gets no gradient and changes nothing else; without any, the loss alone is computed."""
     batch = make_batch(40)
     whole, part = run(linear_ppo_loss, batch), run(linear_ppo_loss, batch, trained)
@@ -278,7 +282,7 @@ def test_time_major_columns(backend, variant):
         torch.testing.assert_close(ours[4][name], expected[4][name])
 
 
-def test_first_minibatch_ratio_is_one(cpu_backend):
+def test_first_minibatch_ratio_is_one(fast_backend):
     """With the log-probs that the op itself returned as old ones the ratio is exactly 1, chunk by chunk."""
     batch = make_batch(90)
     first = linear_ppo_loss(**batch)

@@ -121,6 +121,29 @@ def test_no_memory_is_left_unwritten(cpu_backend, small_tiles):
         torch.use_deterministic_algorithms(False)
 
 
+def test_labels_out_of_range_give_nan_where_the_host_does_not_look(fast_backend):
+    if fast_backend == "cpu":
+        pytest.skip("raises: test_errors_name_the_argument")
+    hidden, weight, bias, labels = operands()
+    labels[[2, 5]] = torch.tensor([70, -1])
+    logprobs = linear_token_logprobs(hidden, weight, labels, bias)
+    assert logprobs.isnan().tolist() == [row in (2, 5) for row in range(13)]
+
+
+def test_small_gradients_of_logits_keep_their_digits(fast_backend):
+    """Of 2,000 tokens as likely as each other none has a gradient that fp16 holds with 3 digits; their sum with hidden has one."""
+    hidden, weight = torch.zeros(3, 4).half(), 1 + torch.randn(2000, 4).half() / 8
+    weight[0], labels = 0, torch.zeros(3, dtype=torch.int64)
+
+    def d_hidden(function, dtype):
+        states = hidden.to(dtype).requires_grad_()
+        loss = 1e-4 * function(states, weight.to(dtype), labels).sum()
+        return torch.autograd.grad(loss, states)[0]
+
+    ours, native = (d_hidden(function, torch.float16) for function in (linear_token_logprobs, reference))
+    assert_as_exact_as_native(ours, native, d_hidden(reference, torch.float64))
+
+
 def test_ignored_rows_reach_nothing(backend, small_tiles):
     hidden, weight, bias, labels = operands()
     labels[::3], hidden[::3] = -100, torch.nan
