@@ -65,7 +65,9 @@ def _token_logprobs_forward_kernel(
         if WITH_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         return
-    zero = tl.full((), 0.0, tl.float32)  # a number written here would be a constant to add_row, and could not change in its loop
+    zero = tl.full(
+        (), 0.0, tl.float32
+    )  # a number written here would be a constant to add_row, and could not change in its loop
     running_max, total, weighted = add_row(
         row_ptr, V, zero - float("inf"), zero, zero, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
     )

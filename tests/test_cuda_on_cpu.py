@@ -46,11 +46,14 @@ def test_executed_kernels_agree_with_the_reference(op):
 
 
 def sanitizer_environment() -> dict[str, str]:
-    runtime = subprocess.run([build.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # The C++ library too: without it, AddressSanitizer finds no function to throw exceptions with, and ends the process at torch's first.
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [subprocess.run([build.CXX, f"-print-file-name={name}"], capture_output=True, text=True) for name in names]
+    runtimes = [done.stdout.strip() for done in found]
+    if not Path(runtimes[0]).is_absolute():
         pytest.skip("the compiler has no AddressSanitizer")
     options = "detect_leaks=0:detect_stack_use_after_return=0"
-    return {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options, "FASTPPO_TEST_SANITIZE": "1"}
+    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": options, "FASTPPO_TEST_SANITIZE": "1"}
 
 
 @pytest.mark.slow
@@ -141,7 +144,8 @@ def test_reasons(monkeypatch):
     op = TESTED_OPS[0]
     assert _backends.why_not(op, "cuda", "cpu") == "the tensors are on cpu"
     monkeypatch.setattr(native, "_C", object())
-    assert "the CUDA kernels are not built: install nvcc" in _backends.why_not(op, "cuda", "cuda")
+    for op, backend in ((op, "cuda"), *((op, "triton") for op in _backends.CUDA_BESIDE_TRITON)):
+        assert "the CUDA kernels are not built: install nvcc" in _backends.why_not(op, backend, "cuda")
     with use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on cpu"):
         masked_whiten(torch.zeros(3))
 

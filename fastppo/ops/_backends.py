@@ -34,6 +34,9 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "batch_invariant_linear": ("cpu",),
 }
 
+# Ops whose Triton path calls CUDA kernels too, on a GPU.
+CUDA_BESIDE_TRITON = ("linear_ppo_loss",)
+
 FAST_DTYPES = tuple(native.DTYPE_CODES)
 
 
@@ -70,6 +73,8 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return native.cuda_unavailable_reason()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if backend == "triton" and device_type == "cuda" and op in CUDA_BESIDE_TRITON:
+        return native.cuda_unavailable_reason()
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return None if device_type == "cuda" or interpreted else f"the tensors are on {device_type}"
 

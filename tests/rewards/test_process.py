@@ -234,7 +234,15 @@ def test_a_killed_trainer_takes_all_processes_along(tmp_path):
     eventually(lambda: all(map(is_gone, pids)))
 
 
-def test_ctrl_c_stops_the_call_and_leaves_no_stale_answer(make):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Also where the tests were started in the background, with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_call_and_leaves_no_stale_answer(make, ctrl_c_interrupts):
     def echo(completions, level):
         time.sleep(level[0])
         return level

@@ -15,7 +15,7 @@ STOP, LENGTH, ERROR = (int(reason) for reason in FinishReason)
 
 @pytest.fixture(scope="module")
 def llama():
-    return make_model("llama", eos_token_id=7)
+    return prepare_model(make_model("llama", eos_token_id=7))
 
 
 @pytest.fixture(scope="module")
