@@ -144,8 +144,8 @@ def test_reasons(monkeypatch):
     op = TESTED_OPS[0]
     assert _backends.why_not(op, "cuda", "cpu") == "the tensors are on cpu"
     monkeypatch.setattr(native, "_C", object())
-    for op, backend in ((op, "cuda"), *((op, "triton") for op in _backends.CUDA_BESIDE_TRITON)):
-        assert "the CUDA kernels are not built: install nvcc" in _backends.why_not(op, backend, "cuda")
+    for name, backend in ((op, "cuda"), *((beside, "triton") for beside in _backends.CUDA_BESIDE_TRITON)):
+        assert "the CUDA kernels are not built: install nvcc" in _backends.why_not(name, backend, "cuda")
     with use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on cpu"):
         masked_whiten(torch.zeros(3))
 
