@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastppo.bench import floors, memory, record, report
-from fastppo.bench.catalog import OPS, check_op, load_cases
-from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, measure
+from fastppo.bench.catalog import OPS, check_op, load_cases, ops_on
+from fastppo.bench.floors import Ceilings
+from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, make_inputs, measure, prepared
 
 ROUNDS, QUICK_ROUNDS = 20, 3
 SECONDS = 0.5  # that a case's rounds take at least
 TURN_SECONDS = 0.005  # of calls in a provider's turn
+CUDA_PROVIDER_SECONDS = 4.0  # a GPU is lent for minutes, and a loop of 32,768 launches takes a second
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 README = record.ROOT / "README.md"
@@ -49,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     for op in options.op or ():
-        check_op(op)
+        check_op(op, options.device)
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
     if options.quick and options.check:
@@ -65,24 +68,30 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--json: there is no folder {options.json.parent}")
 
 
-def all_cases(ops: list[str], quick: bool) -> Iterator[tuple[str, int, Case | Row]]:
+def all_cases(ops: list[str], quick: bool, device: str) -> Iterator[tuple[str, int, Case | Row]]:
     """(op, index within the op, case) of every case; a row with the reason for an op whose cases do not load."""
     for op in ops:
         try:
-            cases = load_cases(op, quick)
+            cases = load_cases(op, quick, device)
         except Exception as error:
             yield op, 0, Row(op, "all", "all", "raised", f"its cases do not load: {describe(error)}")
             continue
         yield from ((op, index, case) for index, case in enumerate(cases))
 
 
-def fill_peaks(rows: dict[str, Row], op: str, index: int, device: torch.device) -> None:
-    """Peak memory of every provider that is right, each in a process of its own."""
+def fill_peaks(rows: dict[str, Row], case: Case, index: int, device: torch.device) -> None:
+    """Peak memory of every provider that is right: on a GPU here, else each in a process of its own, where the case promises something."""
+    if device.type == "cpu" and case.target.memory_share is None:
+        return
     for provider, row in rows.items():
         if row.status == "ok":
             try:
-                row.peak_bytes = memory.measure_peak(op, index, provider, device)
-            except memory.CannotMeasure as error:
+                row.peak_bytes = (
+                    memory.cuda_peak(case.providers[provider], prepared(case, provider, make_inputs(case, device)))
+                    if device.type == "cuda"
+                    else memory.measure_peak(case.op, index, provider)
+                )
+            except (memory.CannotMeasure, torch.OutOfMemoryError) as error:
                 row.peak_reason = str(error)
 
 
@@ -90,18 +99,19 @@ def run(options: argparse.Namespace, console: Console) -> record.Record:
     """Measures what the options ask for."""
     device = torch.device(options.device)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    schedule = Schedule(rounds) if options.quick else Schedule(rounds, SECONDS, TURN_SECONDS)
-    cases = list(all_cases(list(dict.fromkeys(options.op or OPS)), options.quick))
+    most = CUDA_PROVIDER_SECONDS if device.type == "cuda" else math.inf
+    schedule = Schedule(rounds) if options.quick else Schedule(rounds, SECONDS, TURN_SECONDS, most)
+    cases = list(all_cases(list(dict.fromkeys(options.op or ops_on(device.type))), options.quick, device.type))
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("copy bandwidth", total=len(cases) * rounds)
-        bandwidth = floors.copy_bandwidth(device, rounds)
-        for done, (op, index, case) in enumerate(cases):
-            rows += measure_one(case, op, index, device, schedule, bandwidth, ticker(progress, bar, case, done, rounds))
+        bar = progress.add_task("ceilings", total=len(cases) * rounds)
+        ceilings = floors.ceilings(device, rounds)
+        for done, (_, index, case) in enumerate(cases):
+            rows += measure_one(case, index, device, schedule, ceilings, ticker(progress, bar, case, done, rounds))
             progress.update(bar, completed=(done + 1) * rounds)
     return record.Record(
-        machine=record.this_machine(device, floors.cache_bytes(device), bandwidth),
+        machine=record.this_machine(device, floors.cache_bytes(device), ceilings),
         versions=record.package_versions(),
         revision=record.git_revision(),
         date=record.now(),
@@ -124,18 +134,16 @@ def ticker(progress: Progress, bar: int, case: Case | Row, done: int, rounds: in
 
 def measure_one(
     case: Case | Row,
-    op: str,
     index: int,
     device: torch.device,
     schedule: Schedule,
-    bandwidth: float,
+    ceilings: Ceilings,
     tick: Callable[[], None],
 ) -> list[Row]:
     if isinstance(case, Row):
         return [case]
-    rows = measure(case, device, schedule, bandwidth, tick)
-    if case.target.memory_share is not None:
-        fill_peaks(rows, op, index, device)
+    rows = measure(case, device, schedule, ceilings, tick)
+    fill_peaks(rows, case, index, device)
     fill_ratios(rows, case.target)
     return list(rows.values())
 

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from fastppo.bench import clock
+
 INT64, FP32, BOOL = 8, 4, 1
 UNKNOWN_CACHE_BYTES = 32 << 20
+MATMUL_SIZE = 8192
 
 
 class Work(NamedTuple):
     bytes: int
     flops: int = 0
+
+
+class Ceilings(NamedTuple):
+    """What this machine reaches in the same run: bytes a second, read and written, and bf16 flops a second (GPUs only)."""
+
+    copy_bandwidth: float
+    matmul_rate: float | None = None
 
 
 def token_logprobs(rows: int, vocab: int, itemsize: int, *, entropy: bool = False, backward: bool = False) -> Work:
@@ -32,18 +41,26 @@ def token_logprobs(rows: int, vocab: int, itemsize: int, *, entropy: bool = Fals
 
 
 def linear_token_logprobs(
-    rows: int, hidden: int, vocab: int, itemsize: int, *, entropy: bool = False, backward: bool = False
+    rows: int,
+    hidden: int,
+    vocab: int,
+    itemsize: int,
+    *,
+    entropy: bool = False,
+    backward: bool = False,
+    recomputed: bool = False,
 ) -> Work:
     """hidden [rows, hidden] and weight [vocab, hidden] in, logprobs out; backward: both in again, both gradients out.
 
-    2·rows·hidden·vocab flops for each of the logits, the gradient of hidden and the gradient of weight.
+    2·rows·hidden·vocab flops for each of the logits, the gradient of hidden and the gradient of weight; `recomputed`: the logits twice, as
+    who keeps no matrix of them must.
     """
     operands = (rows + vocab) * hidden * itemsize
     per_row = INT64 + FP32 * (1 + entropy)
     product = 2 * rows * hidden * vocab
     if not backward:
         return Work(operands + rows * per_row, product)
-    return Work(3 * operands + 2 * rows * per_row, 3 * product)
+    return Work(3 * operands + 2 * rows * per_row, (3 + recomputed) * product)
 
 
 def linear_ppo_loss(rows: int, hidden: int, vocab: int, itemsize: int) -> Work:
@@ -105,21 +122,23 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=UNKNOWN_CACHE_BYTES)
 
 
+def ceilings(device: torch.device, rounds: int) -> Ceilings:
+    return Ceilings(copy_bandwidth(device, rounds), matmul_rate(device, rounds) if device.type == "cuda" else None)
+
+
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes a second, read and written, of `copy_` between two existing buffers that are each four times the cache."""
-    source = torch.rand(max(4 * cache_bytes(device), 256 << 20) // FP32, device=device)
+    """Bytes a second, read and written, of `copy_` between two existing buffers that are each at least four times the cache."""
+    smallest = 1 << 30 if device.type == "cuda" else 256 << 20
+    source = torch.rand(max(4 * cache_bytes(device), smallest) // FP32, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        start = perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        seconds.append(perf_counter() - start)
+    seconds = [clock.seconds(lambda: target.copy_(source), device) for _ in range(rounds + 1)]
     # The first copy also maps the target's pages.
     return 2 * source.numel() * FP32 / statistics.median(seconds[1:])
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def matmul_rate(device: torch.device, rounds: int) -> float:
+    """Flops a second of a square bf16 product of random numbers: of zeros a GPU, which then draws less power, makes more."""
+    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(left)
+    seconds = [clock.seconds(lambda: torch.mm(left, right, out=out), device) for _ in range(rounds + 1)]
+    return 2 * MATMUL_SIZE**3 / statistics.median(seconds[1:])

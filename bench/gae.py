@@ -1,4 +1,4 @@
-"""Cases of `gae`: 256 sequences of 1,024 tokens, against the loop over time that trainers write."""
+"""Cases of `gae`: 256 sequences of 1,024 tokens, on a GPU 512 of up to 32,768, against the loop over time that trainers write."""
 
 from __future__ import annotations
 
@@ -42,28 +42,30 @@ def eager(
     return (advantages, returns) if mask is None else (advantages * mask, returns * mask)
 
 
-def cases(quick: bool) -> list[Case]:
-    sequences, length = (8, 128) if quick else (256, 1024)
-    shape = (sequences, length)
+def cases(quick: bool, device: str = "cpu") -> list[Case]:
+    def case(sequences: int, length: int, target: Target, mask: bool) -> Case:
+        shape = (sequences, length)
 
-    def inputs(generator: torch.Generator) -> Tensors:
-        return {name: torch.randn(shape, generator=generator) for name in ("rewards", "values")}
+        def inputs(generator: torch.Generator) -> Tensors:
+            columns = {name: torch.randn(shape, generator=generator) for name in ("rewards", "values")}
+            return columns | ({"mask": torch.rand(shape, generator=generator) < KEPT_SHARE} if mask else {})
 
-    def masked_inputs(generator: torch.Generator) -> Tensors:
-        return inputs(generator) | {"mask": torch.rand(shape, generator=generator) < KEPT_SHARE}
-
-    def case(name: str, make_inputs, target: Target, mask: bool) -> Case:
         return Case(
             op="gae",
-            name=f"[{sequences}, {length}]{name}",
-            inputs=make_inputs,
+            name=f"[{sequences}, {length}]{', mask with holes' if mask else ''}",
+            inputs=inputs,
             providers={"fastppo": run_with(ops.gae), "eager": run_with(eager)},
             exact=run_with(reference.gae),
             work=floors.gae(sequences * length, mask=mask),
             target=target,
         )
 
+    if device == "cuda":
+        lengths = (100, 200) if quick else (32768, 1024)
+        targets = (Target(copy_share=0.7), Target(seconds=10e-6))
+        return [case(512, length, target, mask=True) for length, target in zip(lengths, targets, strict=True)]
+    sequences, length = (8, 128) if quick else (256, 1024)
     return [
-        case("", inputs, Target(speedup=80.0), mask=False),
-        case(", mask with holes", masked_inputs, Target(), mask=True),
+        case(sequences, length, Target(speedup=80.0), mask=False),
+        case(sequences, length, Target(), mask=True),
     ]

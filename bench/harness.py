@@ -4,6 +4,9 @@ Providers take turns (A B, B A, A B ...), so that a slow minute of the machine f
 many calls as fill a few milliseconds: one call of a fast op after a slow one would time how the other left the caches of
 instructions and the sleeping threads. Each call gets the next of several input sets, together larger than the
 last-level cache, so the data always come from memory. A ratio is one of medians.
+
+On a GPU a turn is the replay of a CUDA graph of its calls, where they can be captured: what the kernels take, with the host out of the
+way. What a call takes that is launched from Python is noted beside it.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fastppo.bench import floors
-from fastppo.bench.floors import Work
+from fastppo.bench import clock, floors
+from fastppo.bench.floors import Ceilings, Work
 
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
 OURS, EAGER = "fastppo", "eager"
 MAX_INPUT_BYTES = 1 << 30
+MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
+LEAST_TURNS = 3
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
 ALLOWED_ERROR = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -40,10 +45,15 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What the op promises on this case: times eager's speed, and the largest share of eager's peak memory."""
+    """What the op promises on this case: at least so many times eager's speed, such shares of what the machine copies and multiplies a
+    second; at most such a share of eager's peak memory, so many seconds a call, so many bytes beyond inputs and outputs."""
 
     speedup: float | None = None
     memory_share: float | None = None
+    copy_share: float | None = None
+    flop_share: float | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
 
 
 def compare_tensors(inputs: Tensors, outputs: Tensors, exact: Tensors) -> float:
@@ -67,7 +77,7 @@ def relative_error(name: str, output: Tensor, exact: Tensor) -> float:
 class Case:
     """One row of the promise: an op at one size, and who computes it.
 
-    `inputs(generator)` makes one set of CPU tensors; `exact` is a provider that gets them in fp64 and gives the truth;
+    `inputs(generator)` makes one set of tensors, on the default device; `exact` is a provider that gets them in fp64 and gives the truth;
     `compare(inputs, outputs, exact)` returns the largest error or raises WrongResult.
     """
 
@@ -83,18 +93,21 @@ class Case:
     """Output that counts what a call made: times, and `work`, are for one of those."""
     rounds: int | None = None
     """Instead of the schedule's, for cases whose calls take seconds."""
+    prepare: Mapping[str, Provider] = field(default_factory=dict)
+    """What a provider makes of an input set before its calls on it are timed; joins the set."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """At least `rounds` turns of every provider; cheap cases go on, for `seconds` or ten times as many rounds.
 
-    A turn is one call, or as many as take `turn_seconds`.
+    A turn is one call, or as many as take `turn_seconds`. A provider whose turns have taken `provider_seconds` needs but a few.
     """
 
     rounds: int
     seconds: float = 0.0
     turn_seconds: float = 0.0
+    provider_seconds: float = math.inf
 
     @property
     def most_rounds(self) -> int:
@@ -132,27 +145,51 @@ class Row:
     peak_reason: str | None = None
     memory_share: float | None = None
     target_memory_share: float | None = None
+    graph: bool = False  # whether a turn is the replay of a CUDA graph
+    called_s: float | None = None  # a call launched from Python, on a GPU
+    flop_share: float | None = None
+    target_copy_share: float | None = None
+    target_flop_share: float | None = None
+    target_s: float | None = None
+    target_peak_bytes: int | None = None
+
+    @property
+    def goals(self) -> list[tuple[float | None, float | None, bool]]:
+        """(reached or None, target, whether more is better) of every target that the row has."""
+        pairs = [
+            (self.speedup, self.target_speedup, True),
+            (self.copy_share, self.target_copy_share, True),
+            (self.flop_share, self.target_flop_share, True),
+            (self.median_s, self.target_s, False),
+            (self.memory_share, self.target_memory_share, False),
+            (self.peak_bytes, self.target_peak_bytes, False),
+        ]
+        return [pair for pair in pairs if pair[1] is not None]
 
     @property
     def has_target(self) -> bool:
-        return self.target_speedup is not None or self.target_memory_share is not None
+        return bool(self.goals)
 
     @property
     def target_met(self) -> bool | None:
         """None without a target. A target that was not measured is not met."""
         if not self.has_target:
             return None
-        speed = self.target_speedup is None or (self.speedup or 0.0) >= self.target_speedup
-        memory = self.target_memory_share is None or (
-            self.memory_share is not None and self.memory_share <= self.target_memory_share
+        return all(
+            reached is not None and (reached >= target if more else reached <= target)
+            for reached, target, more in self.goals
         )
-        return speed and memory
 
 
 def make_inputs(case: Case, device: torch.device, index: int = 0) -> Tensors:
     """Input set `index` of a case on `device`; leaves that need a gradient keep that wish."""
-    generator = torch.Generator().manual_seed(index)
-    return {name: moved(x, device) for name, x in case.inputs(generator).items()}
+    generator = torch.Generator(device).manual_seed(index)
+    with device:
+        return {name: moved(x, device) for name, x in case.inputs(generator).items()}
+
+
+def prepared(case: Case, provider: str, inputs: Tensors) -> Tensors:
+    return inputs | case.prepare[provider](inputs) if provider in case.prepare else inputs
 
 
 def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -177,7 +214,7 @@ def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -
     """A row with the provider's error, or with the reason why it is not timed."""
     row = Row(case.op, case.name, provider, "ok")
     try:
-        row.error = case.compare(inputs, case.providers[provider](inputs), exact)
+        row.error = case.compare(inputs, case.providers[provider](prepared(case, provider, inputs)), exact)
     except WrongResult as wrong:
         row.status, row.reason, row.error = "wrong", str(wrong), wrong.error
     except Exception as error:
@@ -190,17 +227,55 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def time_turn(case: Case, provider: str, sets: list[Tensors], first: int, calls: int, device: torch.device) -> float:
-    """Seconds a call (or a piece, with `case.per`), over `calls` calls that go through the input sets from the `first` on."""
-    run, pieces = case.providers[provider], 0
-    floors.synchronize(device)
-    start = perf_counter()
-    for call in range(first, first + calls):
-        outputs = run(sets[call % len(sets)])
-        pieces += int(outputs[case.per]) if case.per else 1
-        del outputs
-    floors.synchronize(device)
-    return (perf_counter() - start) / pieces
+class Player:
+    """A provider that takes turns on the input sets of a case."""
+
+    def __init__(self, case: Case, name: str, sets: list[Tensors], device: torch.device, schedule: Schedule) -> None:
+        self._run, self._per, self._device, self._schedule = case.providers[name], case.per, device, schedule
+        self._sets = [prepared(case, name, inputs) for inputs in sets]
+        self._calls: int | None = None  # the first turn is one call, which tells how many make a turn
+        self._replay: Callable[[], None] | None = None
+        self.called_s: float | None = None
+        if device.type == "cuda":
+            self._rehearse(capturable=not case.prepare and case.per is None)
+
+    def _call(self, first: int, calls: int) -> int:
+        """Calls on the input sets from the `first` on; returns the pieces made."""
+        pieces = 0
+        for call in range(first, first + calls):
+            outputs = self._run(self._sets[call % len(self._sets)])
+            pieces += int(outputs[self._per]) if self._per else 1
+            del outputs
+        return pieces
+
+    def _time(self, first: int, calls: int) -> float:
+        """Seconds a call, or a piece."""
+        pieces = []
+        seconds = clock.seconds(lambda: pieces.append(self._call(first, calls)), self._device)
+        return seconds / pieces[0]
+
+    def _rehearse(self, capturable: bool) -> None:
+        """Times calls from Python, and captures as many as make a turn, each input set as often as the others."""
+        once = self._time(0, 1)
+        calls = 1 if self._per else self._schedule.calls_a_turn(once)
+        self._calls = math.ceil(calls / len(self._sets)) * len(self._sets) if calls > 1 else 1
+        self.called_s = self._time(0, self._calls)
+        if capturable and once <= MOST_CAPTURED_SECONDS:
+            self._replay = clock.capture(lambda: self._call(0, self._calls), self._device)
+
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+    def turn(self, first: int) -> tuple[float, int]:
+        """(seconds a call or a piece, calls) of a turn that starts with input set `first`."""
+        if self._replay is not None:
+            return clock.seconds(self._replay, self._device) / self._calls, self._calls
+        calls = self._calls or 1
+        seconds = self._time(first, calls)
+        if self._calls is None:
+            self._calls = 1 if self._per else self._schedule.calls_a_turn(seconds)
+        return seconds, calls
 
 
 def take_turns(
@@ -213,32 +288,40 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds a call, of every turn of every right provider; one that raises gets its reason and leaves the turns."""
     seconds: dict[str, list[float]] = {name: [] for name, row in rows.items() if row.status == "ok"}
-    calls_a_turn: dict[str, int] = {}  # each provider's first turn is one call, which tells how many make a turn
+    players: dict[str, Player] = {}
+    spent = dict.fromkeys(seconds, 0.0)
     calls, done, started = 0, 0, perf_counter()
     while seconds and schedule.goes_on(done, perf_counter() - started):
-        order = list(seconds) if done % 2 == 0 else list(reversed(seconds))
-        for name in order:
-            turn = calls_a_turn.get(name, 1)
+        for name in list(seconds) if done % 2 == 0 else list(reversed(seconds)):
+            if spent[name] > schedule.provider_seconds and len(seconds[name]) >= LEAST_TURNS:
+                continue
+            begun = perf_counter()
             try:
-                seconds[name].append(time_turn(case, name, sets, calls, turn, device))
-                calls_a_turn.setdefault(name, 1 if case.per else schedule.calls_a_turn(seconds[name][0]))
+                if name not in players:
+                    players[name] = Player(case, name, sets, device, schedule)
+                a_call, made = players[name].turn(calls)
+                seconds[name].append(a_call)
+                rows[name].called_s, rows[name].graph = players[name].called_s, players[name].captured
+                calls += made
             except Exception as error:
                 rows[name].status, rows[name].reason = "raised", describe(error)
                 del seconds[name]
-            calls += turn
+            spent[name] += perf_counter() - begun
         done += 1
         tick()
     return seconds
 
 
-def fill_times(row: Row, case: Case, seconds: list[float], copy_bandwidth: float) -> None:
+def fill_times(row: Row, case: Case, seconds: list[float], ceilings: Ceilings) -> None:
     row.rounds = len(seconds)
     row.median_s = statistics.median(seconds)
     row.p20_s, row.p80_s = percentile(seconds, 0.2), percentile(seconds, 0.8)
     row.floor_bytes, row.floor_flops = case.work
     row.gb_per_s = case.work.bytes / row.median_s / 1e9
     row.gflop_per_s = case.work.flops / row.median_s / 1e9 if case.work.flops else None
-    row.copy_share = case.work.bytes / row.median_s / copy_bandwidth
+    row.copy_share = case.work.bytes / row.median_s / ceilings.copy_bandwidth
+    if case.work.flops and ceilings.matmul_rate:
+        row.flop_share = case.work.flops / row.median_s / ceilings.matmul_rate
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -251,23 +334,38 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def fill_ratios(rows: Mapping[str, Row], target: Target) -> None:
-    """Speed-up and memory share over eager, where both are right and measured; the target goes to our own row."""
+    """Speed-up and memory share over eager, where both are right and measured; the target goes to our own row.
+
+    Where only one of the two could be captured in a graph, the speed-up is that of calls from Python.
+    """
     eager = rows.get(EAGER)
     for name, row in rows.items():
         if name != EAGER and eager is not None and row.median_s and eager.median_s:
-            row.speedup = eager.median_s / row.median_s
+            alike = row.graph == eager.graph
+            row.speedup = eager.median_s / row.median_s if alike else eager.called_s / row.called_s
         if name != EAGER and eager is not None and row.peak_bytes is not None and eager.peak_bytes:
             row.memory_share = row.peak_bytes / eager.peak_bytes
     if OURS in rows:
-        rows[OURS].target_speedup, rows[OURS].target_memory_share = target.speedup, target.memory_share
+        ours = rows[OURS]
+        ours.target_speedup, ours.target_memory_share = target.speedup, target.memory_share
+        ours.target_copy_share, ours.target_flop_share = target.copy_share, target.flop_share
+        ours.target_s, ours.target_peak_bytes = target.seconds, target.peak_bytes
+
+
+def settle(device: torch.device) -> None:
+    """Frees what nobody holds; on a GPU also what the allocator keeps, which a graph's own memory could not use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(
-    case: Case, device: torch.device, schedule: Schedule, copy_bandwidth: float, tick: Callable[[], None] = lambda: None
+    case: Case, device: torch.device, schedule: Schedule, ceilings: Ceilings, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
     if case.rounds is not None:
         schedule = Schedule(min(case.rounds, schedule.rounds))
+    settle(device)
     try:
         sets = input_sets(case, device, schedule)
         exact = case.exact(in_fp64(sets[0]))
@@ -276,12 +374,12 @@ def measure(
         return {name: Row(case.op, case.name, name, "raised", reason) for name in case.providers}
     rows = {name: check_provider(case, name, sets[0], exact) for name in case.providers}
     del exact
-    gc.collect()
+    settle(device)
     gc.disable()  # no collection inside a timed call
     try:
         seconds = take_turns(case, rows, sets, device, schedule, tick)
     finally:
         gc.enable()
     for name, times in seconds.items():
-        fill_times(rows[name], case, times, copy_bandwidth)
+        fill_times(rows[name], case, times, ceilings)
     return rows

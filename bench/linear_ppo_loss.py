@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.bench import floors
-from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import linear_ppo_loss as reference
 
 KEPT_SHARE = 0.8
@@ -19,6 +19,9 @@ def run_with(function):
     def run(x: Tensors) -> Tensors:
         loss, *_ = function(**x, clip_low=CLIP, clip_high=CLIP)
         d_hidden, d_weight = torch.autograd.grad(loss, (x["hidden"], x["weight"]))
+        loss = (
+            loss.to(x["weight"].dtype) if function is eager else loss
+        )  # as exact as its logits, which are rounded to that
         return {"loss": loss.detach(), "d_hidden": d_hidden, "d_weight": d_weight}
 
     return run
@@ -28,21 +31,23 @@ def eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float, clip_high: float,
 ) -> tuple[Tensor]:  # fmt: skip
-    log_p = torch.log_softmax(F.linear(hidden, weight), dim=-1)
+    log_p = torch.log_softmax(F.linear(hidden, weight).float(), dim=-1)
     ratio = (log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     return ((policy * mask).sum() / mask.sum(),)
 
 
-def cases(quick: bool) -> list[Case]:
-    rows, hidden, vocab = (32, 64, 1000) if quick else (256, 512, 32000)
+def cases(quick: bool, device: str = "cpu") -> list[Case]:
+    on_gpu = device == "cuda"
+    rows, hidden, vocab = (32, 64, 1000) if quick else (8192, 4096, 131072) if on_gpu else (256, 512, 32000)
+    dtype, spread = (torch.bfloat16, 1) if on_gpu else (torch.float32, 2)
 
     def inputs(generator: torch.Generator) -> Tensors:
-        states = torch.randn(rows, hidden, generator=generator)
-        weight = torch.randn(vocab, hidden, generator=generator) * 2 / hidden**0.5
+        states = torch.randn(rows, hidden, generator=generator).to(dtype)
+        weight = (torch.randn(vocab, hidden, generator=generator) * spread / hidden**0.5).to(dtype)
         labels = torch.randint(vocab, (rows,), generator=generator)
-        logprobs = torch.log_softmax(states @ weight.T, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        logprobs = torch.log_softmax((states @ weight.T).float(), dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return {
             "hidden": states.requires_grad_(),
             "weight": weight.requires_grad_(),
@@ -55,10 +60,11 @@ def cases(quick: bool) -> list[Case]:
     return [
         Case(
             op="linear_ppo_loss",
-            name=f"{rows} tokens, H={hidden}, V={vocab}, forward + backward",
+            name=f"{rows} tokens, H={hidden}, V={vocab}{', bf16' if on_gpu else ''}, forward + backward",
             inputs=inputs,
             providers={"fastppo": run_with(ops.linear_ppo_loss), "eager": run_with(eager)},
             exact=run_with(reference.linear_ppo_loss),
-            work=floors.linear_ppo_loss(rows, hidden, vocab, torch.float32.itemsize),
+            work=floors.linear_ppo_loss(rows, hidden, vocab, dtype.itemsize),
+            target=Target(flop_share=0.85) if on_gpu else Target(),
         )
     ]

@@ -1,4 +1,4 @@
-"""Case of `linear_token_logprobs`: the head of a small model over 2,048 tokens, with both gradients."""
+"""Case of `linear_token_logprobs`: the head of a small model over 2,048 tokens, on a GPU of a large one over 8,192, with both gradients."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ def run_with(function):
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    log_p = torch.log_softmax(F.linear(hidden, weight), dim=-1)
-    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    """As exact as the logits, which the product rounds to the head's type: the result says so by its own."""
+    log_p = torch.log_softmax(F.linear(hidden, weight).float(), dim=-1)
+    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).to(weight.dtype)
 
 
-def cases(quick: bool) -> list[Case]:
-    rows, hidden, vocab = (32, 64, 1000) if quick else (2048, 512, 32000)
+def cases(quick: bool, device: str = "cpu") -> list[Case]:
+    on_gpu = device == "cuda"
+    rows, hidden, vocab = (32, 64, 1000) if quick else (8192, 4096, 131072) if on_gpu else (2048, 512, 32000)
+    dtype, spread = (torch.bfloat16, 1) if on_gpu else (torch.float32, 2)
+    # A matrix of logits that nobody keeps is computed again for the gradients; 2 GiB beyond inputs and gradients.
+    target = Target(flop_share=0.85, peak_bytes=2 << 30) if on_gpu else Target(speedup=1 / 1.1, memory_share=0.1)
 
     def inputs(generator: torch.Generator) -> Tensors:
+        weight = torch.randn(vocab, hidden, generator=generator) * spread / hidden**0.5
         return {
-            "hidden": torch.randn(rows, hidden, generator=generator).requires_grad_(),
-            "weight": (torch.randn(vocab, hidden, generator=generator) * 2 / hidden**0.5).requires_grad_(),
+            "hidden": torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_(),
+            "weight": weight.to(dtype).requires_grad_(),
             "labels": torch.randint(vocab, (rows,), generator=generator),
             "d_logprobs": torch.randn(rows, generator=generator),
         }
@@ -40,11 +46,11 @@ def cases(quick: bool) -> list[Case]:
     return [
         Case(
             op="linear_token_logprobs",
-            name=f"{rows} tokens, H={hidden}, V={vocab}, forward + backward",
+            name=f"{rows} tokens, H={hidden}, V={vocab}{', bf16' if on_gpu else ''}, forward + backward",
             inputs=inputs,
             providers={"fastppo": run_with(ops.linear_token_logprobs), "eager": run_with(eager)},
             exact=run_with(reference.linear_token_logprobs),
-            work=floors.linear_token_logprobs(rows, hidden, vocab, torch.float32.itemsize, backward=True),
-            target=Target(speedup=1 / 1.1, memory_share=0.1),
+            work=floors.linear_token_logprobs(rows, hidden, vocab, dtype.itemsize, backward=True, recomputed=on_gpu),
+            target=target,
         )
     ]

@@ -1,9 +1,9 @@
 """Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
 
-`python -m fastppo.bench.memory OP INDEX PROVIDER DEVICE` prints the bytes. On the CPU a call on the case's quick inputs
+`python -m fastppo.bench.memory OP INDEX PROVIDER` prints the bytes. On the CPU a call on the case's quick inputs
 loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
 (`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
-touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics.
+touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics, which need no fresh process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
 
+CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 300
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER_MARK = "5"
@@ -63,17 +64,15 @@ def cuda_peak(run: Provider, inputs: Tensors) -> int:
     return max(0, torch.cuda.max_memory_allocated() - before - output_bytes(outputs, inputs))
 
 
-def peak_bytes(case: Case, quick_case: Case, provider: str, device: torch.device) -> int:
+def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
     """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size."""
-    run = case.providers[provider]
-    quick_case.providers[provider](make_inputs(quick_case, device))
-    inputs = make_inputs(case, device)
-    return cuda_peak(run, inputs) if device.type == "cuda" else cpu_peak(run, inputs)
+    quick_case.providers[provider](make_inputs(quick_case, CPU))
+    return cpu_peak(case.providers[provider], make_inputs(case, CPU))
 
 
-def measure_peak(op: str, index: int, provider: str, device: torch.device) -> int:
-    """`peak_bytes` in a fresh process; raises CannotMeasure with that process's last line."""
-    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider, str(device)]
+def measure_peak(op: str, index: int, provider: str) -> int:
+    """`peak_bytes` on the CPU in a fresh process; raises CannotMeasure with that process's last line."""
+    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -86,9 +85,9 @@ def measure_peak(op: str, index: int, provider: str, device: torch.device) -> in
 def main(argv: list[str]) -> None:
     from fastppo.bench.catalog import load_cases
 
-    op, index, provider, device = argv
+    op, index, provider = argv
     case, quick_case = (load_cases(op, quick)[int(index)] for quick in (False, True))
-    print(peak_bytes(case, quick_case, provider, torch.device(device)))
+    print(peak_bytes(case, quick_case, provider))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cases of `ppo_loss`: 256 K tokens, forward and backward."""
+"""Cases of `ppo_loss`: 256 K tokens, on a GPU 1 M, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from fastppo.reference import ppo_loss as reference
 
 KEPT_SHARE = 0.8
 CLIP, VALUE_CLIP, VF_COEF, KL_COEF = 0.2, 0.2, 0.1, 0.05
+
+
+def policy_alone(inputs: Tensors) -> Tensors:
+    return {name: inputs[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")}
 
 
 def make_inputs(tokens: int, generator: torch.Generator) -> Tensors:
@@ -34,39 +38,51 @@ def make_inputs(tokens: int, generator: torch.Generator) -> Tensors:
 
 def run_with(function):
     def run(x: Tensors) -> Tensors:
-        loss, *_ = function(**x, clip_low=CLIP, clip_high=CLIP, value_clip=VALUE_CLIP, vf_coef=VF_COEF, kl_coef=KL_COEF)
-        d_logprobs, d_values = torch.autograd.grad(loss, (x["logprobs"], x["values"]))
-        return {"loss": loss.detach(), "d_logprobs": d_logprobs, "d_values": d_values}
+        options = {"value_clip": VALUE_CLIP, "vf_coef": VF_COEF, "kl_coef": KL_COEF} if "values" in x else {}
+        loss, *_ = function(**x, clip_low=CLIP, clip_high=CLIP, **options)
+        wanted = [name for name in ("logprobs", "values") if name in x]
+        gradients = torch.autograd.grad(loss, [x[name] for name in wanted])
+        return {"loss": loss.detach()} | {f"d_{name}": d for name, d in zip(wanted, gradients, strict=True)}
 
     return run
 
 
 def eager(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, values: Tensor, old_values: Tensor,
-    returns: Tensor, ref_logprobs: Tensor, clip_low: float, clip_high: float, value_clip: float, vf_coef: float,
-    kl_coef: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float,
+    values: Tensor | None = None, old_values: Tensor | None = None, returns: Tensor | None = None,
+    ref_logprobs: Tensor | None = None, value_clip: float = 0.0, vf_coef: float = 0.0, kl_coef: float = 0.0,
 ) -> tuple[Tensor]:  # fmt: skip
     """The loss alone: our op returns its statistics too."""
     ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-    clipped_values = torch.clamp(values, old_values - value_clip, old_values + value_clip)
-    value = 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
-    difference = ref_logprobs - logprobs
-    kl = difference.exp() - 1 - difference
-    return (((policy + vf_coef * value + kl_coef * kl) * mask).sum() / mask.sum(),)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    if values is not None:
+        clipped_values = torch.clamp(values, old_values - value_clip, old_values + value_clip)
+        value = 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
+        difference = ref_logprobs - logprobs
+        kl = difference.exp() - 1 - difference
+        loss = loss + vf_coef * value + kl_coef * kl
+    return ((loss * mask).sum() / mask.sum(),)
 
 
-def cases(quick: bool) -> list[Case]:
-    tokens = 1 << (10 if quick else 18)
-    return [
-        Case(
+def cases(quick: bool, device: str = "cpu") -> list[Case]:
+    tokens = 1 << (10 if quick else 20 if device == "cuda" else 18)
+
+    def case(whole: bool, target: Target) -> Case:
+        def inputs(generator: torch.Generator) -> Tensors:
+            made = make_inputs(tokens, generator)
+            return made if whole else policy_alone(made)
+
+        return Case(
             op="ppo_loss",
-            name=f"{tokens} tokens, policy + value + KL, forward + backward",
-            inputs=lambda generator: make_inputs(tokens, generator),
+            name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
+            inputs=inputs,
             providers={"fastppo": run_with(ops.ppo_loss), "eager": run_with(eager)},
             exact=run_with(reference.ppo_loss),
-            work=floors.ppo_loss(tokens, values=True, reference=True),
-            target=Target(speedup=4.0),
+            work=floors.ppo_loss(tokens, values=whole, reference=whole),
+            target=target,
         )
-    ]
+
+    if device == "cuda":
+        return [case(False, Target(speedup=10.0, seconds=15e-6)), case(True, Target(speedup=10.0))]
+    return [case(True, Target(speedup=4.0))]

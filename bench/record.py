@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fastppo import native
+from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import Row
 
 SCHEMA = 1
@@ -24,7 +25,8 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rate` is a
+    GPU's, of bf16 products."""
 
     device: str
     processor: str
@@ -33,6 +35,7 @@ class Machine:
     system: str
     cache_bytes: int
     copy_bandwidth: float
+    matmul_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class Record:
 
     def file_name(self) -> str:
         """<machine>-<date>.json"""
-        machine = re.sub(r"[^a-z0-9]+", "-", f"{self.machine.processor} {self.machine.threads}t".lower()).strip("-")
+        threads = f" {self.machine.threads}t" if self.machine.device == "cpu" else ""
+        machine = re.sub(r"[^a-z0-9]+", "-", f"{self.machine.processor}{threads}".lower()).strip("-")
         return f"{machine}-{self.date[:10]}.json"
 
 
-def this_machine(device: torch.device, cache_bytes: int, copy_bandwidth: float) -> Machine:
+def this_machine(device: torch.device, cache_bytes: int, ceilings: Ceilings) -> Machine:
     return Machine(
         device=device.type,
         processor=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
@@ -59,7 +63,8 @@ def this_machine(device: torch.device, cache_bytes: int, copy_bandwidth: float) 
         isa=native.cpu_isa(),
         system=f"{platform.system()} {platform.release()}",
         cache_bytes=cache_bytes,
-        copy_bandwidth=copy_bandwidth,
+        copy_bandwidth=ceilings.copy_bandwidth,
+        matmul_rate=ceilings.matmul_rate,
     )
 
 
@@ -122,9 +127,10 @@ def load(path: Path) -> Record:
 
 
 def build(cls, data: object, where: str):
-    """An instance of dataclass `cls` from a dict that has exactly its fields."""
+    """An instance of dataclass `cls` from a dict of its fields; those with a default may be missing, as in records older than they are."""
     names = {f.name for f in fields(cls)}
-    if not isinstance(data, dict) or data.keys() != names:
-        found = data.keys() if isinstance(data, dict) else set()
-        raise ValueError(f"{where} lacks {sorted(names - found)} and has unknown {sorted(found - names)}")
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    found = set(data) if isinstance(data, dict) else set()
+    if not isinstance(data, dict) or needed - found or found - names:
+        raise ValueError(f"{where} lacks {sorted(needed - found)} and has unknown {sorted(found - names)}")
     return cls(**data)

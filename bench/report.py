@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from fastppo.bench.harness import EAGER, OURS, Row
-from fastppo.bench.record import Record
+from fastppo.bench.record import Machine, Record
 
 COLUMNS = (
     "case",
@@ -23,7 +23,11 @@ COLUMNS = (
     "error",
     "peak memory",
 )
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+# Where the figures of each kind of machine stand in a page.
+MARKERS = {
+    "cpu": ("<!-- bench: begin -->", "<!-- bench: end -->"),
+    "cuda": ("<!-- bench cuda: begin -->", "<!-- bench cuda: end -->"),
+}
 
 
 def seconds(value: float) -> str:
@@ -45,7 +49,14 @@ def peak(row: Row) -> str:
 def target(row: Row) -> str:
     if not row.has_target:
         return ""
-    wanted = [optional(row.target_speedup, ">= {:.3g}x"), optional(row.target_memory_share, "memory <= {:.0%}")]
+    wanted = [
+        optional(row.target_speedup, ">= {:.3g}x"),
+        optional(row.target_copy_share, ">= {:.0%} of copy"),
+        optional(row.target_flop_share, ">= {:.0%} of matmul"),
+        row.target_s and f"<= {seconds(row.target_s)}",
+        optional(row.target_memory_share, "memory <= {:.0%}"),
+        optional(row.target_peak_bytes and row.target_peak_bytes / 1e6, "memory <= {:.0f} MB"),
+    ]
     return f"{', '.join(filter(None, wanted))}: {'met' if row.target_met else 'not met'}"
 
 
@@ -59,7 +70,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{seconds(row.p20_s)} - {seconds(row.p80_s)}",
         f"{row.gb_per_s:.3g}",
         f"{row.copy_share:.0%}",
-        optional(row.gflop_per_s, "{:.0f}"),
+        optional(row.gflop_per_s, "{:.0f}") + optional(row.flop_share, " ({:.0%} of matmul)"),
         optional(row.speedup, "{:.2f}x"),
         target(row),
         optional(row.error, "{:.1e}"),
@@ -75,9 +86,9 @@ def titles(rows: Iterable[Row]) -> list[str]:
 
 def terminal_table(record: Record) -> Table:
     machine = record.machine
-    copy = f"copy {machine.copy_bandwidth / 1e9:.1f} GB/s"
+    copy = f"copy {machine.copy_bandwidth / 1e9:.1f} GB/s{matmul(machine)}"
     table = Table(
-        title=f"{machine.processor}, {machine.threads} threads, {machine.isa}, {copy}",
+        title=f"{kernels(machine, machine.isa)}, {copy}",
         caption="quick: small inputs and few rounds, times mean nothing" if record.quick else None,
     )
     for column in COLUMNS:
@@ -90,6 +101,15 @@ def terminal_table(record: Record) -> Table:
             table.add_section()
         table.add_row(title, *cells(row), style=style)
     return table
+
+
+def kernels(machine: Machine, isa: str) -> str:
+    """What computes: "processor, threads, instruction set", or the GPU's name."""
+    return f"{machine.processor}, {machine.threads} threads, {isa}" if machine.device == "cpu" else machine.processor
+
+
+def matmul(machine: Machine) -> str:
+    return optional(machine.matmul_rate and machine.matmul_rate / 1e12, ", bf16 matmul {:.0f} TFLOP/s")
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
@@ -109,11 +129,16 @@ def name(row: Row) -> str:
 def reached(row: Row) -> str:
     if row.status != "ok":
         return row.status
-    speed = optional(row.speedup, "{:.2f}x eager's speed") or "no speed-up to eager"
-    if row.target_memory_share is None:
-        return speed
-    memory = optional(row.memory_share, "{:.1%} of its peak memory") or f"peak memory unknown ({row.peak_reason})"
-    return f"{speed}, {memory}"
+    unknown = f"peak memory unknown ({row.peak_reason})"
+    parts = [
+        (row.target_speedup, optional(row.speedup, "{:.2f}x eager's speed") or "no speed-up to eager"),
+        (row.target_copy_share, optional(row.copy_share, "{:.0%} of copy")),
+        (row.target_flop_share, optional(row.flop_share, "{:.0%} of matmul")),
+        (row.target_s, row.median_s and seconds(row.median_s)),
+        (row.target_memory_share, optional(row.memory_share, "{:.1%} of its peak memory") or unknown),
+        (row.target_peak_bytes, optional(row.peak_bytes and row.peak_bytes / 1e6, "{:.0f} MB") or unknown),
+    ]
+    return ", ".join(reached for target, reached in parts if target is not None and reached)
 
 
 def markdown(record: Record, record_name: str) -> str:
@@ -121,9 +146,9 @@ def markdown(record: Record, record_name: str) -> str:
     machine = record.machine
     versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     lines = [
-        f"Measured {record.date[:10]} at revision `{(record.revision or 'unknown')[:12]}` on {machine.processor}, "
-        f"{machine.threads} threads, {machine.isa} kernels, {machine.cache_bytes >> 20} MiB last-level cache, "
-        f"{machine.system}; copy bandwidth {machine.copy_bandwidth / 1e9:.1f} GB/s; {versions}. "
+        f"Measured {record.date[:10]} at revision `{(record.revision or 'unknown')[:12]}` on "
+        f"{kernels(machine, f'{machine.isa} kernels')}, {machine.cache_bytes >> 20} MiB last-level cache, "
+        f"{machine.system}; copy bandwidth {machine.copy_bandwidth / 1e9:.1f} GB/s{matmul(machine)}; {versions}. "
         f"Record: `{record_name}`.",
         "",
         f"| {' | '.join(COLUMNS)} |",
@@ -152,21 +177,23 @@ def summary(record: Record, record_name: str) -> str:
             baseline = seconds(eager[row.op, row.case].median_s)
             ratio = f"{row.speedup:.2g}x" + optional(row.memory_share, ", {:.0%} of the memory")
             lines.append(f"| `{row.op}` {row.case} | {seconds(row.median_s)} | {baseline} | {ratio} |")
-    source = f"{machine.processor}, {machine.threads} threads, {machine.isa} kernels, torch {record.versions['torch']}"
+    source = f"{kernels(machine, f'{machine.isa} kernels')}, torch {record.versions['torch']}"
     return "\n".join([*lines, "", f"{source}; record: `{record_name}`."]) + "\n"
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replaces what stands between the markers of `path`; ValueError where one is missing."""
+def write_between_markers(path: Path, device: str, text: str) -> None:
+    """Replaces what stands between the markers for `device` in `path`; ValueError where one is missing."""
     old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{path} must hold the lines {BEGIN} and {END} once each, in this order")
-    path.write_text(f"{old.split(BEGIN)[0]}{BEGIN}\n{text}{END}{old.split(END)[1]}")
+    begin, end = MARKERS[device]
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{path} must hold the lines {begin} and {end} once each, in this order")
+    path.write_text(f"{old.split(begin)[0]}{begin}\n{text}{end}{old.split(end)[1]}")
 
 
 def write_docs(record: Record, record_name: str, docs: Path, readme: Path) -> None:
-    """Writes the whole table into `docs` and the summary into `readme`; ValueError for the record of a quick run."""
+    """Writes the whole table into `docs` and the summary into `readme`, where the kind of machine has its place; ValueError for the
+    record of a quick run."""
     if record.quick:
         raise ValueError(f"{record_name} is a quick run: its times mean nothing, run without --quick")
-    write_between_markers(docs, markdown(record, record_name))
-    write_between_markers(readme, summary(record, record_name))
+    write_between_markers(docs, record.machine.device, markdown(record, record_name))
+    write_between_markers(readme, record.machine.device, summary(record, record_name))

@@ -1,4 +1,4 @@
-"""Cases of `token_logprobs`: what a trainer does to the logits of 512 tokens of a 32,000-token vocabulary."""
+"""Cases of `token_logprobs`: what a trainer does to the logits of 512 tokens of a 32,000-token vocabulary, on a GPU of 8,192 of 151,936."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.bench import floors
-from fastppo.bench.harness import Case, Provider, Target, Tensors
+from fastppo.bench.harness import Case, Provider, Target, Tensors, compare_tensors
 from fastppo.reference import token_logprobs as reference
+
+OUTPUTS = ("logprobs", "entropy")
+CHECKED_EVERY = 32  # rows, where fp64 of all of them is too large
 
 
 def make_inputs(rows: int, vocab: int, dtype: torch.dtype, backward: bool) -> Callable[[torch.Generator], Tensors]:
@@ -43,13 +46,81 @@ def forward_backward(function: Callable[..., tuple[Tensor, Tensor]]) -> Provider
     return run
 
 
+def forward_with_entropy(function: Callable[..., tuple[Tensor, Tensor]]) -> Provider:
+    def run(x: Tensors) -> Tensors:
+        with torch.no_grad():
+            return dict(zip(OUTPUTS, function(x["logits"], x["labels"], return_entropy=True), strict=True))
+
+    return run
+
+
+def with_graph(function: Callable[..., tuple[Tensor, Tensor]]) -> Provider:
+    """The forward pass that `backward` goes back through."""
+    return lambda x: dict(zip(OUTPUTS, function(x["logits"], x["labels"], return_entropy=True), strict=True))
+
+
+def backward(x: Tensors) -> Tensors:
+    outputs, upstream = [x[name] for name in OUTPUTS], (x["d_logprobs"], x["d_entropy"])
+    (grad,) = torch.autograd.grad(outputs, x["logits"], upstream, retain_graph=True)
+    return {"d_logits": grad}
+
+
+def on_some_rows(run: Provider) -> Provider:
+    """fp64 of all rows and what leads there would fill a GPU; a row knows nothing of the others."""
+    return lambda x: run({name: some_rows(value) for name, value in x.items()})
+
+
+def some_rows(x: Tensor) -> Tensor:
+    return x.detach()[::CHECKED_EVERY].requires_grad_(x.requires_grad)
+
+
+def compare_some_rows(inputs: Tensors, outputs: Tensors, exact: Tensors) -> float:
+    return compare_tensors(inputs, {name: value[::CHECKED_EVERY] for name, value in outputs.items()}, exact)
+
+
 def eager(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(logits.float(), dim=-1)  # float() is free for fp32 logits
     logprobs = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return (logprobs, -(log_p.exp() * log_p).sum(-1)) if return_entropy else logprobs
 
 
-def cases(quick: bool) -> list[Case]:
+def gpu_cases(quick: bool) -> list[Case]:
+    rows, vocab = (64, 4000) if quick else (8192, 151936)
+    sizes, name = (rows, vocab, torch.bfloat16.itemsize), f"[{rows}, {vocab}] bf16"
+    forward_work = floors.token_logprobs(*sizes, entropy=True)
+    both = floors.token_logprobs(*sizes, entropy=True, backward=True)
+
+    def d_logits(x: Tensors) -> Tensors:
+        return {"d_logits": forward_backward(reference.token_logprobs)(x)["d_logits"]}
+
+    return [
+        Case(
+            op="token_logprobs",
+            name=f"{name} forward, with entropy",
+            inputs=make_inputs(rows, vocab, torch.bfloat16, backward=False),
+            providers={"fastppo": forward_with_entropy(ops.token_logprobs), "eager": forward_with_entropy(eager)},
+            exact=on_some_rows(forward_with_entropy(reference.token_logprobs)),
+            work=forward_work,
+            target=Target(speedup=8.0, copy_share=0.9),
+            compare=compare_some_rows,
+        ),
+        Case(
+            op="token_logprobs",
+            name=f"{name} backward, with entropy",
+            inputs=make_inputs(rows, vocab, torch.bfloat16, backward=True),
+            providers={"fastppo": backward, "eager": backward},
+            exact=on_some_rows(d_logits),
+            work=floors.Work(both.bytes - forward_work.bytes),
+            target=Target(speedup=5.0, copy_share=0.9),
+            compare=compare_some_rows,
+            prepare={"fastppo": with_graph(ops.token_logprobs), "eager": with_graph(eager)},
+        ),
+    ]
+
+
+def cases(quick: bool, device: str = "cpu") -> list[Case]:
+    if device == "cuda":
+        return gpu_cases(quick)
     rows, vocab = (16, 4000) if quick else (512, 32000)
 
     def case(dtype: torch.dtype, backward: bool, speedup: float) -> Case:

@@ -86,21 +86,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("decode_attention", [](uintptr_t q, uintptr_t k_pages, uintptr_t v_pages, uintptr_t block_table, uintptr_t context_lens, uintptr_t sinks,
                                uintptr_t out, int dtype, int64_t batch, int64_t heads, int64_t kv_heads, int64_t pages, int64_t page_size,
-                               int64_t max_blocks, int64_t q_stride, int head_size, int value_size, float scale, float softcap, int64_t window,
-                               int threads) {
+                               int64_t max_blocks, int64_t q_stride, int64_t k_page_stride, int64_t v_page_stride, int head_size, int value_size,
+                               float scale, float softcap, int64_t window, int threads) {
     py::gil_scoped_release release;
     const DecodeAttention arguments{pointer<const void>(q), pointer<const void>(k_pages), pointer<const void>(v_pages),
                                     pointer<const int32_t>(block_table), pointer<const int32_t>(context_lens), pointer<const float>(sinks),
                                     pointer<void>(out), static_cast<DType>(dtype), batch, heads, kv_heads, pages, page_size, max_blocks, q_stride,
-                                    head_size, value_size, scale, softcap, window};
+                                    k_page_stride, v_page_stride, head_size, value_size, scale, softcap, window};
     return FASTPPO_CPU(decode_attention, arguments, threads);
   });
 
   m.def("write_kv", [](uintptr_t k, uintptr_t v, uintptr_t k_pages, uintptr_t v_pages, uintptr_t slots, int64_t tokens, int64_t pages,
-                       int64_t page_size, int64_t k_stride_bytes, int64_t v_stride_bytes, int64_t k_row_bytes, int64_t v_row_bytes) {
+                       int64_t page_size, int64_t k_stride_bytes, int64_t v_stride_bytes, int64_t k_row_bytes, int64_t v_row_bytes,
+                       int64_t k_page_bytes, int64_t v_page_bytes) {
     py::gil_scoped_release release;
     const WriteKv arguments{pointer<const void>(k), pointer<const void>(v), pointer<void>(k_pages), pointer<void>(v_pages),
-                            pointer<const int64_t>(slots), tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes};
+                            pointer<const int64_t>(slots), tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes,
+                            k_page_bytes, v_page_bytes};
     return FASTPPO_CPU(write_kv, arguments);
   });
 

@@ -171,7 +171,8 @@ constexpr int kMaxHeadSize = 256;
 constexpr int kHeadsAtOnce = 8;  // query heads that share one load of a key: 8 x 2 KiB of state stay in L1
 
 // q [batch, heads, head_size] (stride q_stride between sequences), k_pages [pages, page_size, kv_heads, head_size], v_pages the same with
-// value_size, block_table int32 [batch, max_blocks], context_lens int32 [batch], sinks fp32 [heads] or null, out [batch, heads, value_size].
+// value_size (k_page_stride and v_page_stride elements from page to page, contiguous within), block_table int32 [batch, max_blocks],
+// context_lens int32 [batch], sinks fp32 [heads] or null, out [batch, heads, value_size].
 // softcap 0 and window 0 are off. All of q, pages and out have storage type dtype.
 struct DecodeAttention {
   const void *q, *k_pages, *v_pages;
@@ -179,18 +180,18 @@ struct DecodeAttention {
   const float* sinks;
   void* out;
   DType dtype;
-  int64_t batch, heads, kv_heads, pages, page_size, max_blocks, q_stride;
+  int64_t batch, heads, kv_heads, pages, page_size, max_blocks, q_stride, k_page_stride, v_page_stride;
   int head_size, value_size;
   float scale, softcap;
   int64_t window;
 };
 
-// Rows of k and v (of k_row_bytes, v_row_bytes) go to places slots[token] of the caches; negative slots are skipped.
+// Rows of k and v (of k_row_bytes, v_row_bytes) go to places slots[token] of the caches, whose pages are k_page_bytes and v_page_bytes apart; negative slots are skipped.
 struct WriteKv {
   const void *k, *v;
   void *k_pages, *v_pages;
   const int64_t* slots;
-  int64_t tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes;
+  int64_t tokens, pages, page_size, k_stride_bytes, v_stride_bytes, k_row_bytes, v_row_bytes, k_page_bytes, v_page_bytes;
 };
 
 }  // namespace fastppo

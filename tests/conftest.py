@@ -35,6 +35,10 @@ def _offline(monkeypatch):
 # switched on before its kernels are imported (tests/test_triton.py starts one), and `cuda` with the CUDA kernels executed on the CPU
 # (tests/test_cuda_on_cpu.py).
 FAST_BACKEND = os.environ.get("FASTPPO_TEST_BACKEND", "cpu")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import triton_interpreter
+
+    triton_interpreter.multiply_bfloat16()
 
 
 @pytest.fixture(params=["reference", "cpu"])

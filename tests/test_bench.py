@@ -17,7 +17,7 @@ from fastppo.bench.catalog import OPS, load_cases
 from fastppo.bench.harness import Case, Row, Schedule, Target, WrongResult, compare_tensors, fill_ratios, measure
 
 CPU = torch.device("cpu")
-COPY_BANDWIDTH = 1e10
+CEILINGS = floors.Ceilings(copy_bandwidth=1e10)
 
 
 def double(x):
@@ -38,7 +38,7 @@ def toy_case(**changes) -> Case:
 
 
 def measured(case: Case, rounds: int = 2) -> dict[str, Row]:
-    rows = measure(case, CPU, Schedule(rounds), COPY_BANDWIDTH)
+    rows = measure(case, CPU, Schedule(rounds), CEILINGS)
     fill_ratios(rows, case.target)
     return rows
 
@@ -173,13 +173,13 @@ def test_a_case_may_count_pieces_and_set_its_own_rounds():
         return 0.0
 
     case = toy_case(providers={"fastppo": provider}, per="tokens", rounds=2, compare=compare)
-    rows = measure(case, CPU, Schedule(20, 0.5, 0.005), COPY_BANDWIDTH)
+    rows = measure(case, CPU, Schedule(20, 0.5, 0.005), CEILINGS)
     assert rows["fastppo"].status == "ok" and rows["fastppo"].rounds == 2 and next(made) == 3
 
 
 def test_times_and_ratio_are_of_medians():
     row = Row("toy", "[1000]", "fastppo", "ok")
-    harness.fill_times(row, toy_case(work=floors.Work(8000, 500)), [4e-6, 1e-6, 2e-6, 3e-6, 100e-6], COPY_BANDWIDTH)
+    harness.fill_times(row, toy_case(work=floors.Work(8000, 500)), [4e-6, 1e-6, 2e-6, 3e-6, 100e-6], CEILINGS)
     assert row.median_s == 3e-6 and row.rounds == 5
     assert row.p20_s == pytest.approx(1.8e-6) and row.p80_s == pytest.approx(23.2e-6)
     assert row.gb_per_s == pytest.approx(8 / 3) and row.copy_share == pytest.approx(8 / 30)
@@ -244,7 +244,7 @@ def test_peak_counts_what_is_touched_beyond_the_outputs():
 def test_peak_in_a_fresh_process():
     """Eager's log-softmax of [512, 32000] fp32 is 65.5 MB."""
     try:
-        peak = memory.measure_peak("token_logprobs", 0, "eager", CPU)
+        peak = memory.measure_peak("token_logprobs", 0, "eager")
     except memory.CannotMeasure as error:
         if "clear_refs" in str(error):
             pytest.skip(str(error))
@@ -256,7 +256,7 @@ def test_a_failing_measurement_says_why(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nKeyError: 'nobody'\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(memory.CannotMeasure, match="KeyError: 'nobody'"):
-        memory.measure_peak("token_logprobs", 0, "nobody", CPU)
+        memory.measure_peak("token_logprobs", 0, "nobody")
 
 
 def a_record(**changes) -> record.Record:
@@ -314,18 +314,15 @@ def test_a_damaged_record_is_named(tmp_path, damage, message):
 
 
 def test_docs_are_written_between_the_markers(tmp_path):
+    begin, end = report.MARKERS["cpu"]
     page = tmp_path / "performance.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(f"{begin}\n{end}\n")
     for _ in range(2):  # writing again changes nothing
         report.write_docs(a_record(), "r.json", page, readme)
         text = page.read_text()
-        assert (
-            text.startswith(f"before\n{report.BEGIN}\n")
-            and text.endswith(f"{report.END}\nafter\n")
-            and "old" not in text
-        )
+        assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert "| gae [256, 1024] | **fastppo** | 1 ms |" in text
     assert "| `gae` [256, 1024] | 1 ms | 50 ms | 50x |" in readme.read_text()
     assert "- gae [256, 1024]: 50.00x eager's speed, target >= 80x: not met" in text
@@ -386,12 +383,12 @@ def test_quick_run_of_one_op(tmp_path, capsys):
 
 def test_check_and_failures_set_the_exit_status(monkeypatch, capsys, few_inputs):
     slow = toy_case(target=Target(speedup=1e6))
-    monkeypatch.setattr(cli, "load_cases", lambda op, quick: [slow])
-    monkeypatch.setattr(floors, "copy_bandwidth", lambda device, rounds: COPY_BANDWIDTH)
+    monkeypatch.setattr(cli, "load_cases", lambda op, quick, device: [slow])
+    monkeypatch.setattr(floors, "ceilings", lambda device, rounds: CEILINGS)
     assert cli.main(["--op", "gae", "--rounds", "1"]) == 0
     assert cli.main(["--op", "gae", "--rounds", "1", "--check"]) == 1
     assert "below target: toy [1000]: " in capsys.readouterr().err
-    monkeypatch.setattr(cli, "load_cases", lambda op, quick: 1 / 0)
+    monkeypatch.setattr(cli, "load_cases", lambda op, quick, device: 1 / 0)
     assert cli.main(["--op", "gae", "--rounds", "1"]) == 1
     assert "failed: gae all, all: raised: its cases do not load: ZeroDivisionError" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ ARCHITECTURES = {
     90: 232448,
     100: 232448,
 }  # compute capability: most shared memory a block can have, in bytes
-TESTED_OPS = ["token_logprobs", "linear_token_logprobs", "linear_ppo_loss"]
+TESTED_OPS = ["token_logprobs", "linear_token_logprobs", "linear_ppo_loss", "decode_attention"]
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
@@ -65,10 +65,56 @@ def linear_head_launches():
             yield name, signature | {"logits_ptr": "*fp32", "ignore_index": "i64"}, constants, warps
 
 
+def decode_attention_launches():
+    """The same of kernels/decode_attention.py, and the stages of its pipeline; ":16" marks what Triton finds divisible by 16."""
+    module = importlib.import_module("fastppo.kernels.decode_attention")
+    for dtype, size, value_size, page, softcap, sinks, one_split, aligned in [
+        *((dtype, size, size, 64, False, False, False, ":16") for dtype in POINTERS for size in (64, 128, 256)),
+        *((dtype, 128, 128, 60, True, True, True, "") for dtype in POINTERS),
+        ("bfloat16", 80, 80, 64, True, False, True, ":16"),
+        ("bfloat16", 192, 128, 64, False, False, False, ":16"),
+        ("bfloat16", 256, 256, 60, True, True, False, ":16"),
+        ("float32", 256, 256, 16, True, True, False, ":16"),
+        ("bfloat16", 256, 256, 16, True, True, False, ""),
+    ]:
+        pointer, partial = POINTERS[dtype] + aligned, (POINTERS[dtype] if one_split else "*fp32") + aligned
+        blocks, launch = module._tile(size, value_size, 4 if dtype == "float32" else 2, bool(aligned))
+        tensors = dict.fromkeys(("q_ptr", "k_pages_ptr", "v_pages_ptr"), pointer)
+        tables = {"block_table_ptr": "*i32", "context_lens_ptr": "*i32", "sinks_ptr": "*fp32"}
+        results = {"out_ptr": partial, "max_sum_ptr": "*fp32"}
+        numbers = dict.fromkeys(("kv_heads", "group", "pages", "capacity", "splits"), "i32")
+        strides = ("q_b", "q_h", "k_page", "k_token", "v_page", "v_token", "table")
+        numbers |= {f"stride_{name}": "i64" + aligned for name in strides}
+        options = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
+        constants = {"HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "ONE_SPLIT": one_split, "PAGE_SIZE": page}
+        constants |= {
+            "D": size,
+            "DV": value_size,
+            "BLOCK_HEADS": module.BLOCK_HEADS,
+            "SPLIT_TOKENS": module.SPLIT_TOKENS,
+        }
+        signature = tensors | tables | results | numbers | options
+        yield "_decode_attention_kernel", signature, constants | blocks, launch["num_warps"], launch["num_stages"]
+        if not one_split:
+            merged = {"parts_ptr": partial, "max_sum_ptr": "*fp32", "context_lens_ptr": "*i32", "out_ptr": pointer}
+            merged |= dict.fromkeys(("heads", "capacity", "splits", "window"), "i32")
+            constants = {"DV": value_size, "BLOCK_DV": blocks["BLOCK_DV"], "BLOCK_SPLITS": module.BLOCK_SPLITS}
+            constants |= {"SPLIT_TOKENS": module.SPLIT_TOKENS}
+            yield "_merge_splits_kernel", merged, constants, module.NUM_WARPS
+    for dtype, size, value_size, aligned in [(dtype, 128, 128, ":16") for dtype in POINTERS] + [
+        ("bfloat16", 80, 96, "")
+    ]:
+        tensors = dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), POINTERS[dtype] + aligned)
+        numbers = {"slots_ptr": "*i64", "kv_heads": "i32", "places": "i64"}
+        numbers |= {f"stride_{name}": "i64" + aligned for name in ("k_t", "k_h", "v_t", "v_h", "k_page", "v_page")}
+        constants = {"PAGE_SIZE": 64, "D": size, "DV": value_size, "BLOCK": module.COPY_BLOCK}
+        yield "_write_kv_kernel", tensors | numbers, constants, module.NUM_WARPS
+
+
 LAUNCHES = [
-    ("token_logprobs", *launch)
-    for launches in (token_logprobs_launches(), linear_head_launches())
-    for launch in launches
+    *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
+    *(("token_logprobs", *launch) for launch in linear_head_launches()),
+    *(("decode_attention", *launch) for launch in decode_attention_launches()),
 ]
 
 
@@ -94,11 +140,17 @@ def test_compiles_without_spills(launch, capability, tmp_path, monkeypatch, reco
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    stem, name, signature, constants, warps = launch
+    stem, name, signature, constants, warps, *stages = launch
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(importlib.import_module(f"fastppo.kernels.{stem}"), name)
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    types = {argument: spec.split(":")[0] for argument, spec in signature.items()} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    places = [place for place, argument in enumerate(kernel.arg_names) if signature.get(argument, "").endswith(":16")]
+    divisible = {(place,): [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(kernel, types, constants, divisible)
+    options = {"num_warps": warps} | ({"num_stages": stages[0]} if stages else {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = resource_usage(cubin)

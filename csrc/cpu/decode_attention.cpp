@@ -62,12 +62,15 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
   for (int i = 0; i < kVectors; ++i) head.out[i] = out[i];
 }
 
+// The first key that is seen.
+int64_t first_key(const DecodeAttention& a, int64_t length) { return a.window > 0 && length > a.window ? length - a.window : 0; }
+
 // Query heads first_head .. first_head + count of one sequence, which share a key head.
 template <class Storage, int kVectors>
 void attend(const DecodeAttention& a, int64_t sequence, int64_t kv_head, int64_t first_head, int count) {
   using T = typename Storage::type;
   const int64_t length = a.context_lens[sequence];
-  const int64_t first = a.window > 0 && length > a.window ? length - a.window : 0;
+  const int64_t first = first_key(a, length);
   const int32_t* blocks = a.block_table + sequence * a.max_blocks;
   QueryHead<kVectors> heads[kHeadsAtOnce];
   for (int h = 0; h < count; ++h) {
@@ -83,9 +86,10 @@ void attend(const DecodeAttention& a, int64_t sequence, int64_t kv_head, int64_t
     tile.count = static_cast<int>(to - from);
     int64_t block = from / a.page_size, offset = from % a.page_size;
     for (int key = 0; key < tile.count; ++key) {
-      const int64_t row = blocks[block] * a.page_size + offset;
-      load_head<Storage, kVectors>(static_cast<const T*>(a.k_pages) + (row * a.kv_heads + kv_head) * a.head_size, a.head_size, tile.keys[key]);
-      load_head<Storage, kVectors>(static_cast<const T*>(a.v_pages) + (row * a.kv_heads + kv_head) * a.value_size, a.value_size, tile.values[key]);
+      const T* k_page = static_cast<const T*>(a.k_pages) + blocks[block] * a.k_page_stride;
+      const T* v_page = static_cast<const T*>(a.v_pages) + blocks[block] * a.v_page_stride;
+      load_head<Storage, kVectors>(k_page + (offset * a.kv_heads + kv_head) * a.head_size, a.head_size, tile.keys[key]);
+      load_head<Storage, kVectors>(v_page + (offset * a.kv_heads + kv_head) * a.value_size, a.value_size, tile.values[key]);
       if (++offset == a.page_size) ++block, offset = 0;
     }
     for (int key = tile.count; key < kTile; ++key)
@@ -116,7 +120,7 @@ FASTPPO_INLINE void with_vectors(const DecodeAttention& a, const Body& body) {
 int64_t first_bad_sequence(const DecodeAttention& a) {
   for (int64_t i = 0; i < a.batch; ++i) {
     if (a.context_lens[i] < 0 || a.context_lens[i] > a.max_blocks * a.page_size) return i;
-    for (int64_t block = 0; block * a.page_size < a.context_lens[i]; ++block) {
+    for (int64_t block = first_key(a, a.context_lens[i]) / a.page_size; block * a.page_size < a.context_lens[i]; ++block) {
       const int32_t page = a.block_table[i * a.max_blocks + block];
       if (page < 0 || page >= a.pages) return i;
     }
@@ -150,14 +154,15 @@ int64_t write_kv(const WriteKv& a) {
   const int64_t places = a.pages * a.page_size;
   for (int64_t i = 0; i < a.tokens; ++i)
     if (a.slots[i] >= places) return i;
-  const auto copy = [&](const void* source, int64_t stride, void* target, int64_t bytes) {
+  const auto copy = [&](const void* source, int64_t stride, void* target, int64_t bytes, int64_t page_bytes) {
     for (int64_t i = 0; i < a.tokens; ++i) {
       if (a.slots[i] < 0) continue;
-      std::memcpy(static_cast<char*>(target) + a.slots[i] * bytes, static_cast<const char*>(source) + i * stride, bytes);
+      const int64_t place = a.slots[i] / a.page_size * page_bytes + a.slots[i] % a.page_size * bytes;
+      std::memcpy(static_cast<char*>(target) + place, static_cast<const char*>(source) + i * stride, bytes);
     }
   };
-  copy(a.k, a.k_stride_bytes, a.k_pages, a.k_row_bytes);
-  copy(a.v, a.v_stride_bytes, a.v_pages, a.v_row_bytes);
+  copy(a.k, a.k_stride_bytes, a.k_pages, a.k_row_bytes, a.k_page_bytes);
+  copy(a.v, a.v_stride_bytes, a.v_pages, a.v_row_bytes, a.v_page_bytes);
   return -1;
 }
 

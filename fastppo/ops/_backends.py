@@ -30,7 +30,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "approx_kl": ("cpu", "cuda"),
     "ppo_loss": ("cpu", "cuda"),
     "sample_tokens": ("cpu", "cuda"),
-    "decode_attention": ("cpu",),
+    "decode_attention": ("cpu", "triton"),
     "batch_invariant_linear": ("cpu",),
 }
 

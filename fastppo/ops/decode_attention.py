@@ -33,10 +33,11 @@ def decode_attention(
 
     Args:
         q: [B, Hq, D] float32, bfloat16 or float16: the query of each sequence's newest token, whose key is in the cache already.
-        k_pages, v_pages: [P, page, Hkv, D] and [P, page, Hkv, Dv] in q's dtype; Hq a multiple of Hkv (grouped-query attention,
-            arXiv:2305.13245).
-        block_table: int32 [B, blocks]: the pages of a sequence, in order; entries beyond its length are not looked at.
-        context_lens: int32 [B], keys of each sequence, 0 <= length <= blocks * page; 0 gives a result of 0.
+        k_pages, v_pages: [P, page, Hkv, D] and [P, page, Hkv, Dv] in q's dtype, contiguous within a page: both may be views of one
+            cache [P, 2, page, Hkv, D]. Hq a multiple of Hkv (grouped-query attention, arXiv:2305.13245).
+        block_table: int32 or int64 [B, blocks]: the pages of a sequence, in order; entries whose keys lie beyond its length, or before
+            its window, are not looked at. Sequences may share pages.
+        context_lens: int32 or int64 [B], keys of each sequence, 0 <= length <= blocks * page; 0 gives a result of 0.
         scale: multiplies the scores; by default D ** -0.5.
         softcap: score soft-capping (Gemma 2), or None.
         window: only the last `window` keys are seen, or None.
@@ -46,7 +47,8 @@ def decode_attention(
         [B, Hq, Dv] in q's dtype; accumulated in fp32. Not differentiable.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, or (on the CPU) a length or a page out of range.
+        TypeError, ValueError: wrong type, shape or device, or (on the CPU) a length or a page out of range; on a GPU, where the host
+            does not wait, that sequence's result is NaN and nothing outside the cache is read.
     """
     _check_decode_attention(q, k_pages, v_pages, block_table, context_lens, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
@@ -66,8 +68,8 @@ def decode_attention(
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """Write keys and values [T, Hkv, D] into places `slots` of the paged caches, in place.
 
-    k, v: the caches' dtype (float32, bfloat16 or float16). slots: int64 [T] = page * page_size + offset, each at most once; a negative
-    one is skipped. Raises ValueError (on the CPU) when a slot lies beyond the cache; nothing is written then.
+    k, v: the caches' dtype (float32, bfloat16 or float16). slots: int64 or int32 [T] = page * page_size + offset, each at most once; a
+    negative one is skipped. One beyond the cache raises ValueError on the CPU, before anything is written, and is skipped on a GPU.
     """
     _check_write_kv(k, v, k_pages, v_pages, slots)
     with torch.no_grad():
@@ -82,8 +84,11 @@ def _check_caches(k_pages: Tensor, v_pages: Tensor, like: Tensor, like_name: str
         _checks.tensor(name, pages)
         if pages.dtype != like.dtype:
             raise TypeError(f"{name} has dtype {pages.dtype}, expected {like.dtype} like {like_name}")
-        if pages.dim() != 4 or not pages.is_contiguous():
-            raise ValueError(f"{name} has shape {list(pages.shape)}, expected a contiguous [P, page, Hkv, D]")
+        if pages.dim() != 4 or not pages[:1].is_contiguous() or 0 in pages.shape[1:3]:
+            raise ValueError(
+                f"{name} has shape {list(pages.shape)} and strides {list(pages.stride())}, "
+                "expected [P, page, Hkv, D] that is contiguous within a page, page and Hkv at least 1"
+            )
         _checks.same_device(name, pages, like_name, like)
     _checks.shape("v_pages", v_pages[..., 0], k_pages.shape[:3], "k_pages' leading shape")
 
@@ -103,9 +108,7 @@ def _check_decode_attention(
             "expected Hq to be a multiple of Hkv and equal head sizes"
         )
     for name, table in (("block_table", block_table), ("context_lens", context_lens)):
-        _checks.tensor(name, table)
-        if table.dtype != torch.int32:
-            raise TypeError(f"{name} has dtype {table.dtype}, expected int32")
+        _checks.integer(name, table)
         _checks.same_device(name, table, "q", q)
     if block_table.dim() != 2 or len(block_table) != batch:
         raise ValueError(f"block_table has shape {list(block_table.shape)}, expected [{batch}, blocks] (q's batch)")
@@ -113,15 +116,20 @@ def _check_decode_attention(
     if sinks is not None:
         _checks.floating("sinks", sinks)
         _checks.shape("sinks", sinks, (heads,), "q's heads")
+        _checks.same_device("sinks", sinks, "q", q)
 
 
 def _check_write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     _checks.floating("k", k)
-    _checks.floating("v", v)
+    _checks.tensor("v", v)
+    if v.dtype != k.dtype:
+        raise TypeError(f"v has dtype {v.dtype}, expected {k.dtype} like k")
+    _checks.same_device("v", v, "k", k)
     _check_caches(k_pages, v_pages, k, "k")
-    _checks.tensor("slots", slots)
-    if slots.dtype != torch.int64 or slots.dim() != 1:
-        raise TypeError(f"slots is {slots.dtype} of shape {list(slots.shape)}, expected int64 [T]")
+    _checks.integer("slots", slots)
+    _checks.same_device("slots", slots, "k", k)
+    if slots.dim() != 1:
+        raise ValueError(f"slots has shape {list(slots.shape)}, expected [T]")
     _checks.shape("k", k, (len(slots), *k_pages.shape[2:]), "slots and k_pages")
     _checks.shape("v", v, (len(slots), *v_pages.shape[2:]), "slots and v_pages")
 
@@ -129,6 +137,11 @@ def _check_write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot
 def _with_packed_heads(x: Tensor) -> Tensor:
     """`x` [N, heads, size] with its last two dimensions contiguous; the first may have any stride."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    """Contiguous; what is out of int32's range stays out of every range."""
+    return (x if x.dtype == torch.int32 else x.clamp(-1, (1 << 31) - 1).int()).contiguous()
 
 
 @custom_op("decode_attention")
@@ -144,8 +157,13 @@ def _decode_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     sinks = None if sinks is None else sinks.float().contiguous()
+    if choose("decode_attention", q) == "triton":
+        from fastppo.kernels.decode_attention import decode_attention as kernel
+
+        q, block_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, block_table))
+        return kernel(q, k_pages, v_pages, block_table, context_lens.contiguous(), scale, softcap, window, sinks)
     return native.decode_attention(
-        _with_packed_heads(q), k_pages, v_pages, block_table.contiguous(), context_lens.contiguous(),
+        _with_packed_heads(q), k_pages, v_pages, _as_int32(block_table), _as_int32(context_lens),
         scale, softcap, window, sinks,
     )  # fmt: skip
 
@@ -157,4 +175,9 @@ def _(q, k_pages, v_pages, block_table, context_lens, scale, softcap, window, si
 
 @custom_op("write_kv", mutates_args={"k_pages", "v_pages"})
 def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    native.write_kv(_with_packed_heads(k), _with_packed_heads(v), k_pages, v_pages, slots.contiguous())
+    if choose("decode_attention", k) == "triton":
+        from fastppo.kernels.decode_attention import write_kv as kernel
+
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        return kernel(k, v, k_pages, v_pages, slots.contiguous())
+    native.write_kv(_with_packed_heads(k), _with_packed_heads(v), k_pages, v_pages, slots.long().contiguous())

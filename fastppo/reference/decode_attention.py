@@ -54,5 +54,6 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     """k, v [T, Hkv, D] into place `slots` [T] = page * page_size + offset of the caches, in place; a negative slot is skipped."""
     kept = slots >= 0
     places = slots[kept].long()
-    k_pages.view(-1, *k_pages.shape[2:])[places] = k[kept].to(k_pages.dtype)
-    v_pages.view(-1, *v_pages.shape[2:])[places] = v[kept].to(v_pages.dtype)
+    page, offset = places // k_pages.shape[1], places % k_pages.shape[1]
+    k_pages[page, offset] = k[kept].to(k_pages.dtype)
+    v_pages[page, offset] = v[kept].to(v_pages.dtype)
