@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastppo import models
 from fastppo.ops import _checks
 from fastppo.rollout.attention import ShapeContext
+from fastppo.rollout.decoder import Decoder, DecodeSwitch, LlamaLike, ModuleDecoder, UnlikeLlama, decode_linears
 from fastppo.rollout.generation import (
     Generation,
     GenerationStats,
@@ -21,8 +22,7 @@ from fastppo.rollout.generation import (
     new_token_limits,
     pages_needed,
 )
-from fastppo.rollout.linears import decode_linears
-from fastppo.rollout.pages import LayerShape, PagedCache, kv_budget, pages_for
+from fastppo.rollout.pages import PagedCache, kv_budget, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
@@ -66,7 +66,8 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.kv_memory, self.keep_cache = kv_memory, keep_cache
         self.stats = GenerationStats()
-        self._shapes: dict[tuple[torch.dtype, torch.device], dict[int, LayerShape]] = {}
+        self._seen: dict[tuple[torch.dtype, torch.device], ShapeContext] = {}
+        self._agrees: bool | None = None  # whether native decode steps give what the model's modules give, once known
         self._cache: PagedCache | None = None
 
     @torch.no_grad()
@@ -98,15 +99,19 @@ class Engine:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
         token_lists = self._encode(prompts)
         self._check_stop_ids(sampling)
+        slots = min(self.max_batch_size, len(token_lists) * sampling.n)
+        parts = self._llama_like()  # the model as it is, before its layers are swapped
         with models.evaluating(self.model), decode_linears(self.model) as switch:
             cache = self._make_cache(token_lists, sampling)
+            limits = new_token_limits(self.model, token_lists, sampling)
+            longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
             generation = Generation(
                 self.model,
                 cache,
-                switch,
+                self._make_decoder(parts, cache, switch, rows=slots, positions=longest),
                 token_lists,
                 sampling,
-                slots=min(self.max_batch_size, len(token_lists) * sampling.n),
+                slots=slots,
                 stop_ids=self._stop_ids(sampling),
                 stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
                 progress=progress,
@@ -121,7 +126,7 @@ class Engine:
         least = pages_needed(prompts, limits, sampling)
         slots = min(self.max_batch_size, len(prompts) * sampling.n)
         useful = slots * max(pages_for(len(p) + n) for p, n in zip(prompts, limits, strict=True)) + max(least)
-        shapes = self._layer_shapes()
+        shapes = self._look().shapes
         if self._cache is not None and self._cache.shapes != shapes:
             self._cache = None
         bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
@@ -143,15 +148,30 @@ class Engine:
             self._cache = None
         return cache
 
-    def _layer_shapes(self) -> dict[int, LayerShape]:
-        """What each layer keeps of a token, seen in a forward of one token and remembered while type and device stay."""
+    def _look(self) -> ShapeContext:
+        """What each layer keeps of a token and how it attends, seen in a forward of one token and remembered while type and device stay."""
         key = (self.model.dtype, self.model.device)
-        if key not in self._shapes:
+        if key not in self._seen:
             context = ShapeContext([0, 1], self.model.device)
             zero = torch.zeros(1, dtype=torch.int64, device=self.model.device)
             models.run_trunk(self.model, zero, zero, context)
-            self._shapes = {key: context.shapes}
-        return self._shapes[key]
+            self._seen, self._agrees = {key: context}, None
+        return self._seen[key]
+
+    def _llama_like(self) -> LlamaLike | None:
+        try:
+            return LlamaLike(self.model)
+        except UnlikeLlama:
+            return None
+
+    def _make_decoder(
+        self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
+    ) -> Decoder:
+        if parts is not None and self._agrees is None:
+            self._agrees = parts.agrees(self.model, switch, self._look())
+        if parts is None or not self._agrees:
+            return ModuleDecoder(self.model, cache, switch)
+        return parts.decoder(cache, self._look(), rows=rows, positions=positions)
 
     def _stop_ids(self, sampling: SamplingParams) -> list[int]:
         """Token ids that end a completion, ascending."""

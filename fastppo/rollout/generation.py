@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 # As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
 from fastppo import models
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
-from fastppo.rollout.attention import ChunkContext, DecodeContext, PrefillContext
-from fastppo.rollout.linears import DecodeSwitch
+from fastppo.rollout.attention import ChunkContext, PrefillContext
+from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
@@ -129,7 +129,7 @@ class Generation:
         self,
         model: PreTrainedModel,
         cache: PagedCache,
-        switch: DecodeSwitch,
+        decoder: Decoder,
         prompts: list[list[int]],
         sampling: SamplingParams,
         *,
@@ -139,7 +139,7 @@ class Generation:
         progress: Progress | None,
         on_tokens: OnTokens | None,
     ) -> None:
-        self.model, self.cache, self.switch, self.sampling = model, cache, switch, sampling
+        self.model, self.cache, self.decoder, self.sampling = model, cache, decoder, sampling
         self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
         self.progress, self.on_tokens = progress, on_tokens
         self.head = models.lm_head(model)
@@ -287,11 +287,8 @@ class Generation:
     def _decode(self) -> None:
         """One more token for every row."""
         active = len(self.rows)
-        lengths = self.state["length"][:active]
-        context = DecodeContext(self.cache, self.block_table[:active], lengths)
-        self.switch.decoding = True
-        hidden = models.run_trunk(self.model, self.state["last"][:active], lengths - 1, context)
-        self.switch.decoding = False
+        last, lengths = self.state["last"][:active], self.state["length"][:active]
+        hidden = self.decoder.step(last, lengths, self.block_table[:active])
         self.stats.decode_steps += 1
         self.stats.decode_tokens += active
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)
