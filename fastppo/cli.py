@@ -6,9 +6,14 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastppo.rollout import Engine
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
@@ -184,7 +189,8 @@ def _generate(options: argparse.Namespace) -> int:
         )
         streamer.end()
     else:
-        rollout = engine.generate(prompts, sampling)
+        with _rollout_bar(engine) as progress:
+            rollout = engine.generate(prompts, sampling, progress=progress)
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
         for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
             print(f"--- prompt {index}\n{text}")
@@ -195,6 +201,21 @@ def _generate(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+@contextmanager
+def _rollout_bar(engine: Engine) -> Iterator[Callable[[int, int], None]]:
+    """A bar of finished sequences and new tokens a second on a terminal's standard error; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, description=f"{engine.stats.tokens_per_second:,.0f} tok/s"
+        )
 
 
 def _as_message(tokenizer, text: str) -> list[int]:

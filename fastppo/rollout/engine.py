@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_size: int = 64,
-        kv_memory: float | None = None,
+        kv_memory: float | Literal["auto"] = "auto",
         keep_cache: bool = False,
     ) -> None:
         """Takes a model to sample from.
@@ -53,13 +54,13 @@ class Engine:
             model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
             tokenizer: needed for prompts given as text and for stop strings only.
             max_batch_size: most sequences side by side.
-            kv_memory: most GiB for keys and values; None takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
+            kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
                 do not fit wait; none is thrown out.
             keep_cache: keep the cache's memory between calls instead of giving it back after each.
         """
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size!r}, expected an integer >= 1")
-        if kv_memory is not None:
+        if kv_memory != "auto":
             _checks.number("kv_memory", kv_memory, above=0)
         self.model = models.prepare_model(model)
         self.tokenizer = tokenizer
@@ -131,7 +132,7 @@ class Engine:
             self._cache = None
         bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
         budget = kv_budget(self.kv_memory, self.model.device) // bytes_per_page
-        if self.kv_memory is None and self._cache is not None:
+        if self.kv_memory == "auto" and self._cache is not None:
             budget += self._cache.pages
         pages = min(useful, budget)
         if max(least) > pages:

@@ -39,6 +39,8 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     shared_prompt_tokens: int = 0
     """Prompt tokens that a sample did not have to run, because another sample of its prompt had."""
+    new_tokens: int = 0
+    """Those of prefill, one a sequence, and those of decoding."""
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_steps: int = 0
@@ -61,6 +63,16 @@ class GenerationStats:
     def occupancy(self) -> float:
         """Mean share of the slots that held a sequence, over the decode steps."""
         return self.decode_tokens / max(self.decode_steps * self.slots, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over all of the call's time so far, prefill included."""
+        return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def shared_prompt_share(self) -> float:
+        """Of the prompt tokens of all started sequences, those that were not run again."""
+        return self.shared_prompt_tokens / max(self.shared_prompt_tokens + self.prefill_tokens, 1)
 
     @property
     def decode_bytes_per_second(self) -> float:
@@ -301,6 +313,7 @@ class Generation:
         state["last"].copy_(sampled.tokens)
         state["length"] += 1
         rows = self.rows[first_row:]
+        self.stats.new_tokens += len(rows)
         self.drawn.append(_Drawn([row.sequence for row in rows], sampled))
         tokens = sampled.tokens.tolist()  # the one place where the host waits for the device
         outcomes = [self._outcome(row, token) for row, token in zip(rows, tokens, strict=True)]

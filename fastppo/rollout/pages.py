@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -94,9 +94,9 @@ class PagedCache:
                 pages[target] = pages[source]
 
 
-def kv_budget(kv_memory: float | None, device: torch.device) -> int:
-    """Bytes for keys and values: `kv_memory` GiB, or (None) 80 % of a GPU's free memory, half of a CPU machine's."""
-    if kv_memory is not None:
+def kv_budget(kv_memory: float | Literal["auto"], device: torch.device) -> int:
+    """Bytes for keys and values: `kv_memory` GiB, or ("auto") 80 % of a GPU's free memory, half of a CPU machine's."""
+    if kv_memory != "auto":
         return int(kv_memory * 2**30)
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
