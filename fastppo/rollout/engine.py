@@ -23,6 +23,7 @@ from fastppo.rollout.generation import (
     new_token_limits,
     pages_needed,
 )
+from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PagedCache, kv_budget, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
@@ -56,7 +57,8 @@ class Engine:
             max_batch_size: most sequences side by side.
             kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
                 do not fit wait; none is thrown out.
-            keep_cache: keep the cache's memory between calls instead of giving it back after each.
+            keep_cache: keep the cache's memory, and on a GPU the CUDA graphs of the decode steps, between calls instead of giving it
+                back after each.
         """
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size!r}, expected an integer >= 1")
@@ -70,6 +72,7 @@ class Engine:
         self._seen: dict[tuple[torch.dtype, torch.device], ShapeContext] = {}
         self._agrees: bool | None = None  # whether native decode steps give what the model's modules give, once known
         self._cache: PagedCache | None = None
+        self._graphs: GraphDecoder | None = None
 
     @torch.no_grad()
     def generate(
@@ -142,7 +145,7 @@ class Engine:
                 f"of keys and values, expected at most {budget * bytes_per_page / 2**30:.3g} GiB (kv_memory)"
             )
         if self._cache is None or self._cache.pages < pages:
-            self._cache = None  # its memory is free before the new one takes some
+            self._cache = self._graphs = None  # their memory is free before the new one takes some
             self._cache = PagedCache(shapes, pages, self.model.device)
         cache = self._cache
         if not self.keep_cache:
@@ -168,11 +171,22 @@ class Engine:
     def _make_decoder(
         self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
     ) -> Decoder:
+        if self.model.device.type == "cuda":
+            return self._graph_decoder(ModuleDecoder(self.model, cache, switch), cache, rows, pages_for(positions))
         if parts is not None and self._agrees is None:
             self._agrees = parts.agrees(self.model, switch, self._look())
         if parts is None or not self._agrees:
             return ModuleDecoder(self.model, cache, switch)
         return parts.decoder(cache, self._look(), rows=rows, positions=positions)
+
+    def _graph_decoder(self, decoder: ModuleDecoder, cache: PagedCache, rows: int, blocks: int) -> GraphDecoder:
+        """Graphs of `decoder`'s steps: those at hand while they fit, which they do as long as the cache is kept."""
+        parameters = list(self.model.parameters())
+        if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
+            return self._graphs
+        graphs = GraphDecoder(decoder.step, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
+        self._graphs = graphs if self.keep_cache else None
+        return graphs
 
     def _stop_ids(self, sampling: SamplingParams) -> list[int]:
         """Token ids that end a completion, ascending."""

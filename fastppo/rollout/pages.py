@@ -64,14 +64,17 @@ class LayerShape(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values of every layer, [pages, 64, Hkv, D] each. Memory that was never written is never read."""
+    """Keys and values of every layer, [pages + 1, 64, Hkv, D] each. Memory that was never written is never read.
+
+    The last page is nobody's: `spare_page`, for rows that only fill up a batch.
+    """
 
     def __init__(self, shapes: dict[int, LayerShape], pages: int, device: torch.device) -> None:
-        self.shapes, self.pages = shapes, pages
+        self.shapes, self.pages, self.spare_page = shapes, pages, pages
         self.bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
         self.layers = {
             layer: tuple(
-                torch.empty(pages, PAGE_SIZE, shape.heads, size, dtype=shape.dtype, device=device)
+                torch.empty(pages + 1, PAGE_SIZE, shape.heads, size, dtype=shape.dtype, device=device)
                 for size in (shape.key_size, shape.value_size)
             )
             for layer, shape in shapes.items()
