@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastppo.ops._backends import OpStatus
     from fastppo.rollout import Engine
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
@@ -257,16 +258,16 @@ def _info(options: argparse.Namespace) -> int:
     missing = [name for name in EXTRAS if name not in installed]
     facts.add_row("not installed", ", ".join(missing) or "none")
     console.print(facts)
-    for device in ("cpu", *(["cuda"] if gpus else [])):
-        table = Table(
-            "op", "backend", "why not the others", title=f"\nOps on {device} tensors", title_justify="left", box=None
-        )
-        for status in describe(device):
-            table.add_row(
-                status.op, status.backend, "; ".join(f"{name}: {reason}" for name, reason in status.reasons.items())
-            )
-        console.print(table)
+    table = Table("op", "on CPU tensors", "on CUDA tensors", title="\nKernels", title_justify="left", box=None)
+    for on_cpu, on_cuda in zip(describe("cpu"), describe("cuda"), strict=True):
+        table.add_row(on_cpu.op, _backend(on_cpu), _backend(on_cuda))
+    console.print(table)
     return 0
+
+
+def _backend(status: OpStatus) -> str:
+    """Its name, and where plain PyTorch serves the reasons too."""
+    return status.backend if status.backend != "reference" else f"reference ({'; '.join(status.reasons.values())})"
 
 
 def _version(package: str) -> str:

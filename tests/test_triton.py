@@ -19,7 +19,13 @@ ARCHITECTURES = {
     90: 232448,
     100: 232448,
 }  # compute capability: most shared memory a block can have, in bytes
-TESTED_OPS = ["token_logprobs", "linear_token_logprobs", "linear_ppo_loss", "decode_attention"]
+TESTED_OPS = [
+    "token_logprobs",
+    "linear_token_logprobs",
+    "linear_ppo_loss",
+    "decode_attention",
+    "batch_invariant_linear",
+]
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
@@ -111,7 +117,36 @@ def decode_attention_launches():
         yield "_write_kv_kernel", tensors | numbers, constants, module.NUM_WARPS
 
 
+def batch_invariant_linear_launches():
+    """The same of kernels/batch_invariant_linear.py."""
+    module = importlib.import_module("fastppo.kernels.batch_invariant_linear")
+    for dtype, bias, one_part, aligned in [
+        *((dtype, True, False, ":16") for dtype in POINTERS),
+        *((dtype, True, True, ":16") for dtype in POINTERS),
+        *((dtype, False, True, "") for dtype in POINTERS),
+    ]:
+        pointer = POINTERS[dtype] + aligned
+        result = {"out_ptr": pointer if one_part else "*fp32" + aligned}
+        numbers = {"rows": "i32"} | dict.fromkeys(("N", "K", "part", "stride_x", "stride_weight"), "i32" + aligned)
+        constants = {"HAS_BIAS": bias, "ONE_PART": one_part, "BLOCK_N": module.BLOCK_N}
+        constants |= module._blocks(4 if dtype == "float32" else 2)
+        tensors = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), pointer)
+        launch = (module.ALIGNED_LAUNCH if aligned else module.UNALIGNED_LAUNCH).values()
+        yield "_batch_invariant_linear_kernel", tensors | result | numbers, constants, *launch
+        merged = {
+            "parts_ptr": "*fp32",
+            "bias_ptr": pointer,
+            "out_ptr": pointer,
+            "elements": "i32",
+            "parts": "i32",
+            "N": "i32",
+        }
+        if not one_part:
+            yield "_add_parts_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.MERGE_WARPS
+
+
 LAUNCHES = [
+    *(("batch_invariant_linear", *launch) for launch in batch_invariant_linear_launches()),
     *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
     *(("token_logprobs", *launch) for launch in linear_head_launches()),
     *(("decode_attention", *launch) for launch in decode_attention_launches()),

@@ -26,10 +26,10 @@ def compare(x, weight, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "size", [(1, 1, 1), (3, 5, 17), (4, 6, 16), (5, 7, 64), (9, 13, 100), (32, 130, 48), (7, 12, 15)]
+    "size", [(1, 1, 1), (3, 5, 17), (4, 6, 16), (5, 7, 64), (9, 13, 100), (32, 130, 48), (7, 12, 15), (17, 70, 600)]
 )
 def test_sizes_and_dtypes(backend, size, dtype):
-    """Tails of the blocks of rows, of columns and of the 16 lanes."""
+    """Tails of the blocks of rows, of columns and of K, which the last size cuts into parts."""
     x, weight, bias = make_case(*size, dtype=dtype)
     compare(x, weight, bias)
     compare(x, weight, None)
@@ -56,11 +56,18 @@ def test_strided_operands(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_other_rows(cpu_backend, dtype):
-    x, weight, bias = make_case(37, 150, 200, dtype)
+@pytest.mark.parametrize("size", [(37, 150, 200), (70, 20, 700)])
+def test_bits_do_not_depend_on_the_other_rows(fast_backend, size, dtype):
+    x, weight, bias = make_case(*size, dtype)
     whole = batch_invariant_linear(x, weight, bias)
     for rows in (slice(0, 1), slice(3, 10), slice(36, 37), slice(1, 37)):
         assert batch_invariant_linear(x[rows], weight, bias).equal(whole[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_other_columns_or_threads(cpu_backend, dtype):
+    x, weight, bias = make_case(37, 150, 200, dtype)
+    whole = batch_invariant_linear(x, weight, bias)
     assert batch_invariant_linear(x, weight[11:14], bias[11:14]).equal(whole[:, 11:14])
     assert with_threads(3, lambda: batch_invariant_linear(x, weight, bias)).equal(whole)
 
@@ -83,7 +90,7 @@ def test_same_bits_with_avx2_and_avx512(cpu_backend, tmp_path):
     assert_same_bits_on_every_isa(__name__, tmp_path, but="plain")
 
 
-def test_opcheck(cpu_backend):
+def test_opcheck(fast_backend):
     torch.library.opcheck(torch.ops.fastppo.batch_invariant_linear, tuple(make_case(3, 5, 17)))
 
 
