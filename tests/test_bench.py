@@ -404,3 +404,13 @@ def test_transformers_works_beside_our_kernels_folder(tmp_path):
         command, cwd=record.ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path):
+    """And leaves nothing behind."""
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    folder = tmp_path / "results"
+    command = [record.ROOT / "bench" / "gpu_record.sh", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "sees no CUDA device here" in done.stderr
+    assert not folder.exists()
