@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastppo.bench import floors, memory, record, report
+from fastppo.bench import floors, memory, peers, record, report
 from fastppo.bench.catalog import OPS, check_op, load_cases, ops_on
 from fastppo.bench.floors import Ceilings
-from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, make_inputs, measure, prepared
+from fastppo.bench.harness import ALL, Case, Row, Schedule, describe, fill_ratios, make_inputs, measure, prepared
 
 ROUNDS, QUICK_ROUNDS = 20, 3
 SECONDS = 0.5  # that a case's rounds take at least
 TURN_SECONDS = 0.005  # of calls in a provider's turn
-CUDA_PROVIDER_SECONDS = 4.0  # a GPU is lent for minutes, and a loop of 32,768 launches takes a second
+# That a provider's turns on a case may take: a GPU is lent for minutes, and some calls take seconds.
+PROVIDER_SECONDS = {"cpu": 5.0, "cuda": 4.0}
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 README = record.ROOT / "README.md"
@@ -29,6 +30,12 @@ README = record.ROOT / "README.md"
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastppo.bench", description=__doc__)
     parser.add_argument("--op", action="append", metavar="NAME", help=f"only this op; repeatable ({', '.join(OPS)})")
+    parser.add_argument(
+        "--against",
+        type=lambda names: names.split(","),
+        metavar="NAMES",
+        help=f"compare only with these, e.g. eager,trl; of {', '.join((peers.EAGER, peers.COMPILED, *peers.PACKAGES))}",
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
     parser.add_argument("--check", action="store_true", help="exit 1 and name the rows below their target")
@@ -53,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> None:
     for op in options.op or ():
         check_op(op, options.device)
+    peers.check(options.against or ())
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
     if options.quick and options.check:
@@ -68,15 +76,26 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--json: there is no folder {options.json.parent}")
 
 
-def all_cases(ops: list[str], quick: bool, device: str) -> Iterator[tuple[str, int, Case | Row]]:
+def all_cases(
+    ops: list[str], quick: bool, device: str, against: list[str] | None
+) -> Iterator[tuple[str, int, Case | Row]]:
     """(op, index within the op, case) of every case; a row with the reason for an op whose cases do not load."""
     for op in ops:
         try:
             cases = load_cases(op, quick, device)
         except Exception as error:
-            yield op, 0, Row(op, "all", "all", "raised", f"its cases do not load: {describe(error)}")
+            yield op, 0, Row(op, ALL, ALL, "raised", f"its cases do not load: {describe(error)}")
             continue
-        yield from ((op, index, case) for index, case in enumerate(cases))
+        yield from ((op, index, narrowed(case, quick, against)) for index, case in enumerate(cases))
+
+
+def narrowed(case: Case, quick: bool, against: list[str] | None) -> Case:
+    """With the providers that are asked for; nothing is learned from compiling a quick case that no one asked for."""
+    if against is None:
+        kept = {name for name in case.providers if name != peers.COMPILED or not quick}
+    else:
+        kept = {peers.OURS, *against}
+    return replace(case, providers={name: run for name, run in case.providers.items() if name in kept})
 
 
 def fill_peaks(rows: dict[str, Row], case: Case, index: int, device: torch.device) -> None:
@@ -99,9 +118,12 @@ def run(options: argparse.Namespace, console: Console) -> record.Record:
     """Measures what the options ask for."""
     device = torch.device(options.device)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    most = CUDA_PROVIDER_SECONDS if device.type == "cuda" else math.inf
+    most = PROVIDER_SECONDS[device.type]
     schedule = Schedule(rounds) if options.quick else Schedule(rounds, SECONDS, TURN_SECONDS, most)
-    cases = list(all_cases(list(dict.fromkeys(options.op or ops_on(device.type))), options.quick, device.type))
+    ops = list(dict.fromkeys(options.op or ops_on(device.type)))
+    cases = list(all_cases(ops, options.quick, device.type, options.against))
+    if not options.against and (left := peers.left_out(device.type)):
+        console.print(f"installed, but with nothing for a {device.type} device: {', '.join(left)}")
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -156,14 +178,17 @@ def write_docs(file: Path) -> None:
 
 
 def finish(options: argparse.Namespace, result: record.Record) -> int:
-    """Prints the table and what is wrong, saves the record; 1 where a row failed or, with --check, missed a target."""
+    """Prints the table and what is wrong, saves the record; 1 where a row of ours or of eager failed or, with --check, missed a target."""
     out = Console()
     if not out.is_terminal:
         out = Console(width=TABLE_WIDTH)
     out.print(report.terminal_table(result))
     if options.json:
         print(f"record: {record.save(result, options.json)}")
-    failed, short = report.failures(result.rows), report.below_target(result.rows)
+    failed, of_peers = report.failures(result.rows)
+    short = report.below_target(result.rows)
+    for line in of_peers:
+        print(f"peer failed: {line}", file=sys.stderr)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     for line in short:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Tensors
 from fastppo.reference import approx_kl as reference
 
@@ -42,7 +42,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="approx_kl",
             name=f"{tokens} tokens, k3, forward + backward",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.approx_kl), "eager": run_with(eager)},
+            providers=peers.providers("approx_kl", run_with, ops.approx_kl, eager, device),
             exact=run_with(reference.approx_kl),
             work=floors.approx_kl(tokens, backward=True),
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import gae as reference
 
@@ -54,7 +54,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="gae",
             name=f"[{sequences}, {length}]{', mask with holes' if mask else ''}",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.gae), "eager": run_with(eager)},
+            providers=peers.providers("gae", run_with, ops.gae, eager, device, compiles=False),
             exact=run_with(reference.gae),
             work=floors.gae(sequences * length, mask=mask),
             target=target,

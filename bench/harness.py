@@ -23,11 +23,12 @@ from torch import Tensor
 
 from fastppo.bench import clock, floors
 from fastppo.bench.floors import Ceilings, Work
+from fastppo.bench.peers import EAGER, OURS
 
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
-OURS, EAGER = "fastppo", "eager"
+ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
 LEAST_TURNS = 3
@@ -237,7 +238,7 @@ class Player:
         self._replay: Callable[[], None] | None = None
         self.called_s: float | None = None
         if device.type == "cuda":
-            self._rehearse(capturable=not case.prepare and case.per is None)
+            self._rehearse(capturable=name not in case.prepare and case.per is None)
 
     def _call(self, first: int, calls: int) -> int:
         """Calls on the input sets from the `first` on; returns the pieces made."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import linear_ppo_loss as reference
 
@@ -19,9 +19,6 @@ def run_with(function):
     def run(x: Tensors) -> Tensors:
         loss, *_ = function(**x, clip_low=CLIP, clip_high=CLIP)
         d_hidden, d_weight = torch.autograd.grad(loss, (x["hidden"], x["weight"]))
-        loss = (
-            loss.to(x["weight"].dtype) if function is eager else loss
-        )  # as exact as its logits, which are rounded to that
         return {"loss": loss.detach(), "d_hidden": d_hidden, "d_weight": d_weight}
 
     return run
@@ -31,11 +28,12 @@ def eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float, clip_high: float,
 ) -> tuple[Tensor]:  # fmt: skip
+    """As exact as the logits, which the product rounds to the head's type: the result says so by its own."""
     log_p = torch.log_softmax(F.linear(hidden, weight).float(), dim=-1)
     ratio = (log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-    return ((policy * mask).sum() / mask.sum(),)
+    return (((policy * mask).sum() / mask.sum()).to(weight.dtype),)
 
 
 def cases(quick: bool, device: str = "cpu") -> list[Case]:
@@ -62,7 +60,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="linear_ppo_loss",
             name=f"{rows} tokens, H={hidden}, V={vocab}{', bf16' if on_gpu else ''}, forward + backward",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.linear_ppo_loss), "eager": run_with(eager)},
+            providers=peers.providers("linear_ppo_loss", run_with, ops.linear_ppo_loss, eager, device),
             exact=run_with(reference.linear_ppo_loss),
             work=floors.linear_ppo_loss(rows, hidden, vocab, dtype.itemsize),
             target=Target(flop_share=0.85) if on_gpu else Target(),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import linear_token_logprobs as reference
 
@@ -48,7 +48,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="linear_token_logprobs",
             name=f"{rows} tokens, H={hidden}, V={vocab}{', bf16' if on_gpu else ''}, forward + backward",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.linear_token_logprobs), "eager": run_with(eager)},
+            providers=peers.providers("linear_token_logprobs", run_with, ops.linear_token_logprobs, eager, device),
             exact=run_with(reference.linear_token_logprobs),
             work=floors.linear_token_logprobs(rows, hidden, vocab, dtype.itemsize, backward=True, recomputed=on_gpu),
             target=target,

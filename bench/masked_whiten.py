@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Tensors
 from fastppo.reference import masked_whiten as reference
 
@@ -43,7 +43,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="masked_whiten",
             name=f"[{shape[0]}, {shape[1]}]",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.masked_whiten), "eager": run_with(eager)},
+            providers=peers.providers("masked_whiten", run_with, ops.masked_whiten, eager, device),
             exact=run_with(reference.masked_whiten),
             work=floors.masked_whiten(shape[0] * shape[1]),
         )

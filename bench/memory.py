@@ -1,9 +1,10 @@
 """Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
 
-`python -m fastppo.bench.memory OP INDEX PROVIDER` prints the bytes. On the CPU a call on the case's quick inputs
-loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
-(`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
-touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics, which need no fresh process.
+`python -m fastppo.bench.memory OP INDEX PROVIDER` prints the bytes. On the CPU a call on the case's quick inputs loads
+code and threads (of compiled code, a call on the full ones), then the full inputs are made, the heap is trimmed and the
+kernel's high-water mark is reset (`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs
+is the answer: pages really touched, by whatever allocator. On a GPU it is the same difference of torch's allocator
+statistics, which need no fresh process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
+from fastppo.bench.peers import COMPILED
 
 CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 300
@@ -65,8 +67,12 @@ def cuda_peak(run: Provider, inputs: Tensors) -> int:
 
 
 def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
-    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size."""
-    quick_case.providers[provider](make_inputs(quick_case, CPU))
+    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size.
+
+    What was compiled for the small size would be compiled again.
+    """
+    warm_up = case if provider == COMPILED else quick_case
+    warm_up.providers[provider](make_inputs(warm_up, CPU))
     return cpu_peak(case.providers[provider], make_inputs(case, CPU))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Target, Tensors
 from fastppo.reference import ppo_loss as reference
 
@@ -77,7 +77,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="ppo_loss",
             name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
             inputs=inputs,
-            providers={"fastppo": run_with(ops.ppo_loss), "eager": run_with(eager)},
+            providers=peers.providers("ppo_loss", run_with, ops.ppo_loss, eager, device),
             exact=run_with(reference.ppo_loss),
             work=floors.ppo_loss(tokens, values=whole, reference=whole),
             target=target,

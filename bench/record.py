@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fastppo import native
+from fastppo.bench import peers
 from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import Row
 
@@ -77,8 +78,9 @@ def cpu_model() -> str:
 
 
 def package_versions() -> dict[str, str]:
+    """Of python, what the bench needs, and the installed peers."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(peer.distribution for peer in peers.installed().values())):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Provider, Target, Tensors, compare_tensors
 from fastppo.reference import token_logprobs as reference
 
@@ -88,6 +88,7 @@ def gpu_cases(quick: bool) -> list[Case]:
     rows, vocab = (64, 4000) if quick else (8192, 151936)
     sizes, name = (rows, vocab, torch.bfloat16.itemsize), f"[{rows}, {vocab}] bf16"
     forward_work = floors.token_logprobs(*sizes, entropy=True)
+    functions = peers.functions("token_logprobs", ops.token_logprobs, eager, "cuda")
     both = floors.token_logprobs(*sizes, entropy=True, backward=True)
 
     def d_logits(x: Tensors) -> Tensors:
@@ -98,7 +99,7 @@ def gpu_cases(quick: bool) -> list[Case]:
             op="token_logprobs",
             name=f"{name} forward, with entropy",
             inputs=make_inputs(rows, vocab, torch.bfloat16, backward=False),
-            providers={"fastppo": forward_with_entropy(ops.token_logprobs), "eager": forward_with_entropy(eager)},
+            providers={name: forward_with_entropy(function) for name, function in functions.items()},
             exact=on_some_rows(forward_with_entropy(reference.token_logprobs)),
             work=forward_work,
             target=Target(speedup=8.0, copy_share=0.9),
@@ -108,12 +109,12 @@ def gpu_cases(quick: bool) -> list[Case]:
             op="token_logprobs",
             name=f"{name} backward, with entropy",
             inputs=make_inputs(rows, vocab, torch.bfloat16, backward=True),
-            providers={"fastppo": backward, "eager": backward},
+            providers=dict.fromkeys(functions, backward),
             exact=on_some_rows(d_logits),
             work=floors.Work(both.bytes - forward_work.bytes),
             target=Target(speedup=5.0, copy_share=0.9),
             compare=compare_some_rows,
-            prepare={"fastppo": with_graph(ops.token_logprobs), "eager": with_graph(eager)},
+            prepare={name: with_graph(function) for name, function in functions.items()},
         ),
     ]
 
@@ -130,7 +131,7 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             op="token_logprobs",
             name=f"{name} + backward, with entropy" if backward else name,
             inputs=make_inputs(rows, vocab, dtype, backward),
-            providers={"fastppo": wrap(ops.token_logprobs), "eager": wrap(eager)},
+            providers=peers.providers("token_logprobs", wrap, ops.token_logprobs, eager, device),
             exact=wrap(reference.token_logprobs),
             work=floors.token_logprobs(rows, vocab, dtype.itemsize, entropy=backward, backward=backward),
             target=Target(speedup=speedup),

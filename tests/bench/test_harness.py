@@ -368,7 +368,9 @@ def test_usage_errors_name_the_cause(monkeypatch, capsys, arguments, message):
 
 def test_quick_run_of_one_op(tmp_path, capsys):
     file = tmp_path / "r.json"
-    assert cli.main(["--op", "token_logprobs", "--quick", "--rounds", "2", "--json", str(file)]) == 0
+    assert (
+        cli.main(["--op", "token_logprobs", "--against", "eager", "--quick", "--rounds", "2", "--json", str(file)]) == 0
+    )
     result = record.load(file)
     assert (
         result.quick
