@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.bench import floors, peers
-from fastppo.bench.harness import Case, Provider, Target, Tensors
+from fastppo.bench.harness import Case, Provider, Tensors
+from fastppo.bench.setting import DTYPES, Setting, suffix
 from fastppo.reference.decode_attention import decode_attention as reference
 
+SIZES = ("B", "T")
+TYPED = True
 PAGE, LARGE_PAGE = 64, 256
 
 
@@ -46,10 +49,9 @@ def larger_pages(x: Tensors) -> Tensors:
     return pages | {"block_table": order.view(len(table), -1)}
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    on_gpu = device == "cuda"
-    batch, length = (4, 100) if quick else (32, 8192 if on_gpu else 1024)
-    heads, kv_heads, head_size, dtype = (32, 8, 128, torch.bfloat16) if on_gpu else (8, 4, 64, torch.float32)
+def make_case(batch: int, length: int, dtype_name: str, device: str) -> Case:
+    heads, kv_heads, head_size = (32, 8, 128) if device == "cuda" else (8, 4, 64)
+    dtype = DTYPES[dtype_name]
     blocks = -(-length // LARGE_PAGE) * (LARGE_PAGE // PAGE)
 
     def inputs(generator: torch.Generator) -> Tensors:
@@ -63,15 +65,19 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             "context_lens": torch.full((batch,), length, dtype=torch.int32),
         }
 
-    return [
-        Case(
-            op="decode_attention",
-            name=f"B={batch}, {length} keys, Hkv={kv_heads}, D={head_size}{', bf16' if on_gpu else ''}",
-            inputs=inputs,
-            providers=peers.providers("decode_attention", run_with, ops.decode_attention, eager, device),
-            exact=exact,
-            prepare={"flash-attn": larger_pages},
-            work=floors.decode_attention(batch * length, batch, heads, kv_heads, head_size, dtype.itemsize),
-            target=Target(copy_share=0.8) if on_gpu else Target(),
-        )
-    ]
+    return Case(
+        op="decode_attention",
+        name=f"B={batch}, {length} keys, Hkv={kv_heads}, D={head_size}{suffix(dtype_name)}",
+        inputs=inputs,
+        providers=peers.providers("decode_attention", run_with, ops.decode_attention, eager, device),
+        exact=exact,
+        prepare={"flash-attn": larger_pages},
+        work=floors.decode_attention(batch * length, batch, heads, kv_heads, head_size, dtype.itemsize),
+        largest=batch * length * heads * head_size,
+        dtype=dtype_name,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(quick=(4, 100), cpu=(32, 1024), cuda=(32, 8192))
+    return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

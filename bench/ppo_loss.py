@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.bench import floors, peers
-from fastppo.bench.harness import Case, Target, Tensors
+from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import Setting
 from fastppo.reference import ppo_loss as reference
 
+SIZES = ("N",)
 KEPT_SHARE = 0.8
 CLIP, VALUE_CLIP, VF_COEF, KL_COEF = 0.2, 0.2, 0.1, 0.05
 
@@ -65,24 +67,23 @@ def eager(
     return ((loss * mask).sum() / mask.sum(),)
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    tokens = 1 << (10 if quick else 20 if device == "cuda" else 18)
+def make_case(tokens: int, whole: bool, device: str) -> Case:
+    def inputs(generator: torch.Generator) -> Tensors:
+        made = make_inputs(tokens, generator)
+        return made if whole else policy_alone(made)
 
-    def case(whole: bool, target: Target) -> Case:
-        def inputs(generator: torch.Generator) -> Tensors:
-            made = make_inputs(tokens, generator)
-            return made if whole else policy_alone(made)
+    return Case(
+        op="ppo_loss",
+        name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
+        inputs=inputs,
+        providers=peers.providers("ppo_loss", run_with, ops.ppo_loss, eager, device),
+        exact=run_with(reference.ppo_loss),
+        work=floors.ppo_loss(tokens, values=whole, reference=whole),
+        largest=tokens,
+    )
 
-        return Case(
-            op="ppo_loss",
-            name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
-            inputs=inputs,
-            providers=peers.providers("ppo_loss", run_with, ops.ppo_loss, eager, device),
-            exact=run_with(reference.ppo_loss),
-            work=floors.ppo_loss(tokens, values=whole, reference=whole),
-            target=target,
-        )
 
-    if device == "cuda":
-        return [case(False, Target(speedup=10.0, seconds=15e-6)), case(True, Target(speedup=10.0))]
-    return [case(True, Target(speedup=4.0))]
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(quick=(1 << 10,), cpu=(1 << 18,), cuda=(1 << 20,))
+    parts = (False, True) if setting.on_gpu else (True,)
+    return [make_case(tokens, whole, setting.device) for (tokens,) in sizes for whole in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -26,8 +27,8 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rate` is a
-    GPU's, of bf16 products."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rates` are flops
+    a second by type."""
 
     device: str
     processor: str
@@ -36,7 +37,7 @@ class Machine:
     system: str
     cache_bytes: int
     copy_bandwidth: float
-    matmul_rate: float | None = None
+    matmul_rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def this_machine(device: torch.device, cache_bytes: int, ceilings: Ceilings) -> 
         system=f"{platform.system()} {platform.release()}",
         cache_bytes=cache_bytes,
         copy_bandwidth=ceilings.copy_bandwidth,
-        matmul_rate=ceilings.matmul_rate,
+        matmul_rates=dict(ceilings.matmul_rates),
     )
 
 
@@ -113,6 +114,15 @@ def save(record: Record, path: Path) -> Path:
     return file
 
 
+def save_csv(record: Record, path: Path) -> Path:
+    """Writes one line a row, under the fields' names; what was not measured is empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in record.rows)
+    return path
+
+
 def load(path: Path) -> Record:
     """The record in `path`; ValueError says what the file lacks."""
     try:
@@ -123,6 +133,9 @@ def load(path: Path) -> Record:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{path} has schema {found!r}, expected {SCHEMA}: it is no record of this version's bench")
     del data["schema"]
+    older_rate = data["machine"].pop("matmul_rate", None) if isinstance(data.get("machine"), dict) else None
+    if older_rate is not None:  # of records from when only bf16 was measured
+        data["machine"]["matmul_rates"] = {"bf16": older_rate}
     data["machine"] = build(Machine, data.get("machine"), f"{path}: machine")
     data["rows"] = [build(Row, row, f"{path}: rows[{i}]") for i, row in enumerate(data.get("rows", []))]
     return build(Record, data, str(path))

@@ -64,7 +64,18 @@ def target(row: Row) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """The row's columns after its case, empty where nothing was measured."""
     if row.status != "ok":
-        return (row.provider, row.status, "", "", "", "", "", target(row), optional(row.error, "{:.1e}"), "")
+        return (
+            row.provider,
+            row.status,
+            "",
+            "",
+            "",
+            "",
+            "",
+            target(row),
+            optional(row.error, "{:.1e}"),
+            row.reason or "",
+        )
     return (
         row.provider,
         seconds(row.median_s),
@@ -97,7 +108,9 @@ def terminal_table(record: Record) -> Table:
             column, justify="left" if column in ("case", "provider", "target") else "right", overflow="fold"
         )
     for title, row in zip(titles(record.rows), record.rows, strict=True):
-        style = {"wrong": "red", "raised": "red"}.get(row.status) or ("yellow" if row.target_met is False else None)
+        style = {"wrong": "red", "raised": "red", "skipped": "dim"}.get(row.status) or (
+            "yellow" if row.target_met is False else None
+        )
         if title and table.row_count:
             table.add_section()
         table.add_row(title, *cells(row), style=style)
@@ -110,14 +123,14 @@ def kernels(machine: Machine, isa: str) -> str:
 
 
 def matmul(machine: Machine) -> str:
-    return optional(machine.matmul_rate and machine.matmul_rate / 1e12, ", bf16 matmul {:.0f} TFLOP/s")
+    return "".join(f", {dtype} matmul {rate / 1e12:.3g} TFLOP/s" for dtype, rate in machine.matmul_rates.items())
 
 
 def failures(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
     """One line for each row that is wrong or raised: those of ours and of plain PyTorch, which must not, and those of peers."""
     ours, of_peers = [], []
     for row in rows:
-        if row.status != "ok":
+        if row.status not in ("ok", "skipped"):
             failed = ours if row.provider in (OURS, EAGER, ALL) else of_peers
             failed.append(f"{name(row)}, {row.provider}: {row.status}: {row.reason}")
     return ours, of_peers

@@ -10,8 +10,11 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from fastppo import ops
 from fastppo.bench import floors, peers
-from fastppo.bench.harness import Case, Provider, Target, Tensors, WrongResult, relative_error
+from fastppo.bench.harness import Case, Provider, Tensors, WrongResult, relative_error
+from fastppo.bench.setting import DTYPES, Setting
 
+SIZES = ("B", "V")
+TYPED = True
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 # A token whose cumulative mass rounding puts on the other side of top_p is not wrong.
 MASS_ROUNDING = 1e-4
@@ -81,23 +84,25 @@ def draw_deviation(logprobs: Tensor, tokens: Tensor) -> float:
     return ((drawn - mean).sum().abs() / variance.sum().sqrt()).item()
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    on_gpu = device == "cuda"
-    rows, vocab = (16, 2000) if quick else (256, 151936) if on_gpu else (64, 32000)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+def make_case(rows: int, vocab: int, dtype_name: str, device: str) -> Case:
+    dtype = DTYPES[dtype_name]
 
     def inputs(generator: torch.Generator) -> Tensors:
         return {"logits": (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)}
 
-    return [
-        Case(
-            op="sample_tokens",
-            name=f"[{rows}, {vocab}] {'bf16' if on_gpu else 'fp32'}, top-k {TOP_K}, top-p {TOP_P}",
-            inputs=inputs,
-            providers=peers.providers("sample_tokens", run_with, ours, eager, device),
-            exact=exact,
-            work=floors.sample_tokens(rows, vocab, dtype.itemsize),
-            target=Target(speedup=10.0, copy_share=0.5) if on_gpu else Target(speedup=20.0),
-            compare=compare,
-        )
-    ]
+    return Case(
+        op="sample_tokens",
+        name=f"[{rows}, {vocab}] {dtype_name}, top-k {TOP_K}, top-p {TOP_P}",
+        inputs=inputs,
+        providers=peers.providers("sample_tokens", run_with, ours, eager, device),
+        exact=exact,
+        work=floors.sample_tokens(rows, vocab, dtype.itemsize),
+        compare=compare,
+        largest=rows * vocab,
+        dtype=dtype_name,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(quick=(16, 2000), cpu=(64, 32000), cuda=(256, 151936))
+    return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]
