@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastppo.bench import compare, peers, record, report, targets
+from fastppo.bench import compare, peers, plots, record, report, targets
 from fastppo.bench.catalog import OPS, check_op, ops_on, size_names, takes_dtype
 from fastppo.bench.run import Plan, run
 from fastppo.bench.setting import DTYPES, Setting, parse_sizes
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
     add("--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json")
     add("--csv", type=Path, metavar="FILE", help="write the rows")
+    add("--plot", type=Path, metavar="DIR", help="draw the pictures, with --write-docs those of its record")
     check = "exit 1 and name the rows below their target, which stand in FILE (default: the project's own)"
     add("--check", type=Path, metavar="FILE", nargs="?", const=targets.DEFAULT, help=check)
     instead = parser.add_argument_group("instead of measuring")
@@ -61,6 +62,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--check compares the usual cases with their targets: drop --{unusual[0]} (a wrong result fails either way)"
         )
+    if options.plot:
+        plots.require_matplotlib()
     for name in ("json", "csv"):
         path = getattr(options, name)
         if path and not (path.is_dir() or path.parent.is_dir()):
@@ -80,7 +83,7 @@ def plan(options: argparse.Namespace) -> Plan:
     usual = not (setting.quick or setting.sizes or setting.dtype)
     promised = targets.load(options.check or targets.DEFAULT, device) if usual else None
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    return Plan(ops, setting, rounds, options.against, promised)
+    return Plan(ops, setting, rounds, options.against, promised, scaling=usual)
 
 
 def read_sizes(options: argparse.Namespace) -> tuple[tuple[int, ...], ...] | None:
@@ -99,11 +102,18 @@ def typed(ops: tuple[str, ...], asked: bool) -> tuple[str, ...]:
     return kept
 
 
-def write_docs(file: Path) -> None:
+def write_docs(file: Path, pictures: Path | None) -> None:
     file = file.resolve()
     name = str(file.relative_to(record.ROOT)) if file.is_relative_to(record.ROOT) else file.name
-    report.write_docs(record.load(file), name, DOCS, README)
+    result = record.load(file)
+    report.write_docs(result, name, DOCS, README)
     print(f"wrote {DOCS} and {README}")
+    if pictures:
+        draw(result, pictures)
+
+
+def draw(result: record.Record, folder: Path) -> None:
+    print(f"pictures: {', '.join(map(str, plots.draw(result, folder)))}")
 
 
 def console() -> Console:
@@ -113,12 +123,17 @@ def console() -> Console:
 
 def finish(options: argparse.Namespace, result: record.Record) -> int:
     """Prints the table and what is wrong, saves the record; 1 where a row of ours or of eager failed or, with --check, missed a target."""
-    console().print(report.terminal_table(result))
+    out = console()
+    out.print(report.terminal_table(result))
+    if result.scaling:
+        out.print(report.scaling_table(result))
     if options.json:
         print(f"record: {record.save(result, options.json)}")
     if options.csv:
         print(f"rows: {record.save_csv(result, options.csv)}")
-    failed, of_peers = report.failures(result.rows)
+    if options.plot:
+        draw(result, options.plot)
+    failed, of_peers = report.failures(result.rows + result.scaling)
     short = report.below_target(result.rows)
     for title, lines in (("peer failed", of_peers), ("failed", failed), ("below target", short)):
         for line in lines:
@@ -134,11 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         if options.compare or options.write_docs:
-            show(*options.compare) if options.compare else write_docs(options.write_docs)
+            show(*options.compare) if options.compare else write_docs(options.write_docs, options.plot)
             return 0
         check_options(options)
         planned = plan(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return finish(options, run(planned, Console(stderr=True)))

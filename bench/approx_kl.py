@@ -12,6 +12,8 @@ from fastppo.bench.setting import Setting
 from fastppo.reference import approx_kl as reference
 
 SIZES = ("N",)
+USUAL = {"quick": (1 << 10,), "cpu": (1 << 18,), "cuda": (1 << 20,)}
+SCALED = {"N": 8}
 
 
 def run_with(function):
@@ -50,5 +52,5 @@ def make_case(tokens: int, device: str) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(1 << 10,), cpu=(1 << 18,), cuda=(1 << 20,))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(*size, setting.device) for size in sizes]

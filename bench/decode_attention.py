@@ -16,6 +16,8 @@ from fastppo.bench.setting import DTYPES, Setting, suffix
 from fastppo.reference.decode_attention import decode_attention as reference
 
 SIZES = ("B", "T")
+USUAL = {"quick": (4, 100), "cpu": (32, 1024), "cuda": (32, 8192)}
+SCALED = {"T": 2}
 TYPED = True
 PAGE, LARGE_PAGE = 64, 256
 
@@ -79,5 +81,5 @@ def make_case(batch: int, length: int, dtype_name: str, device: str) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(4, 100), cpu=(32, 1024), cuda=(32, 8192))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

@@ -12,6 +12,8 @@ from fastppo.bench.setting import Setting
 from fastppo.reference import gae as reference
 
 SIZES = ("B", "T")
+USUAL = {"quick": (8, 128), "cpu": (256, 1024), "cuda": (512, 32768)}
+SCALED = {"T": 4}
 GAMMA, LAM = 0.99, 0.95
 KEPT_SHARE = 0.8
 
@@ -61,8 +63,8 @@ def make_case(shape: tuple[int, int], mask: bool, device: str) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
     if setting.on_gpu:
-        sizes = setting.sizes or [(512, length) for length in ((100, 200) if setting.quick else (32768, 1024))]
-        return [make_case(size, True, setting.device) for size in sizes]
-    sizes = setting.sizes or [(8, 128) if setting.quick else (256, 1024)]
+        short = () if setting.sizes else ((512, 100 if setting.quick else 1024),)
+        return [make_case(size, True, setting.device) for size in (*sizes, *short)]
     return [make_case(size, mask, setting.device) for size in sizes for mask in (False, True)]

@@ -161,6 +161,8 @@ class Row:
     target_flop_share: float | None = None
     target_s: float | None = None
     target_peak_bytes: int | None = None
+    axis: str | None = None  # of a scaling curve: the name of the number that grows,
+    length: int | None = None  # and how large it is
 
     @property
     def goals(self) -> list[tuple[float | None, float | None, bool]]:

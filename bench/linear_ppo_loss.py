@@ -13,6 +13,8 @@ from fastppo.bench.setting import DTYPES, Setting, suffix
 from fastppo.reference import linear_ppo_loss as reference
 
 SIZES = ("N", "H", "V")
+USUAL = {"quick": (32, 64, 1000), "cpu": (256, 512, 32000), "cuda": (8192, 4096, 131072)}
+SCALED = {"V": 1}
 TYPED = True
 KEPT_SHARE = 0.8
 CLIP = 0.2
@@ -69,5 +71,5 @@ def make_case(rows: int, hidden: int, vocab: int, dtype_name: str, device: str) 
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(32, 64, 1000), cpu=(256, 512, 32000), cuda=(8192, 4096, 131072))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

@@ -13,6 +13,8 @@ from fastppo.bench.setting import DTYPES, Setting, suffix
 from fastppo.reference import linear_token_logprobs as reference
 
 SIZES = ("N", "H", "V")
+USUAL = {"quick": (32, 64, 1000), "cpu": (2048, 512, 32000), "cuda": (8192, 4096, 131072)}
+SCALED = {"N": 0.5}
 TYPED = True
 
 
@@ -59,5 +61,5 @@ def make_case(rows: int, hidden: int, vocab: int, dtype_name: str, device: str) 
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(32, 64, 1000), cpu=(2048, 512, 32000), cuda=(8192, 4096, 131072))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

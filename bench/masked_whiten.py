@@ -12,6 +12,8 @@ from fastppo.bench.setting import Setting
 from fastppo.reference import masked_whiten as reference
 
 SIZES = ("B", "T")
+USUAL = {"quick": (8, 128), "cpu": (256, 1024), "cuda": (512, 32768)}
+SCALED = {"T": 8}
 KEPT_SHARE = 0.8
 
 
@@ -50,5 +52,5 @@ def make_case(shape: tuple[int, int], device: str) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(8, 128), cpu=(256, 1024), cuda=(512, 32768))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(size, setting.device) for size in sizes]

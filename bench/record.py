@@ -49,6 +49,7 @@ class Record:
     quick: bool
     rounds: int
     rows: list[Row] = field(default_factory=list)
+    scaling: list[Row] = field(default_factory=list)
 
     def file_name(self) -> str:
         """<machine>-<date>.json"""
@@ -119,7 +120,7 @@ def save_csv(record: Record, path: Path) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in record.rows)
+        writer.writerows(asdict(row) for row in record.rows + record.scaling)
     return path
 
 
@@ -137,7 +138,8 @@ def load(path: Path) -> Record:
     if older_rate is not None:  # of records from when only bf16 was measured
         data["machine"]["matmul_rates"] = {"bf16": older_rate}
     data["machine"] = build(Machine, data.get("machine"), f"{path}: machine")
-    data["rows"] = [build(Row, row, f"{path}: rows[{i}]") for i, row in enumerate(data.get("rows", []))]
+    for group in ("rows", "scaling"):
+        data[group] = [build(Row, row, f"{path}: {group}[{i}]") for i, row in enumerate(data.get(group, []))]
     return build(Record, data, str(path))
 
 

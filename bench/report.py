@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from fastppo.bench import scaling
 from fastppo.bench.harness import ALL, Row
 from fastppo.bench.peers import EAGER, OURS
 from fastppo.bench.record import Machine, Record
@@ -114,6 +115,38 @@ def terminal_table(record: Record) -> Table:
         if title and table.row_count:
             table.add_section()
         table.add_row(title, *cells(row), style=style)
+    return table
+
+
+SCALING_COLUMNS = ("op", "over", "provider", "lengths", "seconds", "peak memory", "exponent")
+
+
+def scaling_lines(record: Record) -> list[tuple[str, ...]]:
+    """A line for each curve: what grows, the times at the shortest and the longest, the exponent that fits all."""
+    lines = []
+    for curve in scaling.curves(record.scaling):
+        first, last = curve.rows[0], curve.rows[-1]
+        peaks = [optional(row.peak_bytes and row.peak_bytes / 1e6, "{:.0f} MB") for row in (first, last)]
+        lines.append(
+            (
+                curve.op,
+                curve.axis,
+                curve.provider,
+                f"{first.length} - {last.length}",
+                f"{seconds(first.median_s)} - {seconds(last.median_s)}",
+                " - ".join(filter(None, peaks)),
+                optional(curve.exponent, "{:.2f}"),
+            )
+        )
+    return lines
+
+
+def scaling_table(record: Record) -> Table:
+    table = Table(title="scaling: time ~ length^exponent")
+    for column in SCALING_COLUMNS:
+        table.add_column(column, justify="left" if column in ("op", "over", "provider") else "right")
+    for line in scaling_lines(record):
+        table.add_row(*line)
     return table
 
 

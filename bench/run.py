@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastppo.bench import floors, memory, peers, record, targets
+from fastppo.bench import floors, memory, peers, record, scaling, targets
 from fastppo.bench.catalog import load_cases
 from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import ALL, Case, Row, Schedule, describe, fill_ratios, make_inputs, measure, prepared
@@ -30,6 +30,7 @@ class Plan:
     rounds: int
     against: tuple[str, ...] | None = None
     targets: targets.Targets | None = None
+    scaling: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -41,14 +42,20 @@ class Plan:
             return Schedule(self.rounds)
         return Schedule(self.rounds, SECONDS, TURN_SECONDS, PROVIDER_SECONDS[self.setting.device])
 
+    @property
+    def scaling_schedule(self) -> Schedule:
+        return Schedule(min(self.rounds, scaling.ROUNDS), 0.0, TURN_SECONDS, scaling.PROVIDER_SECONDS)
+
 
 @dataclass(frozen=True)
 class Job:
-    """A case, and how another process finds it again: as number `index` of its op's cases in `setting`."""
+    """A case, and how another process finds it again: as number `index` of its op's cases in `setting`; of a curve, its place there."""
 
     case: Case
     setting: Setting
     index: int
+    axis: str | None = None
+    length: int | None = None
 
 
 def jobs(plan: Plan) -> Iterator[Job | Row]:
@@ -61,6 +68,8 @@ def jobs(plan: Plan) -> Iterator[Job | Row]:
             continue
         for index, case in enumerate(cases):
             yield Job(narrowed(case, plan.setting.quick, plan.against), plan.setting, index)
+        for point in scaling.points(op, plan.setting.device) if plan.scaling else ():
+            yield Job(point.case, point.setting, 0, point.axis, point.length)
 
 
 def narrowed(case: Case, quick: bool, against: tuple[str, ...] | None) -> Case:
@@ -94,7 +103,8 @@ def run(plan: Plan, console: Console) -> record.Record:
         date=record.now(),
         quick=plan.setting.quick,
         rounds=plan.rounds,
-        rows=rows,
+        rows=[row for row in rows if row.axis is None],
+        scaling=[row for row in rows if row.axis],
     )
 
 
@@ -110,11 +120,13 @@ def ticker(progress: Progress, bar: int, case: Case, done: int, rounds: int) -> 
 
 
 def measure_job(job: Job, plan: Plan, ceilings: Ceilings, tick: Callable[[], None]) -> list[Row]:
-    rows = measure(job.case, plan.device, plan.schedule, ceilings, tick)
+    rows = measure(job.case, plan.device, plan.scaling_schedule if job.axis else plan.schedule, ceilings, tick)
     if plan.device.type == "cuda" or (job.case.peaks and not plan.setting.quick):
         fill_peaks(rows, job, plan.device)
-    found = plan.targets.of(job.case.op, job.case.name) if plan.targets else None
+    found = plan.targets.of(job.case.op, job.case.name) if plan.targets and not job.axis else None
     fill_ratios(rows, found)
+    for row in rows.values():
+        row.axis, row.length = job.axis, job.length
     return list(rows.values())
 
 

@@ -14,6 +14,8 @@ from fastppo.bench.harness import Case, Provider, Tensors, WrongResult, relative
 from fastppo.bench.setting import DTYPES, Setting
 
 SIZES = ("B", "V")
+USUAL = {"quick": (16, 2000), "cpu": (64, 32000), "cuda": (256, 151936)}
+SCALED = {"V": 2}
 TYPED = True
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 # A token whose cumulative mass rounding puts on the other side of top_p is not wrong.
@@ -104,5 +106,5 @@ def make_case(rows: int, vocab: int, dtype_name: str, device: str) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
-    sizes = setting.choose_sizes(quick=(16, 2000), cpu=(64, 32000), cuda=(256, 151936))
+    sizes = setting.choose_sizes(USUAL)
     return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

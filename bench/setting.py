@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,9 @@ class Setting:
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
-    def choose_sizes(self, *, quick: Size, cpu: Size, cuda: Size) -> tuple[Size, ...]:
-        return self.sizes or ((quick if self.quick else cuda if self.on_gpu else cpu),)
+    def choose_sizes(self, usual: Mapping[str, Size]) -> tuple[Size, ...]:
+        """Those asked for, else the usual one of a "quick" run or of the device."""
+        return self.sizes or (usual["quick" if self.quick else self.device],)
 
     def choose_dtype(self) -> str:
         """fp32 on a CPU, bf16 on a GPU, if nothing else is asked for."""

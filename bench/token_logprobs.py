@@ -14,6 +14,8 @@ from fastppo.bench.setting import DTYPES, Setting
 from fastppo.reference import token_logprobs as reference
 
 SIZES = ("N", "V")
+USUAL = {"quick": (32, 4000), "cpu": (512, 32000), "cuda": (8192, 151936)}
+SCALED = {"N": 2, "V": 2}
 TYPED = True
 OUTPUTS = ("logprobs", "entropy")
 CHECKED_EVERY = 32  # rows, where fp64 of all of them is too large
@@ -133,10 +135,9 @@ def cpu_case(rows: int, vocab: int, dtype: str, backward: bool) -> Case:
 
 
 def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
     if setting.on_gpu:
-        sizes = setting.sizes or [(64, 4000) if setting.quick else (8192, 151936)]
         return [case for size in sizes for case in gpu_cases(*size, setting.choose_dtype())]
-    sizes = setting.sizes or [(16, 4000) if setting.quick else (512, 32000)]
     asked = setting.dtype and [(setting.dtype, False), (setting.dtype, True)]
     kinds = asked or [("fp32", False), ("fp32", True), ("bf16", False)]
     return [cpu_case(*size, dtype, backward) for size in sizes for dtype, backward in kinds]

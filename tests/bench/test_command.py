@@ -98,7 +98,7 @@ def test_quick_run_of_one_op(tmp_path, capsys):
     assert result.versions["torch"] == torch.__version__ and result.machine.matmul_rates["fp32"] > 0
     assert [row.provider for row in result.rows] == ["fastppo", "eager"] * 3
     assert all(row.status == "ok" and row.median_s > 0 and row.error is not None for row in result.rows)
-    assert "[16, 4000] bf16 forward" in capsys.readouterr().out
+    assert "[32, 4000] bf16 forward" in capsys.readouterr().out
     lines = list(csv.DictReader(files["--csv"].open()))
     assert [float(line["median_s"]) for line in lines] == [row.median_s for row in result.rows]
     assert lines[1]["speedup"] == ""
