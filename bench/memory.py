@@ -1,15 +1,17 @@
 """Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
 
-`python -m fastppo.bench.memory OP INDEX PROVIDER` prints the bytes. On the CPU a call on the case's quick inputs
-loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
-(`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
-touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics, which need no fresh process.
+`python -m fastppo.bench.memory OP INDEX PROVIDER SIZES DTYPE` prints the bytes. On the CPU a call on the case's quick inputs loads
+code and threads (of compiled code, a call on the full ones), then the full inputs are made, the heap is trimmed and the
+kernel's high-water mark is reset (`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs
+is the answer: pages really touched, by whatever allocator. On a GPU it is the same difference of torch's allocator
+statistics, which need no fresh process.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 import torch
 
 from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
+from fastppo.bench.peers import COMPILED
+from fastppo.bench.setting import Setting
 
 CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 300
@@ -65,14 +69,19 @@ def cuda_peak(run: Provider, inputs: Tensors) -> int:
 
 
 def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
-    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size."""
-    quick_case.providers[provider](make_inputs(quick_case, CPU))
+    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size.
+
+    What was compiled for the small size would be compiled again.
+    """
+    warm_up = case if provider == COMPILED else quick_case
+    warm_up.providers[provider](make_inputs(warm_up, CPU))
     return cpu_peak(case.providers[provider], make_inputs(case, CPU))
 
 
-def measure_peak(op: str, index: int, provider: str) -> int:
+def measure_peak(op: str, setting: Setting, index: int, provider: str) -> int:
     """`peak_bytes` on the CPU in a fresh process; raises CannotMeasure with that process's last line."""
-    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider]
+    asked = json.dumps(setting.sizes), json.dumps(setting.dtype)
+    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider, *asked]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -85,9 +94,10 @@ def measure_peak(op: str, index: int, provider: str) -> int:
 def main(argv: list[str]) -> None:
     from fastppo.bench.catalog import load_cases
 
-    op, index, provider = argv
-    case, quick_case = (load_cases(op, quick)[int(index)] for quick in (False, True))
-    print(peak_bytes(case, quick_case, provider))
+    op, index, provider, sizes, dtype = argv
+    setting = Setting(sizes=json.loads(sizes), dtype=json.loads(dtype))
+    case, quick_cases = load_cases(op, setting)[int(index)], load_cases(op, Setting(quick=True, dtype=setting.dtype))
+    print(peak_bytes(case, quick_cases[int(index) % len(quick_cases)], provider))
 
 
 if __name__ == "__main__":
