@@ -21,6 +21,8 @@ TESTED_OPS = [
     "decode_attention",
     "batch_invariant_linear",
 ]
+# What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
+INTERPRETED = {"linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
 
 
 @pytest.mark.slow
@@ -30,7 +32,12 @@ def test_interpreter_agrees_with_the_reference(op):
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPPO_TEST_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-n0"]
     done = subprocess.run(
-        [*command, f"tests/ops/test_{op}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, f"tests/ops/test_{op}.py", "-k", INTERPRETED.get(op, "")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
