@@ -9,8 +9,8 @@ from types import ModuleType
 from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
-# Measured on a CPU alone: the first has no GPU kernel, the second's models are sized for a CPU.
-CPU_ONLY = ("batch_invariant_linear", "rollout")
+# Measured on a CPU alone: the first has no GPU kernel, the others' models are sized for a CPU.
+CPU_ONLY = ("batch_invariant_linear", "rollout", "ppo_step")
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -23,6 +23,7 @@ OPS = (
     "decode_attention",
     "batch_invariant_linear",
     "rollout",
+    "ppo_step",
 )
 
 
