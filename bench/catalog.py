@@ -9,8 +9,8 @@ from types import ModuleType
 from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
-# Measured on a CPU alone: its models are sized for one.
-CPU_ONLY = ("rollout",)
+# Measured on a CPU alone: their models are sized for one.
+CPU_ONLY = ("rollout", "ppo_step")
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -23,6 +23,7 @@ OPS = (
     "decode_attention",
     "batch_invariant_linear",
     "rollout",
+    "ppo_step",
 )
 
 

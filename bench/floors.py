@@ -119,6 +119,22 @@ def decode(model: nn.Module, batch: int) -> Work:
     return Work(weights * FP32 // batch, 2 * weights)
 
 
+def ppo_step(model: nn.Module, sequences: int, prompt: int, new: int, updates: int) -> Work:
+    """One epoch over `sequences` of at least `prompt` and exactly `new` tokens, by a policy, a reference and a critic like `model`.
+
+    Products: every token once through the trunk when it is sampled and for its old and reference log-probs and its value, and three times
+    (forward, two gradients) through policy and critic; the head for new tokens alone. Bytes: the weights for each decode step, and what
+    AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each update of both.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    trunk = parameters - head - model.get_input_embeddings().weight.numel()
+    through_trunk, through_head = (4 + 3 * 2) * (prompt + new), (3 + 3) * new
+    flops = 2 * sequences * (through_trunk * trunk + through_head * head)
+    adam = 7 * updates * (2 * parameters - head)
+    return Work(FP32 * (new * (trunk + head) + adam), flops)
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU, the largest cache that Linux names for CPU 0, else 32 MiB."""
     if device.type == "cuda":

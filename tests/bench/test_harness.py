@@ -19,6 +19,21 @@ CPU = torch.device("cpu")
 QUICK = Setting(quick=True)
 
 
+class ToyLM(torch.nn.Module):
+    """Embedding [5, 4], trunk [3, 4], head [5, 4]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.trunk = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3, bias=False)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+
 def measured(case: Case, rounds: int = 2) -> dict[str, Row]:
     rows = measure(case, CPU, Schedule(rounds), CEILINGS)
     fill_ratios(rows, Target(speedup=1.0))
@@ -55,6 +70,15 @@ def few_inputs(monkeypatch):
         (floors.ppo_loss(10, values=True, reference=True), (370, 0)),
         # 2x3 bf16 logits (12), 2 tokens (16), 3 fp32 each (24)
         (floors.sample_tokens(2, 3, 2), (52, 0)),
+        # 10 keys and values of 2 heads of 4 in bf16 (320); queries and results of 3 sequences, 8 heads of 4 (384)
+        (floors.decode_attention(10, 3, 8, 2, 4, 2), (704, 0)),
+        # fp32 2x3 and 5x3 in, 2x5 out (124); 2·2·3·5 flops
+        (floors.batch_invariant_linear(2, 5, 3), (124, 60)),
+        # ToyLM: 12 weights in the trunk, 20 in the head, the embedding left out; of a batch of 4
+        (floors.decode(ToyLM(), 4), (32, 64)),
+        # 2 sequences of 3 + 5 tokens: 10 passes of 8 tokens through 12 weights, 6 of 5 through 20; twice that in flops, for each sequence.
+        # 5 decode steps read 32 weights; 3 updates move 7 numbers for each weight of policy (52) and critic (32)
+        (floors.ppo_step(ToyLM(), 2, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (80 * 12 + 30 * 20))),
     ],
 )
 def test_floors_equal_hand_counts(work, expected):
