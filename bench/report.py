@@ -152,7 +152,9 @@ def scaling_table(record: Record) -> Table:
 
 def kernels(machine: Machine, isa: str) -> str:
     """What computes: "processor, threads, instruction set", or the GPU's name."""
-    return f"{machine.processor}, {machine.threads} threads, {isa}" if machine.device == "cpu" else machine.processor
+    if machine.device != "cpu":
+        return machine.processor
+    return f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}, {isa}"
 
 
 def matmul(machine: Machine) -> str:
