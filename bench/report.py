@@ -211,6 +211,9 @@ def markdown(record: Record, record_name: str) -> str:
     for title, row in zip(titles(record.rows), record.rows, strict=True):
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
         lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
+    if record.scaling:
+        lines += ["", "Scaling: time ~ length^exponent.", "", f"| {' | '.join(SCALING_COLUMNS)} |"]
+        lines += [f"|{'---|' * len(SCALING_COLUMNS)}", *(f"| {' | '.join(line)} |" for line in scaling_lines(record))]
     short = below_target(record.rows) + sum(failures(record.rows), [])
     lines += [
         "",
