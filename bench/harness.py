@@ -32,7 +32,7 @@ Provider = Callable[[Tensors], Tensors]
 ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
-LEAST_TURNS = 3
+LEAST_TURNS = 2
 REFERENCE_TENSORS = 6  # as large as a case's largest one, in fp64: what a reference and its gradients hold at a time
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
@@ -388,7 +388,7 @@ def measure(
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
     if case.rounds is not None:
-        schedule = Schedule(min(case.rounds, schedule.rounds))
+        schedule = Schedule(min(case.rounds, schedule.rounds), provider_seconds=schedule.provider_seconds)
     settle(device)
     rows = {name: Row(case.op, case.name, name, "skipped", does_not_fit(case, device)) for name in case.providers}
     if any(row.reason for row in rows.values()):

@@ -126,14 +126,15 @@ def draw_movers(axes: Any, rows: list[Row], record: Record) -> None:
 
 def draw_products(axes: Any, rows: list[Row], record: Record) -> None:
     intensity = {(row.op, row.case): row.floor_flops / row.floor_bytes for row in rows}
-    low, high = min(1.0, *intensity.values()) / 2, max(intensity.values()) * 4
+    low, high = min(1.0, *intensity.values()) / 6, max(intensity.values()) * 4
     copy = record.machine.copy_bandwidth
     for dtype, rate in record.machine.matmul_rates.items():
         xs = (low, rate / copy, max(high, rate / copy))
         axes.plot(xs, [min(rate, x * copy) / 1e9 for x in xs], color=OTHER, linewidth=1.2)
         axes.text(xs[-1], rate / 1e9, f"matmul {dtype}, {rate / 1e9:.3g} GFLOP/s ", ha="right", va="bottom", fontsize=8)
     if record.machine.matmul_rates:
-        axes.text(low, low * copy / 1e9, f"   copy {copy / 1e9:.3g} GB/s", va="center", fontsize=8)
+        middle = (low * min(record.machine.matmul_rates.values()) / copy) ** 0.5
+        axes.text(middle, middle * copy / 1e9, f"copy {copy / 1e9:.3g} GB/s  ", ha="right", va="bottom", fontsize=8)
     for row in sorted(rows, key=lambda row: row.provider == OURS):
         axes.plot(intensity[row.op, row.case], row.gflop_per_s, "o", color=colour(row.provider), markersize=7)
     for op in dict.fromkeys(row.op for row in rows):
@@ -163,7 +164,7 @@ def speedup(record: Record, figure: Any) -> None:
         middles.append(top + (len(bars) - 1) / 2)
         top += len(bars) + CASE_GAP
     axes.axvline(1, color=COLOURS[EAGER], linewidth=1.5)
-    axes.set_xlim(0.6 * min(row.speedup for row in rows), 2 * max(1, *(row.speedup for row in rows)))
+    axes.set_xlim(0.4 * min(row.speedup for row in rows), 2 * max(1, *(row.speedup for row in rows)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     plain(axes, grid="x")
     axes.set_yticks(middles, [f"{op}  {case}" for op, case in cases], fontsize=7)
@@ -218,22 +219,19 @@ def scaling_curves(record: Record, figure: Any) -> None:
 
 
 def draw_curves(axes: Any, op: str, axis: str, curves: list[Curve]) -> None:
-    slowest = max(curve.rows[-1].median_s for curve in curves)
-    for curve in curves:
+    for line, curve in enumerate(curves):
         lengths, times = zip(*((row.length, row.median_s * 1e3) for row in curve.rows), strict=True)
         axes.loglog(lengths, times, "o-", color=colour(curve.provider), linewidth=1.8, markersize=4)
         if curve.exponent is not None:
-            text = f"{axis}^{curve.exponent:.2f}"
-            offset = (
-                (2, 7) if curve.rows[-1].median_s == slowest else (2, -13)
-            )  # above the upper curve, below the lower
-            style = {"ha": "right", "fontsize": 8, "color": colour(curve.provider)}
-            axes.annotate(text, (lengths[-1], times[-1]), offset, textcoords="offset points", **style)
+            style = {"fontsize": 8, "color": colour(curve.provider), "transform": axes.transAxes}
+            axes.text(0.05, 0.9 - 0.1 * line, f"{axis}^{curve.exponent:.2f}", **style)
     plain(axes)
     lengths = sorted({row.length for curve in curves for row in curve.rows})
     axes.set_xticks(lengths, [short(length) for length in lengths])
     axes.minorticks_off()
-    axes.margins(y=0.3)
+    axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the exponents
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(op, fontsize=9)
     axes.set_xlabel(axis, fontsize=8)

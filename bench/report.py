@@ -152,7 +152,9 @@ def scaling_table(record: Record) -> Table:
 
 def kernels(machine: Machine, isa: str) -> str:
     """What computes: "processor, threads, instruction set", or the GPU's name."""
-    return f"{machine.processor}, {machine.threads} threads, {isa}" if machine.device == "cpu" else machine.processor
+    if machine.device != "cpu":
+        return machine.processor
+    return f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}, {isa}"
 
 
 def matmul(machine: Machine) -> str:
@@ -209,6 +211,9 @@ def markdown(record: Record, record_name: str) -> str:
     for title, row in zip(titles(record.rows), record.rows, strict=True):
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
         lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
+    if record.scaling:
+        lines += ["", "Scaling: time ~ length^exponent.", "", f"| {' | '.join(SCALING_COLUMNS)} |"]
+        lines += [f"|{'---|' * len(SCALING_COLUMNS)}", *(f"| {' | '.join(line)} |" for line in scaling_lines(record))]
     short = below_target(record.rows) + sum(failures(record.rows), [])
     lines += [
         "",

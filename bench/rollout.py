@@ -17,7 +17,7 @@ from fastppo.rollout import Engine, Rollout, SamplingParams
 
 VOCABULARY = 4096
 SLOTS = 32
-ROUNDS = 7  # a call takes seconds
+ROUNDS = 3  # a call takes seconds, of Transformers many
 # Raw log-probabilities against a packed forward: what the trainer allows.
 ALLOWED_LOGPROB_ERROR = 1e-4
 # Stops a completion with probability 1/32 at each token, since the model is nearly uniform: a long tail of lengths.

@@ -18,7 +18,7 @@ from fastppo.bench.setting import Setting
 SECONDS = 0.5  # that a case's rounds take at least
 TURN_SECONDS = 0.005  # of calls in a provider's turn
 # That a provider's turns on a case may take: a GPU is lent for minutes, and some calls take seconds.
-PROVIDER_SECONDS = {"cpu": 5.0, "cuda": 4.0}
+PROVIDER_SECONDS = {"cpu": 3.0, "cuda": 4.0}
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,11 @@ def ticker(progress: Progress, bar: int, case: Case, done: int, rounds: int) -> 
 
 def measure_job(job: Job, plan: Plan, ceilings: Ceilings, tick: Callable[[], None]) -> list[Row]:
     rows = measure(job.case, plan.device, plan.scaling_schedule if job.axis else plan.schedule, ceilings, tick)
-    if plan.device.type == "cuda" or (job.case.peaks and not plan.setting.quick):
-        fill_peaks(rows, job, plan.device)
+    right = [row for row in rows.values() if row.status == "ok"]
+    if plan.device.type == "cuda":
+        fill_cuda_peaks(right, job.case, plan.device)
+    elif right and job.case.peaks and not plan.setting.quick:
+        fill_cpu_peaks(right, job)
     found = plan.targets.of(job.case.op, job.case.name) if plan.targets and not job.axis else None
     fill_ratios(rows, found)
     for row in rows.values():
@@ -130,18 +133,21 @@ def measure_job(job: Job, plan: Plan, ceilings: Ceilings, tick: Callable[[], Non
     return list(rows.values())
 
 
-def fill_peaks(rows: dict[str, Row], job: Job, device: torch.device) -> None:
-    """Peak memory of every provider that is right: on a GPU here, else each in a process of its own."""
-    for provider, row in rows.items():
-        if row.status == "ok":
-            try:
-                row.peak_bytes = peak_bytes(job, provider, device)
-            except (memory.CannotMeasure, torch.OutOfMemoryError) as error:
-                row.peak_reason = str(error)
+def fill_cuda_peaks(rows: list[Row], case: Case, device: torch.device) -> None:
+    for row in rows:
+        try:
+            inputs = prepared(case, row.provider, make_inputs(case, device))
+            row.peak_bytes = memory.cuda_peak(case.providers[row.provider], inputs)
+        except torch.OutOfMemoryError as error:
+            row.peak_reason = describe(error)
 
 
-def peak_bytes(job: Job, provider: str, device: torch.device) -> int:
-    if device.type == "cpu":
-        return memory.measure_peak(job.case.op, job.setting, job.index, provider)
-    inputs = prepared(job.case, provider, make_inputs(job.case, device))
-    return memory.cuda_peak(job.case.providers[provider], inputs)
+def fill_cpu_peaks(rows: list[Row], job: Job) -> None:
+    """Each provider's in a process of its own."""
+    try:
+        peaks = memory.measure_peaks(job.case.op, job.setting, job.index, [row.provider for row in rows])
+    except memory.CannotMeasure as error:
+        peaks = dict.fromkeys((row.provider for row in rows), str(error))
+    for row in rows:
+        peak = peaks[row.provider]
+        row.peak_bytes, row.peak_reason = (None, peak) if isinstance(peak, str) else (peak, None)

@@ -60,6 +60,7 @@ def test_the_table_has_a_line_for_each_curve():
     lines = report.scaling_lines(a_record(scaling=curve_rows()))
     assert lines[0] == ("gae", "T", "fastppo", "100 - 800", "100 µs - 800 µs", "0 MB - 1 MB", "1.00")
     assert lines[1][-1] == "2.00"
+    assert f"| {' | '.join(lines[0])} |" in report.markdown(a_record(scaling=curve_rows()), "r.json")
 
 
 def test_scaled_cases_go_into_their_own_part_of_the_record(monkeypatch):
