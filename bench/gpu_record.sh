@@ -30,12 +30,12 @@ nvidia-smi
 
 # For this GPU alone; the intermediate code of a newer one is not needed to measure.
 export FASTPPO_CUDA=1 FASTPPO_CUDA_ARCHS=$capability
-part build 150 "$python" -m pip install -q --no-build-isolation --no-deps -e .
+part build 90 "$python" -m pip install -q --no-build-isolation --no-deps -e .
 "$python" -m fastppo info
-part bench 200 "$python" -m fastppo.bench --device cuda --json "$folder" --check
+part bench 300 "$python" -m fastppo.bench --device cuda --rounds 7 --json "$folder" --check
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8) # which share the GPU; most of a test's time is compiling
-part tests 180 "$python" -m pytest -m gpu "${workers[@]}" tests/test_gpu.py
+part tests 150 "$python" -m pytest -m gpu "${workers[@]}" tests/test_gpu.py
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 OURS, EAGER, COMPILED = "fastppo", "eager", "compile"
 TRL_VOCABULARY_CHUNK = 32768  # what TRL's own trainers pass
@@ -162,6 +163,7 @@ def functions(op: str, ours: Callable, eager: Callable, device: str, *, compiles
     """
     found = {OURS: ours, EAGER: eager}
     if compiles:
+        inductor.compile_threads = 1  # no processes that compile beside what is timed
         found[COMPILED] = torch.compile(eager, dynamic=False, fullgraph=True)
     present = installed()
     for name, (function, devices) in FUNCTIONS.get(op, {}).items():
