@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastppo.ops import use_backend
@@ -114,9 +113,20 @@ def test_numbers_tell_what_names_do_not(multiplier, monkeypatch):
     assert decoder_of(Engine(model), monkeypatch) is ModuleDecoder
 
 
-def test_lora_runs_its_modules(monkeypatch):
-    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    assert decoder_of(Engine(model.base_model.model), monkeypatch) is ModuleDecoder
+class Adapted(nn.Linear):
+    """A linear layer with something added, as LoRA puts in place of a plain one."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def test_adapted_layers_run_their_modules(monkeypatch):
+    model = make_model("llama")
+    plain = model.model.layers[0].self_attn.q_proj
+    adapted = Adapted(plain.in_features, plain.out_features, bias=False)
+    adapted.weight = plain.weight
+    model.model.layers[0].self_attn.q_proj = adapted
+    assert decoder_of(Engine(model), monkeypatch) is ModuleDecoder
 
 
 def test_other_types_and_backends_run_modules(monkeypatch):
