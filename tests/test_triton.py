@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -19,7 +20,13 @@ ARCHITECTURES = {
     90: 232448,
     100: 232448,
 }  # compute capability: most shared memory a block can have, in bytes
-TESTED_OPS = ["token_logprobs", "linear_token_logprobs", "linear_ppo_loss", "decode_attention"]
+TESTED_OPS = [
+    "token_logprobs",
+    "linear_token_logprobs",
+    "linear_ppo_loss",
+    "decode_attention",
+    "batch_invariant_linear",
+]
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
@@ -111,10 +118,32 @@ def decode_attention_launches():
         yield "_write_kv_kernel", tensors | numbers, constants, module.NUM_WARPS
 
 
+def batch_invariant_linear_launches():
+    """The same of kernels/batch_invariant_linear.py: weights whose rows begin at multiples of 16, and any."""
+    module = importlib.import_module("fastppo.kernels.batch_invariant_linear")
+    for dtype, one_split, bias, aligned in [
+        *((dtype, one_split, True, ":16") for dtype in POINTERS for one_split in (True, False)),
+        *((dtype, True, False, "") for dtype in POINTERS),
+    ]:
+        pointer, partial = POINTERS[dtype] + ":16", (POINTERS[dtype] if one_split else "*fp32") + ":16"
+        operands = {"x_ptr": pointer, "weight_ptr": POINTERS[dtype] + aligned, "bias_ptr": pointer}
+        numbers = {"rows": "i32", "N": "i32" + aligned, "K": "i32" + aligned, "row_tiles": "i32", "split_tiles": "i32"}
+        numbers |= {"stride_weight": "i32" + aligned}
+        tile, launch = module._tile(torch.empty(64, 64 if aligned else 60, dtype=getattr(torch, dtype)))
+        constants = {"HAS_BIAS": bias and one_split, "BLOCK_N": module.BLOCK_N} | tile
+        signature = operands | {"out_ptr": partial} | numbers
+        yield "_batch_invariant_linear_kernel", signature, constants, launch["num_warps"], launch["num_stages"]
+        if not one_split:
+            merged = {"parts_ptr": partial, "bias_ptr": pointer, "out_ptr": pointer}
+            merged |= {"elements": "i64", "N": "i32" + aligned, "splits": "i32"}
+            yield "_merge_splits_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.NUM_WARPS
+
+
 LAUNCHES = [
     *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
     *(("token_logprobs", *launch) for launch in linear_head_launches()),
     *(("decode_attention", *launch) for launch in decode_attention_launches()),
+    *(("batch_invariant_linear", *launch) for launch in batch_invariant_linear_launches()),
 ]
 
 

@@ -31,7 +31,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "ppo_loss": ("cpu", "cuda"),
     "sample_tokens": ("cpu", "cuda"),
     "decode_attention": ("cpu", "triton"),
-    "batch_invariant_linear": ("cpu",),
+    "batch_invariant_linear": ("cpu", "triton"),
 }
 
 # Ops whose Triton path calls CUDA kernels too, on a GPU.
