@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,12 @@ import torch
 from fastppo import native
 from fastppo.ops import _backends, gae, masked_mean, masked_whiten, use_backend
 from tests.cuda_on_cpu import build
+from tests.registers import ARCHITECTURES, SOURCES, cuda_usages, find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TESTED_OPS = [op for op, fast in _backends.FAST_BACKENDS.items() if "cuda" in fast]
 # What of an op's tests AddressSanitizer watches: small cases, few draws, without processes of their own.
 SANITIZED = "not opcheck and not compiles and not group and not frequencies and not large_vocabulary"
-
-# Compute capability: most shared memory that a block can have.
-ARCHITECTURES = {80: 166912, 90: 232448, 100: 232448}
 
 THREADS = 64
 
@@ -177,38 +173,14 @@ def test_number_of_launches(emulated_cuda, cuda_kernels_on_the_cpu, call, expect
 # ---- nvcc
 
 
-def find_nvcc() -> str:
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    return nvcc or pytest.skip("needs nvcc to compile the kernels for GPUs")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_compiles_without_spills(source, capability, tmp_path, record_property):
-    command = [find_nvcc(), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-cubin", "-Xptxas", "-v", source]
-    done = subprocess.run([*command, "-o", tmp_path / "kernels.cubin"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = resource_usage(done.stderr)
-    assert kernels, done.stderr
-    for name, usage in kernels.items():
-        record_property(name, usage["registers"])
-        print(f"{name} sm_{capability}: {usage['registers']} registers, {usage['smem']} bytes of shared memory")
-        assert usage["stack"] == usage["spill stores"] == usage["spill loads"] == 0, f"{name} uses local memory"
-        assert usage["smem"] <= ARCHITECTURES[capability]
-
-
-def resource_usage(log: str) -> dict[str, dict[str, int]]:
-    """Of each kernel, what `ptxas -v` says it uses."""
-    kernels = {}
-    for part in log.split("Compiling entry function")[1:]:
-        name = re.match(r" '(\w+)'", part)[1]
-        numbers = {
-            "registers": r"Used (\d+) registers",
-            "stack": r"(\d+) bytes stack frame",
-            "smem": r"(\d+) bytes smem",
-        }
-        numbers |= {f"spill {kind}": rf"(\d+) bytes spill {kind}" for kind in ("stores", "loads")}
-        found = {key: re.search(pattern, part) for key, pattern in numbers.items()}
-        kernels[name] = {key: int(match[1]) if match else 0 for key, match in found.items()}
-    return kernels
+    nvcc = find_nvcc() or pytest.skip("needs nvcc to compile the kernels for GPUs")
+    usages = cuda_usages(nvcc, source, capability, tmp_path)
+    assert usages
+    for usage in usages:
+        record_property(usage.kernel, usage.registers)
+        assert usage.local == 0, f"{usage.kernel} uses local memory"
+        assert usage.shared <= ARCHITECTURES[capability]
