@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 help:
 	@echo "make demo    install, then watch PPO teach a small language model arithmetic (about 3 minutes)"
 	@echo "make test    install, then run every test (about 10 minutes on 2 cores)"
-	@echo "make bench   install, then time every op against plain PyTorch"
+	@echo "make bench   install, then time every op against plain PyTorch and its peers"
 	@echo "make lint    check format and style       make format  fix them"
 	@echo "make wheel   build dist/*.whl             make clean   remove what make made"
 

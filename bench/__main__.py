@@ -3,184 +3,160 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastppo.bench import floors, memory, record, report
-from fastppo.bench.catalog import OPS, check_op, load_cases, ops_on
-from fastppo.bench.floors import Ceilings
-from fastppo.bench.harness import Case, Row, Schedule, describe, fill_ratios, make_inputs, measure, prepared
+from fastppo.bench import compare, peers, plots, record, report, targets
+from fastppo.bench.catalog import OPS, check_op, ops_on, size_names, takes_dtype
+from fastppo.bench.run import Plan, run
+from fastppo.bench.setting import DTYPES, Setting, parse_sizes
 
 ROUNDS, QUICK_ROUNDS = 20, 3
-SECONDS = 0.5  # that a case's rounds take at least
-TURN_SECONDS = 0.005  # of calls in a provider's turn
-CUDA_PROVIDER_SECONDS = 4.0  # a GPU is lent for minutes, and a loop of 32,768 launches takes a second
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 README = record.ROOT / "README.md"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastppo.bench", description=__doc__)
-    parser.add_argument("--op", action="append", metavar="NAME", help=f"only this op; repeatable ({', '.join(OPS)})")
-    parser.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
-    parser.add_argument("--check", action="store_true", help="exit 1 and name the rows below their target")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json"
-    )
-    parser.add_argument(
-        "--write-docs",
-        type=Path,
-        metavar="FILE",
-        help="only write docs/performance.md and the README's figures from a record",
-    )
-    options = parser.parse_args(argv)
-    try:
-        check_options(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    add = parser.add_argument
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--op", action="append", metavar="NAME", help=f"only this op; repeatable ({', '.join(OPS)})")
+    known = ", ".join((peers.EAGER, peers.COMPILED, *peers.PACKAGES))
+    what.add_argument("--against", type=names, metavar="NAMES", help=f"only with these, e.g. eager,trl; of {known}")
+    what.add_argument("--sizes", metavar="SIZES", help="with one --op: sizes for it, e.g. 512x32000,1024x50257")
+    what.add_argument("--dtype", choices=tuple(DTYPES), help="type of the logits, heads or caches")
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    what.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
+    what.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
+    add("--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json")
+    add("--csv", type=Path, metavar="FILE", help="write the rows")
+    add("--plot", type=Path, metavar="DIR", help="draw the pictures, with --write-docs those of its record")
+    check = "exit 1 and name the rows below their target, which stand in FILE (default: the project's own)"
+    add("--check", type=Path, metavar="FILE", nargs="?", const=targets.DEFAULT, help=check)
+    instead = parser.add_argument_group("instead of measuring")
+    instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="what changed between two records")
+    docs = "write docs/performance.md and the README's figures from a record"
+    instead.add_argument("--write-docs", type=Path, metavar="FILE", help=docs)
+    return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    for op in options.op or ():
-        check_op(op, options.device)
-    if options.rounds is not None and options.rounds < 1:
-        raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
-    if options.quick and options.check:
-        raise ValueError(
-            "--check compares full sizes with their targets: drop --quick (a wrong result fails either way)"
-        )
+    """ValueError that names the option which cannot be."""
     if options.device == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(
             f"--device cuda: this torch ({torch.__version__}, {built}) sees no CUDA device here; use --device cpu"
         )
-    if options.json and not (options.json.is_dir() or options.json.parent.is_dir()):
-        raise ValueError(f"--json: there is no folder {options.json.parent}")
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
+    unusual = [name for name in ("quick", "sizes", "dtype") if getattr(options, name)]
+    if options.check and unusual:
+        raise ValueError(
+            f"--check compares the usual cases with their targets: drop --{unusual[0]} (a wrong result fails either way)"
+        )
+    if options.plot:
+        plots.require_matplotlib()
+    for name in ("json", "csv"):
+        path = getattr(options, name)
+        if path and not (path.is_dir() or path.parent.is_dir()):
+            raise ValueError(f"--{name}: there is no folder {path.parent}")
 
 
-def all_cases(ops: list[str], quick: bool, device: str) -> Iterator[tuple[str, int, Case | Row]]:
-    """(op, index within the op, case) of every case; a row with the reason for an op whose cases do not load."""
-    for op in ops:
-        try:
-            cases = load_cases(op, quick, device)
-        except Exception as error:
-            yield op, 0, Row(op, "all", "all", "raised", f"its cases do not load: {describe(error)}")
-            continue
-        yield from ((op, index, case) for index, case in enumerate(cases))
-
-
-def fill_peaks(rows: dict[str, Row], case: Case, index: int, device: torch.device) -> None:
-    """Peak memory of every provider that is right: on a GPU here, else each in a process of its own, where the case promises something."""
-    if device.type == "cpu" and case.target.memory_share is None:
-        return
-    for provider, row in rows.items():
-        if row.status == "ok":
-            try:
-                row.peak_bytes = (
-                    memory.cuda_peak(case.providers[provider], prepared(case, provider, make_inputs(case, device)))
-                    if device.type == "cuda"
-                    else memory.measure_peak(case.op, index, provider)
-                )
-            except (memory.CannotMeasure, torch.OutOfMemoryError) as error:
-                row.peak_reason = str(error)
-
-
-def run(options: argparse.Namespace, console: Console) -> record.Record:
-    """Measures what the options ask for."""
-    device = torch.device(options.device)
+def plan(options: argparse.Namespace) -> Plan:
+    """What the options ask for; ValueError names the one that cannot be."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for op in options.op or ():
+        check_op(op, device)
+    peers.check(options.against or ())
+    ops = tuple(dict.fromkeys(options.op or ops_on(device)))
+    setting = Setting(device, options.quick, read_sizes(options), options.dtype)
+    if options.dtype:
+        ops = typed(ops, asked=bool(options.op))
+    usual = not (setting.quick or setting.sizes or setting.dtype)
+    promised = targets.load(options.check or targets.DEFAULT, device) if usual else None
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    most = CUDA_PROVIDER_SECONDS if device.type == "cuda" else math.inf
-    schedule = Schedule(rounds) if options.quick else Schedule(rounds, SECONDS, TURN_SECONDS, most)
-    cases = list(all_cases(list(dict.fromkeys(options.op or ops_on(device.type))), options.quick, device.type))
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("ceilings", total=len(cases) * rounds)
-        ceilings = floors.ceilings(device, rounds)
-        for done, (_, index, case) in enumerate(cases):
-            rows += measure_one(case, index, device, schedule, ceilings, ticker(progress, bar, case, done, rounds))
-            progress.update(bar, completed=(done + 1) * rounds)
-    return record.Record(
-        machine=record.this_machine(device, floors.cache_bytes(device), ceilings),
-        versions=record.package_versions(),
-        revision=record.git_revision(),
-        date=record.now(),
-        quick=options.quick,
-        rounds=rounds,
-        rows=rows,
-    )
+    return Plan(ops, setting, rounds, options.against, promised, scaling=usual)
 
 
-def ticker(progress: Progress, bar: int, case: Case | Row, done: int, rounds: int) -> Callable[[], None]:
-    """Advances the bar by one round, at most by the rounds of its case."""
-    progress.update(bar, description=f"{case.op} {case.name if isinstance(case, Case) else ''}")
-    limit = (done + 1) * rounds
-
-    def tick() -> None:
-        progress.update(bar, completed=min(limit, progress.tasks[0].completed + 1))
-
-    return tick
+def read_sizes(options: argparse.Namespace) -> tuple[tuple[int, ...], ...] | None:
+    if options.sizes is None:
+        return None
+    if len(options.op or ()) != 1:
+        raise ValueError("--sizes are those of one op: give exactly one --op")
+    return parse_sizes(options.sizes, options.op[0], size_names(options.op[0]))
 
 
-def measure_one(
-    case: Case | Row,
-    index: int,
-    device: torch.device,
-    schedule: Schedule,
-    ceilings: Ceilings,
-    tick: Callable[[], None],
-) -> list[Row]:
-    if isinstance(case, Row):
-        return [case]
-    rows = measure(case, device, schedule, ceilings, tick)
-    fill_peaks(rows, case, index, device)
-    fill_ratios(rows, case.target)
-    return list(rows.values())
+def typed(ops: tuple[str, ...], asked: bool) -> tuple[str, ...]:
+    """Those of `ops` that come in several types; ValueError where another one was asked for by name."""
+    kept = tuple(op for op in ops if takes_dtype(op))
+    if asked and kept != ops:
+        raise ValueError(f"--dtype: {next(op for op in ops if op not in kept)} comes in one type only")
+    return kept
 
 
-def write_docs(file: Path) -> None:
+def write_docs(file: Path, pictures: Path | None) -> None:
     file = file.resolve()
     name = str(file.relative_to(record.ROOT)) if file.is_relative_to(record.ROOT) else file.name
-    report.write_docs(record.load(file), name, DOCS, README)
+    result = record.load(file)
+    report.write_docs(result, name, DOCS, README)
     print(f"wrote {DOCS} and {README}")
+    if pictures:
+        draw(result, pictures)
+
+
+def draw(result: record.Record, folder: Path) -> None:
+    print(f"pictures: {', '.join(map(str, plots.draw(result, folder)))}")
+
+
+def console() -> Console:
+    out = Console()
+    return out if out.is_terminal else Console(width=TABLE_WIDTH)
 
 
 def finish(options: argparse.Namespace, result: record.Record) -> int:
-    """Prints the table and what is wrong, saves the record; 1 where a row failed or, with --check, missed a target."""
-    out = Console()
-    if not out.is_terminal:
-        out = Console(width=TABLE_WIDTH)
+    """Prints the table and what is wrong, saves the record; 1 where a row of ours or of eager failed or, with --check, missed a target."""
+    out = console()
     out.print(report.terminal_table(result))
+    if result.scaling:
+        out.print(report.scaling_table(result))
     if options.json:
         print(f"record: {record.save(result, options.json)}")
-    failed, short = report.failures(result.rows), report.below_target(result.rows)
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    for line in short:
-        print(f"below target: {line}", file=sys.stderr)
+    if options.csv:
+        print(f"rows: {record.save_csv(result, options.csv)}")
+    if options.plot:
+        draw(result, options.plot)
+    failed, of_peers = report.failures(result.rows + result.scaling)
+    short = report.below_target(result.rows)
+    for title, lines in (("peer failed", of_peers), ("failed", failed), ("below target", short)):
+        for line in lines:
+            print(f"{title}: {line}", file=sys.stderr)
     return 1 if failed or (options.check and short) else 0
 
 
+def show(old: Path, new: Path) -> None:
+    console().print(compare.table(record.load(old), record.load(new)))
+
+
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    if options.write_docs:
-        try:
-            write_docs(options.write_docs)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return 0
-    return finish(options, run(options, Console(stderr=True)))
+    options = parser().parse_args(argv)
+    try:
+        if options.compare or options.write_docs:
+            show(*options.compare) if options.compare else write_docs(options.write_docs, options.plot)
+            return 0
+        check_options(options)
+        planned = plan(options)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return finish(options, run(planned, Console(stderr=True)))
 
 
 if __name__ == "__main__":

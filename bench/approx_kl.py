@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import Setting
 from fastppo.reference import approx_kl as reference
+
+SIZES = ("N",)
+USUAL = {"quick": (1 << 10,), "cpu": (1 << 18,), "cuda": (1 << 20,)}
+SCALED = {"N": 8}
 
 
 def run_with(function):
@@ -26,9 +31,7 @@ def eager(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str) -> Tensor:
     return difference.exp() - 1 - difference
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    tokens = 1 << (10 if quick else 20 if device == "cuda" else 18)
-
+def make_case(tokens: int, device: str) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         logprobs = -torch.rand(tokens, generator=generator) * 5
         return {
@@ -37,13 +40,17 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             "d_kl": torch.randn(tokens, generator=generator),
         }
 
-    return [
-        Case(
-            op="approx_kl",
-            name=f"{tokens} tokens, k3, forward + backward",
-            inputs=inputs,
-            providers={"fastppo": run_with(ops.approx_kl), "eager": run_with(eager)},
-            exact=run_with(reference.approx_kl),
-            work=floors.approx_kl(tokens, backward=True),
-        )
-    ]
+    return Case(
+        op="approx_kl",
+        name=f"{tokens} tokens, k3, forward + backward",
+        inputs=inputs,
+        providers=peers.providers("approx_kl", run_with, ops.approx_kl, eager, device),
+        exact=run_with(reference.approx_kl),
+        work=floors.approx_kl(tokens, backward=True),
+        largest=tokens,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    return [make_case(*size, setting.device) for size in sizes]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
-from fastppo.bench.harness import Case, Target
+from fastppo.bench.harness import Case
+from fastppo.bench.setting import Setting
 
-# Measured on a CPU alone: its models are sized for one.
-CPU_ONLY = ("rollout",)
+# Measured on a CPU alone: their models are sized for one.
+CPU_ONLY = ("rollout", "ppo_step")
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -22,6 +23,7 @@ OPS = (
     "decode_attention",
     "batch_invariant_linear",
     "rollout",
+    "ppo_step",
 )
 
 
@@ -39,8 +41,20 @@ def check_op(op: str, device: str = "cpu") -> None:
         raise ValueError(f"{op} has no case on {device}, expected one of {', '.join(ops_on(device))}")
 
 
-def load_cases(op: str, quick: bool, device: str = "cpu") -> list[Case]:
-    """The cases of `op` at the sizes of a device type, in one order whatever `quick` is; quick ones are small and have no target."""
-    module = import_module(f"fastppo.bench.{op}")
-    cases = module.cases(quick) if op in CPU_ONLY else module.cases(quick, device)
-    return [replace(case, target=Target()) for case in cases] if quick else cases
+def case_file(op: str) -> ModuleType:
+    """The module with the cases of `op`. Besides `cases` it may have SIZES, the names of the numbers of a size; USUAL, that size of a quick
+    run and of each device; SCALED, the numbers to scale over and the longest, in usual sizes; TYPED, whether it comes in several types."""
+    return import_module(f"fastppo.bench.{op}")
+
+
+def size_names(op: str) -> tuple[str, ...]:
+    return getattr(case_file(op), "SIZES", ())
+
+
+def takes_dtype(op: str) -> bool:
+    return getattr(case_file(op), "TYPED", False)
+
+
+def load_cases(op: str, setting: Setting) -> list[Case]:
+    """The cases of `op`; a quick setting gives small ones in the same order."""
+    return case_file(op).cases(setting)

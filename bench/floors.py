@@ -7,17 +7,22 @@ and masks count as they are stored (int64, bool). Flops: those of matrix product
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastppo.bench import clock
+from fastppo.bench.setting import DTYPES
 
 INT64, FP32, BOOL = 8, 4, 1
 UNKNOWN_CACHE_BYTES = 32 << 20
-MATMUL_SIZE = 8192
+# Of the square products that show how fast the machine multiplies, and the types that are asked for.
+MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
+MATMUL_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 
 class Work(NamedTuple):
@@ -26,10 +31,10 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What this machine reaches in the same run: bytes a second, read and written, and bf16 flops a second (GPUs only)."""
+    """What this machine reaches in the same run: bytes a second, read and written, and flops a second by type."""
 
     copy_bandwidth: float
-    matmul_rate: float | None = None
+    matmul_rates: Mapping[str, float] = MappingProxyType({})
 
 
 def token_logprobs(rows: int, vocab: int, itemsize: int, *, entropy: bool = False, backward: bool = False) -> Work:
@@ -114,6 +119,22 @@ def decode(model: nn.Module, batch: int) -> Work:
     return Work(weights * FP32 // batch, 2 * weights)
 
 
+def ppo_step(model: nn.Module, sequences: int, prompt: int, new: int, updates: int) -> Work:
+    """One epoch over `sequences` of at least `prompt` and exactly `new` tokens, by a policy, a reference and a critic like `model`.
+
+    Products: every token once through the trunk when it is sampled and for its old and reference log-probs and its value, and three times
+    (forward, two gradients) through policy and critic; the head for new tokens alone. Bytes: the weights for each decode step, and what
+    AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each update of both.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    trunk = parameters - head - model.get_input_embeddings().weight.numel()
+    through_trunk, through_head = (4 + 3 * 2) * (prompt + new), (3 + 3) * new
+    flops = 2 * sequences * (through_trunk * trunk + through_head * head)
+    adam = 7 * updates * (2 * parameters - head)
+    return Work(FP32 * (new * (trunk + head) + adam), flops)
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU, the largest cache that Linux names for CPU 0, else 32 MiB."""
     if device.type == "cuda":
@@ -123,7 +144,8 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, rounds: int) -> Ceilings:
-    return Ceilings(copy_bandwidth(device, rounds), matmul_rate(device, rounds) if device.type == "cuda" else None)
+    rates = {dtype: matmul_rate(device, dtype, rounds) for dtype in MATMUL_DTYPES[device.type]}
+    return Ceilings(copy_bandwidth(device, rounds), rates)
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
@@ -136,9 +158,10 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     return 2 * source.numel() * FP32 / statistics.median(seconds[1:])
 
 
-def matmul_rate(device: torch.device, rounds: int) -> float:
-    """Flops a second of a square bf16 product of random numbers: of zeros a GPU, which then draws less power, makes more."""
-    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
+def matmul_rate(device: torch.device, dtype: str, rounds: int) -> float:
+    """Flops a second of a square product of random numbers: of zeros a GPU, which then draws less power, makes more."""
+    size = MATMUL_SIZE[device.type]
+    left, right = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
     out = torch.empty_like(left)
     seconds = [clock.seconds(lambda: torch.mm(left, right, out=out), device) for _ in range(rounds + 1)]
-    return 2 * MATMUL_SIZE**3 / statistics.median(seconds[1:])
+    return 2 * size**3 / statistics.median(seconds[1:])

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors
+from fastppo.bench import floors, peers
+from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import Setting
 from fastppo.reference import gae as reference
 
+SIZES = ("B", "T")
+USUAL = {"quick": (8, 128), "cpu": (256, 1024), "cuda": (512, 32768)}
+SCALED = {"T": 4}
 GAMMA, LAM = 0.99, 0.95
 KEPT_SHARE = 0.8
 
@@ -42,30 +46,25 @@ def eager(
     return (advantages, returns) if mask is None else (advantages * mask, returns * mask)
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    def case(sequences: int, length: int, target: Target, mask: bool) -> Case:
-        shape = (sequences, length)
+def make_case(shape: tuple[int, int], mask: bool, device: str) -> Case:
+    def inputs(generator: torch.Generator) -> Tensors:
+        columns = {name: torch.randn(shape, generator=generator) for name in ("rewards", "values")}
+        return columns | ({"mask": torch.rand(shape, generator=generator) < KEPT_SHARE} if mask else {})
 
-        def inputs(generator: torch.Generator) -> Tensors:
-            columns = {name: torch.randn(shape, generator=generator) for name in ("rewards", "values")}
-            return columns | ({"mask": torch.rand(shape, generator=generator) < KEPT_SHARE} if mask else {})
+    return Case(
+        op="gae",
+        name=f"[{shape[0]}, {shape[1]}]{', mask with holes' if mask else ''}",
+        inputs=inputs,
+        providers=peers.providers("gae", run_with, ops.gae, eager, device, compiles=False),
+        exact=run_with(reference.gae),
+        work=floors.gae(shape[0] * shape[1], mask=mask),
+        largest=shape[0] * shape[1],
+    )
 
-        return Case(
-            op="gae",
-            name=f"[{sequences}, {length}]{', mask with holes' if mask else ''}",
-            inputs=inputs,
-            providers={"fastppo": run_with(ops.gae), "eager": run_with(eager)},
-            exact=run_with(reference.gae),
-            work=floors.gae(sequences * length, mask=mask),
-            target=target,
-        )
 
-    if device == "cuda":
-        lengths = (100, 200) if quick else (32768, 1024)
-        targets = (Target(copy_share=0.7), Target(seconds=10e-6))
-        return [case(512, length, target, mask=True) for length, target in zip(lengths, targets, strict=True)]
-    sequences, length = (8, 128) if quick else (256, 1024)
-    return [
-        case(sequences, length, Target(speedup=80.0), mask=False),
-        case(sequences, length, Target(), mask=True),
-    ]
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    if setting.on_gpu:
+        short = () if setting.sizes else ((512, 100 if setting.quick else 1024),)
+        return [make_case(size, True, setting.device) for size in (*sizes, *short)]
+    return [make_case(size, mask, setting.device) for size in sizes for mask in (False, True)]

@@ -18,19 +18,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import psutil
 import torch
 from torch import Tensor
 
 from fastppo.bench import clock, floors
 from fastppo.bench.floors import Ceilings, Work
+from fastppo.bench.peers import EAGER, OURS
 
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
-OURS, EAGER = "fastppo", "eager"
+ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
-LEAST_TURNS = 3
+LEAST_TURNS = 2
+REFERENCE_TENSORS = 6  # as large as a case's largest one, in fp64: what a reference and its gradients hold at a time
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
 ALLOWED_ERROR = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -45,8 +49,8 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What the op promises on this case: at least so many times eager's speed, such shares of what the machine copies and multiplies a
-    second; at most such a share of eager's peak memory, so many seconds a call, so many bytes beyond inputs and outputs."""
+    """What is promised of a case: at least so many times eager's speed, such shares of what the machine copies and multiplies a second;
+    at most such a share of eager's peak memory, so many seconds a call, so many bytes beyond inputs and outputs."""
 
     speedup: float | None = None
     memory_share: float | None = None
@@ -87,7 +91,6 @@ class Case:
     providers: Mapping[str, Provider]
     exact: Provider
     work: Work
-    target: Target = field(default_factory=Target)
     compare: Callable[[Tensors, Tensors, Tensors], float] = compare_tensors
     per: str | None = None
     """Output that counts what a call made: times, and `work`, are for one of those."""
@@ -95,6 +98,12 @@ class Case:
     """Instead of the schedule's, for cases whose calls take seconds."""
     prepare: Mapping[str, Provider] = field(default_factory=dict)
     """What a provider makes of an input set before its calls on it are timed; joins the set."""
+    largest: int = 0
+    """Elements of the largest tensor that an ordinary provider makes; says beforehand whether the case fits the memory."""
+    dtype: str = "fp32"
+    """Of the matrix products, to compare with the machine's rate for it."""
+    peaks: bool = False
+    """Whether its memory is measured on a CPU too, where that takes a process for each provider."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Row:
     op: str
     case: str
     provider: str
-    status: str  # "ok", "wrong" (not timed) or "raised"
+    status: str  # "ok", "wrong" (not timed), "raised" or "skipped" (too large for this machine)
     reason: str | None = None
     error: float | None = None
     rounds: int = 0
@@ -152,6 +161,8 @@ class Row:
     target_flop_share: float | None = None
     target_s: float | None = None
     target_peak_bytes: int | None = None
+    axis: str | None = None  # of a scaling curve: the name of the number that grows,
+    length: int | None = None  # and how large it is
 
     @property
     def goals(self) -> list[tuple[float | None, float | None, bool]]:
@@ -218,13 +229,26 @@ def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -
     except WrongResult as wrong:
         row.status, row.reason, row.error = "wrong", str(wrong), wrong.error
     except Exception as error:
-        row.status, row.reason = "raised", describe(error)
+        note_failure(row, error)
     return row
+
+
+def note_failure(row: Row, error: Exception) -> None:
+    row.status = "skipped" if isinstance(error, OUT_OF_MEMORY) else "raised"
+    row.reason = describe(error)
 
 
 def describe(error: Exception) -> str:
     first_line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first_line}"
+
+
+def does_not_fit(case: Case, device: torch.device) -> str | None:
+    """Why a case is not even tried on a CPU, where who asks for too much is killed; a GPU's allocator says it by itself."""
+    need, free = REFERENCE_TENSORS * torch.float64.itemsize * case.largest, psutil.virtual_memory().available
+    if device.type != "cpu" or need <= free:
+        return None
+    return f"needs about {need / 1e9:.1f} GB with its fp64 reference, {free / 1e9:.1f} GB are free"
 
 
 class Player:
@@ -237,7 +261,7 @@ class Player:
         self._replay: Callable[[], None] | None = None
         self.called_s: float | None = None
         if device.type == "cuda":
-            self._rehearse(capturable=not case.prepare and case.per is None)
+            self._rehearse(capturable=name not in case.prepare and case.per is None)
 
     def _call(self, first: int, calls: int) -> int:
         """Calls on the input sets from the `first` on; returns the pieces made."""
@@ -304,7 +328,7 @@ def take_turns(
                 rows[name].called_s, rows[name].graph = players[name].called_s, players[name].captured
                 calls += made
             except Exception as error:
-                rows[name].status, rows[name].reason = "raised", describe(error)
+                note_failure(rows[name], error)
                 del seconds[name]
             spent[name] += perf_counter() - begun
         done += 1
@@ -320,8 +344,8 @@ def fill_times(row: Row, case: Case, seconds: list[float], ceilings: Ceilings) -
     row.gb_per_s = case.work.bytes / row.median_s / 1e9
     row.gflop_per_s = case.work.flops / row.median_s / 1e9 if case.work.flops else None
     row.copy_share = case.work.bytes / row.median_s / ceilings.copy_bandwidth
-    if case.work.flops and ceilings.matmul_rate:
-        row.flop_share = case.work.flops / row.median_s / ceilings.matmul_rate
+    if case.work.flops and case.dtype in ceilings.matmul_rates:
+        row.flop_share = case.work.flops / row.median_s / ceilings.matmul_rates[case.dtype]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -333,7 +357,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def fill_ratios(rows: Mapping[str, Row], target: Target) -> None:
+def fill_ratios(rows: Mapping[str, Row], target: Target | None = None) -> None:
     """Speed-up and memory share over eager, where both are right and measured; the target goes to our own row.
 
     Where only one of the two could be captured in a graph, the speed-up is that of calls from Python.
@@ -345,7 +369,7 @@ def fill_ratios(rows: Mapping[str, Row], target: Target) -> None:
             row.speedup = eager.median_s / row.median_s if alike else eager.called_s / row.called_s
         if name != EAGER and eager is not None and row.peak_bytes is not None and eager.peak_bytes:
             row.memory_share = row.peak_bytes / eager.peak_bytes
-    if OURS in rows:
+    if OURS in rows and target is not None:
         ours = rows[OURS]
         ours.target_speedup, ours.target_memory_share = target.speedup, target.memory_share
         ours.target_copy_share, ours.target_flop_share = target.copy_share, target.flop_share
@@ -364,14 +388,19 @@ def measure(
 ) -> dict[str, Row]:
     """Checks and times every provider of `case`; one row each, memory and ratios not yet filled in."""
     if case.rounds is not None:
-        schedule = Schedule(min(case.rounds, schedule.rounds))
+        schedule = Schedule(min(case.rounds, schedule.rounds), provider_seconds=schedule.provider_seconds)
     settle(device)
+    rows = {name: Row(case.op, case.name, name, "skipped", does_not_fit(case, device)) for name in case.providers}
+    if any(row.reason for row in rows.values()):
+        return rows
     try:
         sets = input_sets(case, device, schedule)
         exact = case.exact(in_fp64(sets[0]))
     except Exception as error:
-        reason = f"the inputs or the reference failed: {describe(error)}"
-        return {name: Row(case.op, case.name, name, "raised", reason) for name in case.providers}
+        for row in rows.values():
+            note_failure(row, error)
+            row.reason = f"the inputs or the reference failed: {row.reason}"
+        return rows
     rows = {name: check_provider(case, name, sets[0], exact) for name in case.providers}
     del exact
     settle(device)

@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors
+from fastppo.bench import floors, peers
+from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import DTYPES, Setting, suffix
 from fastppo.reference import linear_token_logprobs as reference
+
+SIZES = ("N", "H", "V")
+USUAL = {"quick": (32, 64, 1000), "cpu": (2048, 512, 32000), "cuda": (8192, 4096, 131072)}
+SCALED = {"N": 0.5}
+TYPED = True
 
 
 def run_with(function):
@@ -27,12 +33,9 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).to(weight.dtype)
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    on_gpu = device == "cuda"
-    rows, hidden, vocab = (32, 64, 1000) if quick else (8192, 4096, 131072) if on_gpu else (2048, 512, 32000)
-    dtype, spread = (torch.bfloat16, 1) if on_gpu else (torch.float32, 2)
-    # A matrix of logits that nobody keeps is computed again for the gradients; 2 GiB beyond inputs and gradients.
-    target = Target(flop_share=0.85, peak_bytes=2 << 30) if on_gpu else Target(speedup=1 / 1.1, memory_share=0.1)
+def make_case(rows: int, hidden: int, vocab: int, dtype_name: str, device: str) -> Case:
+    dtype, on_gpu = DTYPES[dtype_name], device == "cuda"
+    spread = 1 if on_gpu else 2
 
     def inputs(generator: torch.Generator) -> Tensors:
         weight = torch.randn(vocab, hidden, generator=generator) * spread / hidden**0.5
@@ -43,14 +46,20 @@ def cases(quick: bool, device: str = "cpu") -> list[Case]:
             "d_logprobs": torch.randn(rows, generator=generator),
         }
 
-    return [
-        Case(
-            op="linear_token_logprobs",
-            name=f"{rows} tokens, H={hidden}, V={vocab}{', bf16' if on_gpu else ''}, forward + backward",
-            inputs=inputs,
-            providers={"fastppo": run_with(ops.linear_token_logprobs), "eager": run_with(eager)},
-            exact=run_with(reference.linear_token_logprobs),
-            work=floors.linear_token_logprobs(rows, hidden, vocab, dtype.itemsize, backward=True, recomputed=on_gpu),
-            target=target,
-        )
-    ]
+    return Case(
+        op="linear_token_logprobs",
+        name=f"{rows} tokens, H={hidden}, V={vocab}{suffix(dtype_name)}, forward + backward",
+        inputs=inputs,
+        providers=peers.providers("linear_token_logprobs", run_with, ops.linear_token_logprobs, eager, device),
+        exact=run_with(reference.linear_token_logprobs),
+        # A matrix of logits that nobody keeps is computed again for the gradients.
+        work=floors.linear_token_logprobs(rows, hidden, vocab, dtype.itemsize, backward=True, recomputed=on_gpu),
+        largest=rows * vocab,
+        peaks=True,
+        dtype=dtype_name,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
+from fastppo.bench import floors, peers
 from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import Setting
 from fastppo.reference import masked_whiten as reference
 
+SIZES = ("B", "T")
+USUAL = {"quick": (8, 128), "cpu": (256, 1024), "cuda": (512, 32768)}
+SCALED = {"T": 8}
 KEPT_SHARE = 0.8
 
 
@@ -29,22 +33,24 @@ def eager(x: Tensor, mask: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    shape = (8, 128) if quick else (512, 32768) if device == "cuda" else (256, 1024)
-
+def make_case(shape: tuple[int, int], device: str) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         return {
             "x": torch.randn(shape, generator=generator) * 2 + 1,
             "mask": torch.rand(shape, generator=generator) < KEPT_SHARE,
         }
 
-    return [
-        Case(
-            op="masked_whiten",
-            name=f"[{shape[0]}, {shape[1]}]",
-            inputs=inputs,
-            providers={"fastppo": run_with(ops.masked_whiten), "eager": run_with(eager)},
-            exact=run_with(reference.masked_whiten),
-            work=floors.masked_whiten(shape[0] * shape[1]),
-        )
-    ]
+    return Case(
+        op="masked_whiten",
+        name=f"[{shape[0]}, {shape[1]}]",
+        inputs=inputs,
+        providers=peers.providers("masked_whiten", run_with, ops.masked_whiten, eager, device),
+        exact=run_with(reference.masked_whiten),
+        work=floors.masked_whiten(shape[0] * shape[1]),
+        largest=shape[0] * shape[1],
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    return [make_case(size, setting.device) for size in sizes]

@@ -1,22 +1,29 @@
-"""Peak memory of one provider's call beyond its inputs and its outputs, measured in a fresh process.
+"""Peak memory of one provider's call beyond its inputs and its outputs, measured in a process of its own.
 
-`python -m fastppo.bench.memory OP INDEX PROVIDER` prints the bytes. On the CPU a call on the case's quick inputs
-loads code and threads, then the full inputs are made, the heap is trimmed and the kernel's high-water mark is reset
-(`/proc/self/clear_refs`). After the call, VmHWM - VmRSS before it - bytes of the outputs is the answer: pages really
-touched, by whatever allocator. On a GPU it is the same difference of torch's allocator statistics, which need no fresh process.
+`python -m fastppo.bench.memory OP INDEX SETTING PROVIDER ...` prints the bytes as JSON; SETTING is JSON too. On the CPU a
+call on the case's quick inputs loads code and threads (of compiled code, a call on the full ones), then the full inputs are
+made, the heap is trimmed and the kernel's high-water mark is reset (`/proc/self/clear_refs`). After the call, VmHWM - VmRSS
+before it - bytes of the outputs is the answer: pages really touched, by whatever allocator. On a GPU it is the same
+difference of torch's allocator statistics, which need no fresh process.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastppo.bench.harness import Case, Provider, Tensors, make_inputs
+from fastppo.bench.harness import Case, Provider, Tensors, describe, make_inputs
+from fastppo.bench.peers import COMPILED
+from fastppo.bench.setting import Setting
 
 CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 300
@@ -65,29 +72,54 @@ def cuda_peak(run: Provider, inputs: Tensors) -> int:
 
 
 def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
-    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size."""
-    quick_case.providers[provider](make_inputs(quick_case, CPU))
+    """The peak of `provider` on `case`, in this process; `quick_case` is the same case at its small size.
+
+    What was compiled for the small size would be compiled again.
+    """
+    warm_up = case if provider == COMPILED else quick_case
+    warm_up.providers[provider](make_inputs(warm_up, CPU))
     return cpu_peak(case.providers[provider], make_inputs(case, CPU))
 
 
-def measure_peak(op: str, index: int, provider: str) -> int:
-    """`peak_bytes` on the CPU in a fresh process; raises CannotMeasure with that process's last line."""
-    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), provider]
+def measure_peaks(op: str, setting: Setting, index: int, providers: list[str]) -> dict[str, int | str]:
+    """`peak_bytes` of each provider on the CPU, or why there is none; raises CannotMeasure where nothing was measured at all."""
+    asked = {"sizes": setting.sizes, "dtype": setting.dtype}
+    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), json.dumps(asked), *providers]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise CannotMeasure(f"took more than {TIMEOUT_SECONDS} s") from error
     if done.returncode != 0:
         raise CannotMeasure((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_a_child(measure: Callable[[], int]) -> int | str:
+    """What `measure` gives in a forked process, which has all that this one has imported and nothing that a call has touched; or why none."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer: int | str = measure()
+        except Exception as error:
+            answer = describe(error)
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return json.loads(text) if text else f"its process ended with status {os.waitstatus_to_exitcode(status)}"
 
 
 def main(argv: list[str]) -> None:
     from fastppo.bench.catalog import load_cases
 
-    op, index, provider = argv
-    case, quick_case = (load_cases(op, quick)[int(index)] for quick in (False, True))
-    print(peak_bytes(case, quick_case, provider))
+    op, index, asked, *providers = argv
+    setting = Setting(**json.loads(asked))
+    case, quick_cases = load_cases(op, setting)[int(index)], load_cases(op, Setting(quick=True, dtype=setting.dtype))
+    quick_case = quick_cases[int(index) % len(quick_cases)]
+    print(json.dumps({name: in_a_child(partial(peak_bytes, case, quick_case, name)) for name in providers}))
 
 
 if __name__ == "__main__":

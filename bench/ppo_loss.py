@@ -6,16 +6,36 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors
+from fastppo.bench import floors, peers
+from fastppo.bench.harness import Case, Tensors
+from fastppo.bench.setting import Setting
 from fastppo.reference import ppo_loss as reference
 
+SIZES = ("N",)
+USUAL = {"quick": (1 << 10,), "cpu": (1 << 18,), "cuda": (1 << 20,)}
+SCALED = {"N": 4}
 KEPT_SHARE = 0.8
+NEAR = 1e-5  # a kink of the loss
 CLIP, VALUE_CLIP, VF_COEF, KL_COEF = 0.2, 0.2, 0.1, 0.05
 
 
 def policy_alone(inputs: Tensors) -> Tensors:
     return {name: inputs[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")}
+
+
+def smooth_step(step: Tensor) -> Tensor:
+    """0 where the ratio exp(step) is so near a clip bound that rounding decides whether there is a gradient."""
+    ratio = step.exp()
+    near = ((ratio - (1 - CLIP)).abs() < NEAR) | ((ratio - (1 + CLIP)).abs() < NEAR)
+    return step.masked_fill(near, 0)
+
+
+def smooth_move(move: Tensor, wanted: Tensor) -> Tensor:
+    """0 where rounding decides whether a value that moved is clipped, or whether it or the clipped one is further from the wanted move."""
+    clipped = move.clamp(-VALUE_CLIP, VALUE_CLIP)
+    even = ((move - wanted).abs() - (clipped - wanted).abs()).abs() < NEAR
+    near = ((move.abs() - VALUE_CLIP).abs() < NEAR) | (even & (move != clipped))
+    return move.masked_fill(near, 0)
 
 
 def make_inputs(tokens: int, generator: torch.Generator) -> Tensors:
@@ -24,14 +44,15 @@ def make_inputs(tokens: int, generator: torch.Generator) -> Tensors:
 
     old_logprobs = -torch.rand(tokens, generator=generator) * 5
     old_values = noise()
+    returns = old_values + noise()
     return {
-        "logprobs": (old_logprobs + 0.2 * noise()).requires_grad_(),
+        "logprobs": (old_logprobs + smooth_step(0.2 * noise())).requires_grad_(),
         "old_logprobs": old_logprobs,
         "advantages": noise(),
         "mask": torch.rand(tokens, generator=generator) < KEPT_SHARE,
-        "values": (old_values + 0.2 * noise()).requires_grad_(),
+        "values": (old_values + smooth_move(0.2 * noise(), returns - old_values)).requires_grad_(),
         "old_values": old_values,
-        "returns": old_values + noise(),
+        "returns": returns,
         "ref_logprobs": old_logprobs + 0.3 * noise(),
     }
 
@@ -65,24 +86,23 @@ def eager(
     return ((loss * mask).sum() / mask.sum(),)
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    tokens = 1 << (10 if quick else 20 if device == "cuda" else 18)
+def make_case(tokens: int, whole: bool, device: str) -> Case:
+    def inputs(generator: torch.Generator) -> Tensors:
+        made = make_inputs(tokens, generator)
+        return made if whole else policy_alone(made)
 
-    def case(whole: bool, target: Target) -> Case:
-        def inputs(generator: torch.Generator) -> Tensors:
-            made = make_inputs(tokens, generator)
-            return made if whole else policy_alone(made)
+    return Case(
+        op="ppo_loss",
+        name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
+        inputs=inputs,
+        providers=peers.providers("ppo_loss", run_with, ops.ppo_loss, eager, device),
+        exact=run_with(reference.ppo_loss),
+        work=floors.ppo_loss(tokens, values=whole, reference=whole),
+        largest=tokens,
+    )
 
-        return Case(
-            op="ppo_loss",
-            name=f"{tokens} tokens, policy{' + value + KL' if whole else ''}, forward + backward",
-            inputs=inputs,
-            providers={"fastppo": run_with(ops.ppo_loss), "eager": run_with(eager)},
-            exact=run_with(reference.ppo_loss),
-            work=floors.ppo_loss(tokens, values=whole, reference=whole),
-            target=target,
-        )
 
-    if device == "cuda":
-        return [case(False, Target(speedup=10.0, seconds=15e-6)), case(True, Target(speedup=10.0))]
-    return [case(True, Target(speedup=4.0))]
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    parts = (False, True) if setting.on_gpu else (True,)
+    return [make_case(tokens, whole, setting.device) for (tokens,) in sizes for whole in parts]

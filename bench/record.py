@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastppo import native
+from fastppo.bench import peers
 from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import Row
 
@@ -25,8 +27,8 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rate` is a
-    GPU's, of bf16 products."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rates` are flops
+    a second by type."""
 
     device: str
     processor: str
@@ -35,7 +37,7 @@ class Machine:
     system: str
     cache_bytes: int
     copy_bandwidth: float
-    matmul_rate: float | None = None
+    matmul_rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Record:
     quick: bool
     rounds: int
     rows: list[Row] = field(default_factory=list)
+    scaling: list[Row] = field(default_factory=list)
 
     def file_name(self) -> str:
         """<machine>-<date>.json"""
@@ -64,7 +67,7 @@ def this_machine(device: torch.device, cache_bytes: int, ceilings: Ceilings) -> 
         system=f"{platform.system()} {platform.release()}",
         cache_bytes=cache_bytes,
         copy_bandwidth=ceilings.copy_bandwidth,
-        matmul_rate=ceilings.matmul_rate,
+        matmul_rates=dict(ceilings.matmul_rates),
     )
 
 
@@ -77,8 +80,9 @@ def cpu_model() -> str:
 
 
 def package_versions() -> dict[str, str]:
+    """Of python, what the bench needs, and the installed peers."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(peer.distribution for peer in peers.installed().values())):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -111,6 +115,15 @@ def save(record: Record, path: Path) -> Path:
     return file
 
 
+def save_csv(record: Record, path: Path) -> Path:
+    """Writes one line a row, under the fields' names; what was not measured is empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in record.rows + record.scaling)
+    return path
+
+
 def load(path: Path) -> Record:
     """The record in `path`; ValueError says what the file lacks."""
     try:
@@ -121,8 +134,12 @@ def load(path: Path) -> Record:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{path} has schema {found!r}, expected {SCHEMA}: it is no record of this version's bench")
     del data["schema"]
+    older_rate = data["machine"].pop("matmul_rate", None) if isinstance(data.get("machine"), dict) else None
+    if older_rate is not None:  # of records from when only bf16 was measured
+        data["machine"]["matmul_rates"] = {"bf16": older_rate}
     data["machine"] = build(Machine, data.get("machine"), f"{path}: machine")
-    data["rows"] = [build(Row, row, f"{path}: rows[{i}]") for i, row in enumerate(data.get("rows", []))]
+    for group in ("rows", "scaling"):
+        data[group] = [build(Row, row, f"{path}: {group}[{i}]") for i, row in enumerate(data.get(group, []))]
     return build(Record, data, str(path))
 
 

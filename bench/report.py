@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fastppo.bench.harness import EAGER, OURS, Row
+from fastppo.bench import scaling
+from fastppo.bench.harness import ALL, Row
+from fastppo.bench.peers import EAGER, OURS
 from fastppo.bench.record import Machine, Record
 
 COLUMNS = (
@@ -63,7 +65,18 @@ def target(row: Row) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """The row's columns after its case, empty where nothing was measured."""
     if row.status != "ok":
-        return (row.provider, row.status, "", "", "", "", "", target(row), optional(row.error, "{:.1e}"), "")
+        return (
+            row.provider,
+            row.status,
+            "",
+            "",
+            "",
+            "",
+            "",
+            target(row),
+            optional(row.error, "{:.1e}"),
+            row.reason or "",
+        )
     return (
         row.provider,
         seconds(row.median_s),
@@ -96,25 +109,66 @@ def terminal_table(record: Record) -> Table:
             column, justify="left" if column in ("case", "provider", "target") else "right", overflow="fold"
         )
     for title, row in zip(titles(record.rows), record.rows, strict=True):
-        style = {"wrong": "red", "raised": "red"}.get(row.status) or ("yellow" if row.target_met is False else None)
+        style = {"wrong": "red", "raised": "red", "skipped": "dim"}.get(row.status) or (
+            "yellow" if row.target_met is False else None
+        )
         if title and table.row_count:
             table.add_section()
         table.add_row(title, *cells(row), style=style)
     return table
 
 
+SCALING_COLUMNS = ("op", "over", "provider", "lengths", "seconds", "peak memory", "exponent")
+
+
+def scaling_lines(record: Record) -> list[tuple[str, ...]]:
+    """A line for each curve: what grows, the times at the shortest and the longest, the exponent that fits all."""
+    lines = []
+    for curve in scaling.curves(record.scaling):
+        first, last = curve.rows[0], curve.rows[-1]
+        peaks = [optional(row.peak_bytes and row.peak_bytes / 1e6, "{:.0f} MB") for row in (first, last)]
+        lines.append(
+            (
+                curve.op,
+                curve.axis,
+                curve.provider,
+                f"{first.length} - {last.length}",
+                f"{seconds(first.median_s)} - {seconds(last.median_s)}",
+                " - ".join(filter(None, peaks)),
+                optional(curve.exponent, "{:.2f}"),
+            )
+        )
+    return lines
+
+
+def scaling_table(record: Record) -> Table:
+    table = Table(title="scaling: time ~ length^exponent")
+    for column in SCALING_COLUMNS:
+        table.add_column(column, justify="left" if column in ("op", "over", "provider") else "right")
+    for line in scaling_lines(record):
+        table.add_row(*line)
+    return table
+
+
 def kernels(machine: Machine, isa: str) -> str:
     """What computes: "processor, threads, instruction set", or the GPU's name."""
-    return f"{machine.processor}, {machine.threads} threads, {isa}" if machine.device == "cpu" else machine.processor
+    if machine.device != "cpu":
+        return machine.processor
+    return f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}, {isa}"
 
 
 def matmul(machine: Machine) -> str:
-    return optional(machine.matmul_rate and machine.matmul_rate / 1e12, ", bf16 matmul {:.0f} TFLOP/s")
+    return "".join(f", {dtype} matmul {rate / 1e12:.3g} TFLOP/s" for dtype, rate in machine.matmul_rates.items())
 
 
-def failures(rows: Iterable[Row]) -> list[str]:
-    """One line for each row that is wrong or raised."""
-    return [f"{name(row)}, {row.provider}: {row.status}: {row.reason}" for row in rows if row.status != "ok"]
+def failures(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
+    """One line for each row that is wrong or raised: those of ours and of plain PyTorch, which must not, and those of peers."""
+    ours, of_peers = [], []
+    for row in rows:
+        if row.status not in ("ok", "skipped"):
+            failed = ours if row.provider in (OURS, EAGER, ALL) else of_peers
+            failed.append(f"{name(row)}, {row.provider}: {row.status}: {row.reason}")
+    return ours, of_peers
 
 
 def below_target(rows: Iterable[Row]) -> list[str]:
@@ -157,7 +211,10 @@ def markdown(record: Record, record_name: str) -> str:
     for title, row in zip(titles(record.rows), record.rows, strict=True):
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
         lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
-    short = below_target(record.rows) + failures(record.rows)
+    if record.scaling:
+        lines += ["", "Scaling: time ~ length^exponent.", "", f"| {' | '.join(SCALING_COLUMNS)} |"]
+        lines += [f"|{'---|' * len(SCALING_COLUMNS)}", *(f"| {' | '.join(line)} |" for line in scaling_lines(record))]
+    short = below_target(record.rows) + sum(failures(record.rows), [])
     lines += [
         "",
         "What falls short:" if short else "Every target is met.",

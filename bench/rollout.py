@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors, WrongResult
+from fastppo.bench.harness import Case, Tensors, WrongResult
+from fastppo.bench.setting import Setting
 from fastppo.models import packed_hidden
 from fastppo.rollout import Engine, Rollout, SamplingParams
 
 VOCABULARY = 4096
 SLOTS = 32
-ROUNDS = 7  # a call takes seconds
+ROUNDS = 3  # a call takes seconds, of Transformers many
 # Raw log-probabilities against a packed forward: what the trainer allows.
 ALLOWED_LOGPROB_ERROR = 1e-4
 # Stops a completion with probability 1/32 at each token, since the model is nearly uniform: a long tail of lengths.
@@ -128,10 +129,10 @@ class Workload:
         return (rollout.logprobs - expected)[rollout.action_mask].abs().max().item()
 
 
-def cases(quick: bool) -> list[Case]:
-    size = (32, 1) if quick else (256, 4)
+def cases(setting: Setting) -> list[Case]:
+    size = (32, 1) if setting.quick else (256, 4)
 
-    def case(name: str, count: int, lengths: tuple[int, int], workload: Workload, speedup: float) -> Case:
+    def case(name: str, count: int, lengths: tuple[int, int], workload: Workload) -> Case:
         def inputs(generator: torch.Generator) -> Tensors:
             shortest, longest = lengths
             return {
@@ -147,26 +148,23 @@ def cases(quick: bool) -> list[Case]:
             exact=lambda x: {},
             compare=workload.compare,
             work=floors.decode(make_model(*size), SLOTS),
-            target=Target(speedup=speedup),
             per="new_tokens",
             rounds=ROUNDS,
         )
 
-    few = 4 if quick else 1  # times fewer sequences and tokens
+    few = 4 if setting.quick else 1  # times fewer sequences and tokens
     return [
-        case("32 prompts of 32, 64 new", 32 // few, (32, 32), Workload(size, 1, 64 // few, 64 // few, ()), 2.5),
+        case("32 prompts of 32, 64 new", 32 // few, (32, 32), Workload(size, 1, 64 // few, 64 // few, ())),
         case(
             "128 prompts of 8-256, 4-128 new",
             128 // few**2,
             (8, 256 // few),
             Workload(size, 1, 4, 128 // few, STOP_IDS),
-            4.0,
         ),
         case(
             "16 prompts of 256, 8 samples each, 64 new",
             16 // few,
             (256 // few,) * 2,
             Workload(size, 8, 64 // few, 64 // few, ()),
-            3.0,
         ),
     ]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastppo import ops
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Target, Tensors, WrongResult, relative_error
+from fastppo.bench import floors, peers
+from fastppo.bench.harness import Case, Provider, Tensors, WrongResult, relative_error
+from fastppo.bench.setting import DTYPES, Setting
 
+SIZES = ("B", "V")
+USUAL = {"quick": (16, 2000), "cpu": (64, 32000), "cuda": (256, 151936)}
+SCALED = {"V": 2}
+TYPED = True
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 # A token whose cumulative mass rounding puts on the other side of top_p is not wrong.
 MASS_ROUNDING = 1e-4
@@ -17,18 +24,21 @@ MASS_ROUNDING = 1e-4
 MAX_DEVIATION = 6.0
 
 
-def ours(x: Tensors) -> Tensors:
-    rows = torch.arange(len(x["logits"]), device=x["logits"].device)
-    drawn = ops.sample_tokens(
-        x["logits"], temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P, seed=0, sequence_ids=rows, positions=rows
-    )
+def run_with(function: Callable[..., Tensors]) -> Provider:
+    return lambda x: function(x["logits"], temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P)
+
+
+def ours(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensors:
+    rows = torch.arange(len(logits), device=logits.device)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    drawn = ops.sample_tokens(logits, **options, seed=0, sequence_ids=rows, positions=rows)
     return {"tokens": drawn.tokens, "logprobs": drawn.logprobs, "processed_logprobs": drawn.processed_logprobs}
 
 
-def eager(x: Tensors) -> Tensors:
+def eager(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensors:
     """The tokens alone, as `generate` draws them: our op returns both log-probabilities too."""
-    scores, no_ids = x["logits"].float(), None
-    for warper in (TemperatureLogitsWarper(TEMPERATURE), TopKLogitsWarper(TOP_K), TopPLogitsWarper(TOP_P)):
+    scores, no_ids = logits.float(), None
+    for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
         scores = warper(no_ids, scores)
     return {"tokens": torch.multinomial(torch.softmax(scores, dim=-1), 1).squeeze(-1)}
 
@@ -76,23 +86,25 @@ def draw_deviation(logprobs: Tensor, tokens: Tensor) -> float:
     return ((drawn - mean).sum().abs() / variance.sum().sqrt()).item()
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    on_gpu = device == "cuda"
-    rows, vocab = (16, 2000) if quick else (256, 151936) if on_gpu else (64, 32000)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+def make_case(rows: int, vocab: int, dtype_name: str, device: str) -> Case:
+    dtype = DTYPES[dtype_name]
 
     def inputs(generator: torch.Generator) -> Tensors:
         return {"logits": (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)}
 
-    return [
-        Case(
-            op="sample_tokens",
-            name=f"[{rows}, {vocab}] {'bf16' if on_gpu else 'fp32'}, top-k {TOP_K}, top-p {TOP_P}",
-            inputs=inputs,
-            providers={"fastppo": ours, "eager": eager},
-            exact=exact,
-            work=floors.sample_tokens(rows, vocab, dtype.itemsize),
-            target=Target(speedup=10.0, copy_share=0.5) if on_gpu else Target(speedup=20.0),
-            compare=compare,
-        )
-    ]
+    return Case(
+        op="sample_tokens",
+        name=f"[{rows}, {vocab}] {dtype_name}, top-k {TOP_K}, top-p {TOP_P}",
+        inputs=inputs,
+        providers=peers.providers("sample_tokens", run_with, ours, eager, device),
+        exact=exact,
+        work=floors.sample_tokens(rows, vocab, dtype.itemsize),
+        compare=compare,
+        largest=rows * vocab,
+        dtype=dtype_name,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    return [make_case(*size, setting.choose_dtype(), setting.device) for size in sizes]

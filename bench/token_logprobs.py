@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.bench import floors
-from fastppo.bench.harness import Case, Provider, Target, Tensors, compare_tensors
+from fastppo.bench import floors, peers
+from fastppo.bench.harness import Case, Provider, Tensors, compare_tensors
+from fastppo.bench.setting import DTYPES, Setting
 from fastppo.reference import token_logprobs as reference
 
+SIZES = ("N", "V")
+USUAL = {"quick": (32, 4000), "cpu": (512, 32000), "cuda": (8192, 151936)}
+SCALED = {"N": 2, "V": 2}
+TYPED = True
 OUTPUTS = ("logprobs", "entropy")
 CHECKED_EVERY = 32  # rows, where fp64 of all of them is too large
 
@@ -84,60 +89,55 @@ def eager(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Te
     return (logprobs, -(log_p.exp() * log_p).sum(-1)) if return_entropy else logprobs
 
 
-def gpu_cases(quick: bool) -> list[Case]:
-    rows, vocab = (64, 4000) if quick else (8192, 151936)
-    sizes, name = (rows, vocab, torch.bfloat16.itemsize), f"[{rows}, {vocab}] bf16"
+def gpu_cases(rows: int, vocab: int, dtype: str) -> list[Case]:
+    sizes, name = (rows, vocab, DTYPES[dtype].itemsize), f"[{rows}, {vocab}] {dtype}"
     forward_work = floors.token_logprobs(*sizes, entropy=True)
     both = floors.token_logprobs(*sizes, entropy=True, backward=True)
+    functions = peers.functions("token_logprobs", ops.token_logprobs, eager, "cuda")
 
     def d_logits(x: Tensors) -> Tensors:
         return {"d_logits": forward_backward(reference.token_logprobs)(x)["d_logits"]}
 
+    common = {"op": "token_logprobs", "compare": compare_some_rows, "largest": rows * vocab, "dtype": dtype}
     return [
         Case(
-            op="token_logprobs",
             name=f"{name} forward, with entropy",
-            inputs=make_inputs(rows, vocab, torch.bfloat16, backward=False),
-            providers={"fastppo": forward_with_entropy(ops.token_logprobs), "eager": forward_with_entropy(eager)},
+            inputs=make_inputs(rows, vocab, DTYPES[dtype], backward=False),
+            providers={name: forward_with_entropy(function) for name, function in functions.items()},
             exact=on_some_rows(forward_with_entropy(reference.token_logprobs)),
             work=forward_work,
-            target=Target(speedup=8.0, copy_share=0.9),
-            compare=compare_some_rows,
+            **common,
         ),
         Case(
-            op="token_logprobs",
             name=f"{name} backward, with entropy",
-            inputs=make_inputs(rows, vocab, torch.bfloat16, backward=True),
-            providers={"fastppo": backward, "eager": backward},
+            inputs=make_inputs(rows, vocab, DTYPES[dtype], backward=True),
+            providers=dict.fromkeys(functions, backward),
             exact=on_some_rows(d_logits),
             work=floors.Work(both.bytes - forward_work.bytes),
-            target=Target(speedup=5.0, copy_share=0.9),
-            compare=compare_some_rows,
-            prepare={"fastppo": with_graph(ops.token_logprobs), "eager": with_graph(eager)},
+            prepare={name: with_graph(function) for name, function in functions.items()},
+            **common,
         ),
     ]
 
 
-def cases(quick: bool, device: str = "cpu") -> list[Case]:
-    if device == "cuda":
-        return gpu_cases(quick)
-    rows, vocab = (16, 4000) if quick else (512, 32000)
+def cpu_case(rows: int, vocab: int, dtype: str, backward: bool) -> Case:
+    wrap = forward_backward if backward else forward
+    return Case(
+        op="token_logprobs",
+        name=f"[{rows}, {vocab}] {dtype} forward{' + backward, with entropy' if backward else ''}",
+        inputs=make_inputs(rows, vocab, DTYPES[dtype], backward),
+        providers=peers.providers("token_logprobs", wrap, ops.token_logprobs, eager, "cpu"),
+        exact=wrap(reference.token_logprobs),
+        work=floors.token_logprobs(rows, vocab, DTYPES[dtype].itemsize, entropy=backward, backward=backward),
+        largest=rows * vocab,
+        dtype=dtype,
+    )
 
-    def case(dtype: torch.dtype, backward: bool, speedup: float) -> Case:
-        wrap = forward_backward if backward else forward
-        name = f"[{rows}, {vocab}] {'bf16' if dtype == torch.bfloat16 else 'fp32'} forward"
-        return Case(
-            op="token_logprobs",
-            name=f"{name} + backward, with entropy" if backward else name,
-            inputs=make_inputs(rows, vocab, dtype, backward),
-            providers={"fastppo": wrap(ops.token_logprobs), "eager": wrap(eager)},
-            exact=wrap(reference.token_logprobs),
-            work=floors.token_logprobs(rows, vocab, dtype.itemsize, entropy=backward, backward=backward),
-            target=Target(speedup=speedup),
-        )
 
-    return [
-        case(torch.float32, backward=False, speedup=5.0),
-        case(torch.float32, backward=True, speedup=3.0),
-        case(torch.bfloat16, backward=False, speedup=8.0),
-    ]
+def cases(setting: Setting) -> list[Case]:
+    sizes = setting.choose_sizes(USUAL)
+    if setting.on_gpu:
+        return [case for size in sizes for case in gpu_cases(*size, setting.choose_dtype())]
+    asked = setting.dtype and [(setting.dtype, False), (setting.dtype, True)]
+    kinds = asked or [("fp32", False), ("fp32", True), ("bf16", False)]
+    return [cpu_case(*size, dtype, backward) for size in sizes for dtype, backward in kinds]

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "ops.h"
 
@@ -34,6 +35,33 @@ inline LogitTransform transform(const TransformTuple& t) { return {std::get<0>(t
 using ColumnTuple = std::pair<uintptr_t, int>;
 
 inline Column column(const ColumnTuple& t) { return {pointer<const void>(t.first), static_cast<DType>(t.second)}; }
+
+// (weight, bias, columns, stride) and (weight, eps).
+using LinearWeightsTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
+using NormWeightsTuple = std::pair<uintptr_t, float>;
+
+inline LinearWeights linear_weights(const LinearWeightsTuple& t) {
+  const auto& [weight, bias, columns, stride] = t;
+  return {pointer<const float>(weight), pointer<const float>(bias), columns, stride};
+}
+
+inline NormWeights norm_weights(const NormWeightsTuple& t) { return {pointer<const float>(t.first), t.second}; }
+
+// Norms, linear layers, (k_pages, v_pages), scale and window of a DecoderLayer, in its order.
+using DecoderLayerTuple = std::tuple<std::array<NormWeightsTuple, 4>, std::array<LinearWeightsTuple, 7>, std::array<uintptr_t, 2>, float, int64_t>;
+
+inline DecoderLayer decoder_layer(const DecoderLayerTuple& t) {
+  const auto& [norms, linears, pages, scale, window] = t;
+  return {norm_weights(norms[0]), norm_weights(norms[1]), norm_weights(norms[2]), norm_weights(norms[3]),
+          linear_weights(linears[0]), linear_weights(linears[1]), linear_weights(linears[2]), linear_weights(linears[3]),
+          linear_weights(linears[4]), linear_weights(linears[5]), linear_weights(linears[6]),
+          pointer<float>(pages[0]), pointer<float>(pages[1]), scale, window};
+}
+
+// What Python holds of a model from step to step.
+struct DecoderLayers {
+  std::vector<DecoderLayer> layers;
+};
 
 // (address, dtype) of each column, the mask's address, the number of tokens, as `native.ppo_tokens` makes it.
 using PPOTokensTuple = std::tuple<std::array<ColumnTuple, kNumPPOColumns>, uintptr_t, int64_t>;

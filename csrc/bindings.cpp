@@ -114,6 +114,24 @@ PYBIND11_MODULE(_C, m) {
     FASTPPO_CPU(batch_invariant_linear, arguments, threads);
   });
 
+  py::class_<DecoderLayers>(m, "DecoderLayers").def(py::init([](const std::vector<DecoderLayerTuple>& tuples) {
+    DecoderLayers made;
+    for (const DecoderLayerTuple& tuple : tuples) made.layers.push_back(decoder_layer(tuple));
+    return made;
+  }));
+
+  // addresses: tokens, lengths, block_table, embedding, cos, sin, hidden, context_lens, scratch. sizes: those of Decoder, in its order.
+  m.def("decoder_step", [](const std::array<uintptr_t, 9>& addresses, const NormWeightsTuple& norm, const std::array<int64_t, 12>& sizes,
+                           const DecoderLayers& layers, int threads) {
+    py::gil_scoped_release release;
+    const auto& a = addresses;
+    const auto& n = sizes;
+    const Decoder step{pointer<const int64_t>(a[0]), pointer<const int64_t>(a[1]), pointer<const int32_t>(a[2]), pointer<const float>(a[3]),
+                       pointer<const float>(a[4]), pointer<const float>(a[5]), norm_weights(norm), pointer<float>(a[6]), pointer<int32_t>(a[7]),
+                       n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]};
+    return FASTPPO_CPU(decoder_step, step, layers.layers.data(), static_cast<int64_t>(layers.layers.size()), pointer<float>(a[8]), threads);
+  });
+
   m.def("ppo_loss_parts", &ppo_loss_parts);
 
   m.def("ppo_loss_sequences", [](const PPOTokensTuple& tokens, const SequencesTuple& shape, uintptr_t weights, uintptr_t log_ratios,

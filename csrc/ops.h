@@ -217,6 +217,47 @@ struct Linear {
 // out = x weight^T + bias, accumulated in fp32. An output's bits depend on nothing but its row and its column.
 FASTPPO_EACH_ISA(void batch_invariant_linear(const Linear& arguments, int threads))
 
+namespace fastppo {
+
+// weight [columns, inner] whose rows are `stride` apart; bias [columns] or null.
+struct LinearWeights {
+  const float *weight, *bias;
+  int64_t columns, stride;
+};
+
+// Of an RMS norm; a null weight: there is none.
+struct NormWeights {
+  const float* weight;
+  float eps;
+};
+
+// x += o(attention(q, k, v of input_norm(x))), x += down(silu(gate(y)) * up(y)) with y = post_norm(x). The pages hold this layer's keys and values; window 0 is off.
+struct DecoderLayer {
+  NormWeights input_norm, q_norm, k_norm, post_norm;
+  LinearWeights q, k, v, o, gate, up, down;
+  float *k_pages, *v_pages;
+  float scale;
+  int64_t window;
+};
+
+// tokens [rows] at the ends of sequences with `lengths` [rows] tokens, those included, whose pages block_table [rows, table_stride] names; embedding
+// [vocab_size, hidden_size]; cos and sin [positions, rotary_size]. hidden [rows, hidden_size] is the result; context_lens [rows] is scratch.
+struct Decoder {
+  const int64_t *tokens, *lengths;
+  const int32_t* block_table;
+  const float *embedding, *cos, *sin;
+  NormWeights norm;
+  float* hidden;
+  int32_t* context_lens;
+  int64_t rows, table_stride, pages, page_size, vocab_size, positions, rotary_size, hidden_size, inner_size, heads, kv_heads, head_size;
+};
+
+}  // namespace fastppo
+
+// One decode step in fp32, which also stores the new keys and values. scratch: rows * (2 hidden_size + 2 (heads + kv_heads) head_size + 2 inner_size) floats.
+// Returns the first row whose token, length or pages are out of range, before anything is written, or -1.
+FASTPPO_EACH_ISA(int64_t decoder_step(const Decoder& step, const DecoderLayer* layers, int64_t count, float* scratch, int threads))
+
 // For each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
 // logprob - old_logprob over them. Either may be null; without log_ratios no column is read. used_sequences: how many have an unmasked token.
 FASTPPO_EACH_ISA(void ppo_loss_sequences(const PPOTokens& tokens, const Sequences& sequences, float* weights, float* log_ratios, double* used_sequences,

@@ -6,9 +6,15 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastppo.ops._backends import OpStatus
+    from fastppo.rollout import Engine
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
@@ -184,7 +190,8 @@ def _generate(options: argparse.Namespace) -> int:
         )
         streamer.end()
     else:
-        rollout = engine.generate(prompts, sampling)
+        with _rollout_bar(engine) as progress:
+            rollout = engine.generate(prompts, sampling, progress=progress)
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
         for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
             print(f"--- prompt {index}\n{text}")
@@ -195,6 +202,21 @@ def _generate(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+@contextmanager
+def _rollout_bar(engine: Engine) -> Iterator[Callable[[int, int], None]]:
+    """A bar of finished sequences and new tokens a second on a terminal's standard error; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, description=f"{engine.stats.tokens_per_second:,.0f} tok/s"
+        )
 
 
 def _as_message(tokenizer, text: str) -> list[int]:
@@ -236,16 +258,16 @@ def _info(options: argparse.Namespace) -> int:
     missing = [name for name in EXTRAS if name not in installed]
     facts.add_row("not installed", ", ".join(missing) or "none")
     console.print(facts)
-    for device in ("cpu", *(["cuda"] if gpus else [])):
-        table = Table(
-            "op", "backend", "why not the others", title=f"\nOps on {device} tensors", title_justify="left", box=None
-        )
-        for status in describe(device):
-            table.add_row(
-                status.op, status.backend, "; ".join(f"{name}: {reason}" for name, reason in status.reasons.items())
-            )
-        console.print(table)
+    table = Table("op", "on CPU tensors", "on CUDA tensors", title="\nKernels", title_justify="left", box=None)
+    for on_cpu, on_cuda in zip(describe("cpu"), describe("cuda"), strict=True):
+        table.add_row(on_cpu.op, _backend(on_cpu), _backend(on_cuda))
+    console.print(table)
     return 0
+
+
+def _backend(status: OpStatus) -> str:
+    """Its name, and where plain PyTorch serves the reasons too."""
+    return status.backend if status.backend != "reference" else f"reference ({'; '.join(status.reasons.values())})"
 
 
 def _version(package: str) -> str:

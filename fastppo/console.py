@@ -54,10 +54,16 @@ class Reporter:
         self.console = console or Console(highlight=False)
         self.rows: list[tuple[int, Mapping[str, float]]] = []
         self.live: Live | None = None
-        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.progress = Progress(*columns, console=self.console)
-        self.steps_task = self.progress.add_task("steps", total=total_steps)
-        self.phase_task = self.progress.add_task("", total=None)
+        self.steps_task = self.progress.add_task("steps", total=total_steps, note="")
+        self.phase_task = self.progress.add_task("", total=None, note="")
 
     def __enter__(self) -> Reporter:
         if self.console.is_terminal and not self.quiet:
@@ -72,10 +78,10 @@ class Reporter:
             self.live.stop()
             self.live = None
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Progress within a step: rollout, reward, update."""
+    def phase(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Progress within a step: rollout, reward, update; `note` stands beside the bar."""
         if self.live is not None:
-            self.progress.update(self.phase_task, description=name, completed=done, total=total)
+            self.progress.update(self.phase_task, description=name, completed=done, total=total, note=note)
             self.live.update(self._view())
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

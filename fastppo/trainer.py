@@ -35,7 +35,7 @@ from fastppo.models import context_length, load_model, load_tokenizer, prepare_m
 from fastppo.optimizer import Optimizer, learning_rate_factor
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
-from fastppo.rollout import Engine, Rollout, SamplingParams
+from fastppo.rollout import Engine, GenerationStats, Rollout, SamplingParams
 from fastppo.run_folder import RunFolder
 from fastppo.update import update
 
@@ -162,7 +162,7 @@ class PPOTrainer:
             rollout = self.engine.generate(
                 [row["prompt_ids"] for row in rows],
                 self._sampling(_mix(config.seed, self.step)),
-                progress=lambda done, total: self.reporter.phase("rollout", done, total),
+                progress=self._show_rollout,
             )
         sampled_tokens = int(rollout.action_mask.sum())
         with clock("time/reward"):
@@ -182,10 +182,13 @@ class PPOTrainer:
             final_values = evaluate_networks(self.networks, rollout, first_epoch)
             penalise_unfinished(rollout, config.missing_eos_penalty)
             compute_advantages(rollout, final_values, config)
-        metrics = rollout_metrics(rollout, config) | _reward_metrics(result)
+        metrics = rollout_metrics(rollout, config) | _engine_metrics(self.engine.stats) | _reward_metrics(result)
         with clock("time/update"):
             metrics |= self._update(folder, rollout, plan)
         return metrics | clock.metrics(sampled_tokens, self.model.device)
+
+    def _show_rollout(self, done: int, total: int) -> None:
+        self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
     def _sampling(self, seed: int) -> SamplingParams:
         config = self.config
@@ -337,6 +340,17 @@ def _naming(argument: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{argument}: {error}") from error
+
+
+def _engine_metrics(stats: GenerationStats) -> dict[str, float]:
+    return {
+        "perf/rollout_tokens_per_second": stats.tokens_per_second,
+        "perf/prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "perf/decode_tokens_per_second": stats.decode_tokens_per_second,
+        "perf/decode_gb_per_second": stats.decode_bytes_per_second / 1e9,
+        "rollout/occupancy": stats.occupancy,
+        "rollout/shared_prompt_share": stats.shared_prompt_share,
+    }
 
 
 class _Clock:

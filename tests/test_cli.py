@@ -58,11 +58,19 @@ def test_traceback_on_request(tmp_path, monkeypatch):
 
 
 def test_info_lists_every_op(capsys):
-    from fastppo.ops._backends import FAST_BACKENDS
+    """With what serves it on a CPU and on a GPU, whether or not there is one here."""
+    from fastppo.ops._backends import BACKENDS, FAST_BACKENDS
 
     assert cli.main(["info"]) == 0
-    printed = capsys.readouterr().out
-    assert all(op in printed for op in FAST_BACKENDS)
+    rows = [line.split()[:3] for line in capsys.readouterr().out.split("Kernels\n")[1].splitlines()[1:]]
+    assert [row[0] for row in rows] == list(FAST_BACKENDS)
+    assert all(on_cpu in BACKENDS and on_cuda in BACKENDS for _, on_cpu, on_cuda in rows)
+
+
+def test_every_op_has_a_kernel_for_either_device():
+    from fastppo.ops._backends import FAST_BACKENDS
+
+    assert all("cpu" in kernels and len(kernels) == 2 for kernels in FAST_BACKENDS.values())
 
 
 def test_help_and_version_answer_at_once():

@@ -14,7 +14,17 @@ import torch
 from fastppo import native
 from fastppo.ops import _backends, gae, masked_mean, masked_whiten, use_backend
 from tests.cuda_on_cpu import build
-from tests.registers import ARCHITECTURES, SOURCES, cuda_usages, find_nvcc
+from tests.kernel_resources import (
+    BEGIN,
+    CUDA_SOURCES,
+    DOCS,
+    END,
+    MOST_SHARED,
+    TRITON_LAUNCHES,
+    compile_cuda,
+    cuda_kernel_names,
+    find_nvcc,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED_OPS = [op for op, fast in _backends.FAST_BACKENDS.items() if "cuda" in fast]
@@ -101,6 +111,17 @@ def test_threads_that_do_not_meet_are_an_error(emulated_cuda, fault, message):
 FAULT = """
 import torch
 from tests.cuda_on_cpu import build
+from tests.kernel_resources import (
+    BEGIN,
+    CUDA_SOURCES,
+    DOCS,
+    END,
+    MOST_SHARED,
+    TRITON_LAUNCHES,
+    compile_cuda,
+    cuda_kernel_names,
+    find_nvcc,
+)
 out = torch.zeros(64)
 build.load(build.build(sanitize=True)).fault({fault!r}, out.data_ptr())
 """
@@ -174,13 +195,21 @@ def test_number_of_launches(emulated_cuda, cuda_kernels_on_the_cpu, call, expect
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_spills(source, capability, tmp_path, record_property):
-    nvcc = find_nvcc() or pytest.skip("needs nvcc to compile the kernels for GPUs")
-    usages = cuda_usages(nvcc, source, capability, tmp_path)
-    assert usages
-    for usage in usages:
-        record_property(usage.kernel, usage.registers)
-        assert usage.local == 0, f"{usage.kernel} uses local memory"
-        assert usage.shared <= ARCHITECTURES[capability]
+@pytest.mark.parametrize("capability", MOST_SHARED)
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(source, capability, tmp_path):
+    if find_nvcc() is None:
+        pytest.skip("needs nvcc to compile the kernels for GPUs")
+    kernels = compile_cuda(source, capability, tmp_path)
+    assert kernels
+    for name, usage in kernels:
+        print(f"{name} sm_{capability}: {usage.registers} registers, {usage.shared} bytes of shared memory")
+        assert usage.local == 0, f"{name} uses local memory"
+        assert usage.shared <= MOST_SHARED[capability]
+
+
+def test_the_table_of_registers_names_every_kernel():
+    """docs/performance.md was written since a kernel came or went."""
+    table = DOCS.read_text().split(BEGIN)[1].split(END)[0]
+    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert named == {launch[1] for launch in TRITON_LAUNCHES} | cuda_kernel_names()

@@ -39,6 +39,9 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "demo" / "curve.png").exists()
     exec(compile(python_blocks()[0], "README.md", "exec"), {})
     assert [row["step"] for row in read_metrics("runs/short")] == [1, 2, 3, 4, 5]
+    names: dict = {}
+    exec(compile(python_blocks()[2], "README.md", "exec"), names)
+    assert len(names["texts"]) == names["rollout"].num_sequences == 8
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.registers import ARCHITECTURES, triton_usage
-from tests.triton_launches import LAUNCHES
+from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED_OPS = [
@@ -22,6 +21,8 @@ TESTED_OPS = [
     "decode_attention",
     "batch_invariant_linear",
 ]
+# What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
+INTERPRETED = {"linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
 
 
 @pytest.mark.slow
@@ -31,20 +32,25 @@ def test_interpreter_agrees_with_the_reference(op):
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPPO_TEST_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-n0"]
     done = subprocess.run(
-        [*command, f"tests/ops/test_{op}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, f"tests/ops/test_{op}.py", "-k", INTERPRETED.get(op, "")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("capability", MOST_SHARED)
 @pytest.mark.parametrize(
-    "launch", LAUNCHES, ids=[f"{launch[1].strip('_')}-{i // 2}" for i, launch in enumerate(LAUNCHES)]
+    "launch", TRITON_LAUNCHES, ids=[f"{launch[1].strip('_')}-{i // 2}" for i, launch in enumerate(TRITON_LAUNCHES)]
 )
-def test_compiles_without_spills(launch, capability, tmp_path, monkeypatch, record_property):
+def test_compiles_without_spills(launch, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    usage = triton_usage(launch, capability, tmp_path)
-    record_property("registers", usage.registers)
+    usage = compile_triton(launch, capability, tmp_path)
+    print(f"{launch[1]} sm_{capability}: {usage.registers} registers, {usage.shared} bytes of shared memory")
     assert usage.local == 0, "spills"
-    assert usage.shared <= ARCHITECTURES[capability]
+    assert usage.shared <= MOST_SHARED[capability]

@@ -8,6 +8,7 @@
 namespace fastppo::FASTPPO_ISA {
 namespace {
 
+constexpr int64_t kProductsWorthAThread = 1 << 17;  // about 10 microseconds, several times what it takes to wake a thread
 constexpr int kTile = 16;  // keys at once: their scores fill one vector, so that one exponential serves them all
 
 // Elements [0, size) of a head as kVectors vectors; lanes beyond are 0.
@@ -36,11 +37,16 @@ struct QueryHead {
 template <int kVectors>
 FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile, const DecodeAttention& a) {
   float products[kTile];
-  for (int key = 0; key < kTile; ++key) {
-    vfloat product = head.query[0] * tile.keys[key][0];
-    for (int i = 1; i < kVectors; ++i) product += head.query[i] * tile.keys[key][i];
-    products[key] = key < tile.count ? sum_lanes(product) : -kInfinity;
+  for (int key = 0; key < kTile; key += 4) {
+    vfloat product[4];
+    for (int j = 0; j < 4; ++j) {
+      product[j] = head.query[0] * tile.keys[key + j][0];
+      for (int i = 1; i < kVectors; ++i) product[j] += head.query[i] * tile.keys[key + j][i];
+    }
+    const Quad four = sum_lanes_of_four(product);
+    std::memcpy(products + key, &four, sizeof four);
   }
+  for (int key = tile.count; key < kTile; ++key) products[key] = -kInfinity;
   vfloat scores = F32::load(products);
   scores = select(scores == -kInfinity, scores, scores * a.scale);
   if (a.softcap > 0) scores = select(scores == -kInfinity, scores, a.softcap * vtanh(scores / a.softcap));
@@ -111,7 +117,8 @@ void attend(const DecodeAttention& a, int64_t sequence, int64_t kv_head, int64_t
 template <class Body>
 FASTPPO_INLINE void with_vectors(const DecodeAttention& a, const Body& body) {
   const int size = a.head_size > a.value_size ? a.head_size : a.value_size;
-  if (size <= 2 * kLanes) body(std::integral_constant<int, 2>{});
+  if (size <= kLanes) body(std::integral_constant<int, 1>{});
+  else if (size <= 2 * kLanes) body(std::integral_constant<int, 2>{});
   else if (size <= 4 * kLanes) body(std::integral_constant<int, 4>{});
   else if (size <= 8 * kLanes) body(std::integral_constant<int, 8>{});
   else body(std::integral_constant<int, kMaxHeadSize / kLanes>{});
@@ -134,7 +141,10 @@ int64_t decode_attention(const DecodeAttention& a, int threads) {
   const int64_t bad = first_bad_sequence(a);
   if (bad >= 0) return bad;
   const int64_t group = a.heads / a.kv_heads;
-  parallel_ranges(a.batch * a.kv_heads, threads, 1, [&](int64_t first, int64_t last) {
+  int64_t keys = 0;
+  for (int64_t i = 0; i < a.batch; ++i) keys += a.context_lens[i] - first_key(a, a.context_lens[i]);
+  const int64_t products = a.batch ? keys * group * (a.head_size + a.value_size) / a.batch + 1 : 1;  // of a sequence's key head, on average
+  parallel_ranges(a.batch * a.kv_heads, threads, (kProductsWorthAThread + products - 1) / products, [&](int64_t first, int64_t last) {
     with_storage(a.dtype, [&](auto storage) {
       with_vectors(a, [&](auto vectors) {
         for (int64_t i = first; i < last; ++i) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -270,18 +271,51 @@ FASTPPO_INLINE void with_storage(DType dtype, const Body& body) {
   else body(F16{});
 }
 
+FASTPPO_INLINE vint lane_numbers() {
+  static constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vint v;
+  std::memcpy(&v, kNumbers, sizeof v);
+  return v;
+}
+
+#if defined(__AVX2__)
+// Lanes outside of the mask are 0 (kept), and their memory is not touched.
+FASTPPO_INLINE vfloat load_masked(const float* p, const vint& mask) {
+  vfloat v;
+#if defined(__AVX512F__)
+  v.part[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_bits(mask)), p);
+#else
+  for (int i = 0; i < vfloat::kParts; ++i) v.part[i] = _mm256_maskload_ps(p + 8 * i, reinterpret_cast<__m256i>(mask.part[i]));
+#endif
+  return v;
+}
+
+FASTPPO_INLINE void store_masked(float* p, const vint& mask, const vfloat& v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lane_bits(mask)), v.part[0]);
+#else
+  for (int i = 0; i < vfloat::kParts; ++i) _mm256_maskstore_ps(p + 8 * i, reinterpret_cast<__m256i>(mask.part[i]), v.part[i]);
+#endif
+}
+#endif
+
 // The last `count` < 16 elements of a row: lanes beyond hold `fill`, and memory beyond is neither read nor written.
 template <class Storage>
 FASTPPO_INLINE vfloat load_tail(const typename Storage::type* p, int count, float fill) {
+  const vint outside = lane_numbers() >= count;
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Storage, F32>) return select(outside, vfloat(fill), load_masked(p, lane_numbers() < count));
+#endif
   typename Storage::type buffer[kLanes] = {};
   std::memcpy(buffer, p, count * sizeof *p);
-  vfloat v = Storage::load(buffer);
-  for (int i = count; i < kLanes; ++i) v.set(i, fill);
-  return v;
+  return select(outside, vfloat(fill), Storage::load(buffer));
 }
 
 template <class Storage>
 FASTPPO_INLINE void store_tail(typename Storage::type* p, int count, const vfloat& v) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Storage, F32>) return store_masked(p, lane_numbers() < count, v);
+#endif
   typename Storage::type buffer[kLanes];
   Storage::store(buffer, v);
   std::memcpy(p, buffer, count * sizeof *p);
@@ -314,9 +348,12 @@ FASTPPO_INLINE Quad sum_lanes_of_four(const vfloat* v) {
 }
 
 FASTPPO_INLINE float max_lanes(const vfloat& v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  Quad q[4];
+  std::memcpy(q, &v, sizeof v);
+  const auto larger = [](const Quad& a, const Quad& b) { return a > b ? a : b; };
+  const Quad folded = larger(larger(q[0], q[1]), larger(q[2], q[3]));
+  const float low = folded[0] > folded[1] ? folded[0] : folded[1], high = folded[2] > folded[3] ? folded[2] : folded[3];
+  return low > high ? low : high;
 }
 
 // exp(r) for |r| <= ln 2 / 2.

@@ -110,13 +110,15 @@ class OpStatus(NamedTuple):
     reasons: dict[str, str]
 
 
-def describe(device_type: str = "cpu") -> list[OpStatus]:
-    """For each op: the backend that serves it on `device_type`, and why each other backend does not."""
+def describe(device_type: str) -> list[OpStatus]:
+    """For each op: the backend that serves it on tensors of `device_type`, and why each of its others does not.
+
+    Asked of "cuda" where there is no GPU, it tells what would serve.
+    """
     statuses = []
-    for op in FAST_BACKENDS:
-        reasons = {backend: why_not(op, backend, device_type) for backend in BACKENDS[1:]}
+    for op, backends in FAST_BACKENDS.items():
+        reasons = {backend: why_not(op, backend, device_type) for backend in backends}
         usable = [backend for backend, reason in reasons.items() if reason is None]
-        chosen = _forced or (usable[0] if usable else "reference")
         others = {backend: reason for backend, reason in reasons.items() if reason is not None}
-        statuses.append(OpStatus(op, chosen, others))
+        statuses.append(OpStatus(op, _forced or (usable[0] if usable else "reference"), others))
     return statuses

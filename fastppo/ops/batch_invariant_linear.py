@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None
 
     A library's matrix product splits its sums by the number of rows, so a sequence's logits change in their last bits with the batch it
     is decoded in. Here they do not (on the fast backends; with AVX2 and AVX-512 alike). Meant for few rows: weights are read where they
-    lie, once for every four rows or so on a CPU and for every 64 on a GPU (16 in fp32), and never rearranged.
+    lie and never rearranged.
 
     Args:
         x: [..., K] float32, bfloat16 or float16 (float64 goes to the reference).
@@ -61,7 +63,9 @@ def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if choose("batch_invariant_linear", x) == "triton":
         from fastppo.kernels.batch_invariant_linear import batch_invariant_linear as kernel
 
-        return kernel(x, weight, bias)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        return kernel(rows, weight, bias).view(*x.shape[:-1], len(weight))
     return native.batch_invariant_linear(x, weight, bias)
 
 

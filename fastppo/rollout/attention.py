@@ -212,14 +212,16 @@ class DecodeContext:
 
 
 class ShapeContext(PackedContext):
-    """Notes what each layer keeps of a token."""
+    """Notes what each layer keeps of a token, and how it attends."""
 
     def __init__(self, bounds: list[int], device: torch.device) -> None:
         super().__init__(bounds, device)
         self.shapes: dict[int, LayerShape] = {}
+        self.options: dict[int, AttentionOptions] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         self.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1], k.dtype)
+        self.options[layer] = options
         return super().attend(layer, q, k, v, options)
 
 

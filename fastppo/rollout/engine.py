@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastppo import models
 from fastppo.ops import _checks
 from fastppo.rollout.attention import ShapeContext
+from fastppo.rollout.decoder import Decoder, DecodeSwitch, LlamaLike, ModuleDecoder, UnlikeLlama, decode_linears
 from fastppo.rollout.generation import (
     Generation,
     GenerationStats,
@@ -21,8 +23,8 @@ from fastppo.rollout.generation import (
     new_token_limits,
     pages_needed,
 )
-from fastppo.rollout.linears import decode_linears
-from fastppo.rollout.pages import LayerShape, PagedCache, kv_budget, pages_for
+from fastppo.rollout.graphs import GraphDecoder
+from fastppo.rollout.pages import PagedCache, kv_budget, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
@@ -44,7 +46,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_size: int = 64,
-        kv_memory: float | None = None,
+        kv_memory: float | Literal["auto"] = "auto",
         keep_cache: bool = False,
     ) -> None:
         """Takes a model to sample from.
@@ -53,21 +55,24 @@ class Engine:
             model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
             tokenizer: needed for prompts given as text and for stop strings only.
             max_batch_size: most sequences side by side.
-            kv_memory: most GiB for keys and values; None takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
+            kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
                 do not fit wait; none is thrown out.
-            keep_cache: keep the cache's memory between calls instead of giving it back after each.
+            keep_cache: keep the cache's memory, and on a GPU the CUDA graphs of the decode steps, between calls instead of giving it
+                back after each.
         """
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size!r}, expected an integer >= 1")
-        if kv_memory is not None:
+        if kv_memory != "auto":
             _checks.number("kv_memory", kv_memory, above=0)
         self.model = models.prepare_model(model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.kv_memory, self.keep_cache = kv_memory, keep_cache
         self.stats = GenerationStats()
-        self._shapes: dict[tuple[torch.dtype, torch.device], dict[int, LayerShape]] = {}
+        self._seen: dict[tuple[torch.dtype, torch.device], ShapeContext] = {}
+        self._agrees: bool | None = None  # whether native decode steps give what the model's modules give, once known
         self._cache: PagedCache | None = None
+        self._graphs: GraphDecoder | None = None
 
     @torch.no_grad()
     def generate(
@@ -98,15 +103,19 @@ class Engine:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
         token_lists = self._encode(prompts)
         self._check_stop_ids(sampling)
+        slots = min(self.max_batch_size, len(token_lists) * sampling.n)
+        parts = self._llama_like()  # the model as it is, before its layers are swapped
         with models.evaluating(self.model), decode_linears(self.model) as switch:
             cache = self._make_cache(token_lists, sampling)
+            limits = new_token_limits(self.model, token_lists, sampling)
+            longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
             generation = Generation(
                 self.model,
                 cache,
-                switch,
+                self._make_decoder(parts, cache, switch, rows=slots, positions=longest),
                 token_lists,
                 sampling,
-                slots=min(self.max_batch_size, len(token_lists) * sampling.n),
+                slots=slots,
                 stop_ids=self._stop_ids(sampling),
                 stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
                 progress=progress,
@@ -121,12 +130,12 @@ class Engine:
         least = pages_needed(prompts, limits, sampling)
         slots = min(self.max_batch_size, len(prompts) * sampling.n)
         useful = slots * max(pages_for(len(p) + n) for p, n in zip(prompts, limits, strict=True)) + max(least)
-        shapes = self._layer_shapes()
+        shapes = self._look().shapes
         if self._cache is not None and self._cache.shapes != shapes:
             self._cache = None
         bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
         budget = kv_budget(self.kv_memory, self.model.device) // bytes_per_page
-        if self.kv_memory is None and self._cache is not None:
+        if self.kv_memory == "auto" and self._cache is not None:
             budget += self._cache.pages
         pages = min(useful, budget)
         if max(least) > pages:
@@ -136,22 +145,48 @@ class Engine:
                 f"of keys and values, expected at most {budget * bytes_per_page / 2**30:.3g} GiB (kv_memory)"
             )
         if self._cache is None or self._cache.pages < pages:
-            self._cache = None  # its memory is free before the new one takes some
+            self._cache = self._graphs = None  # their memory is free before the new one takes some
             self._cache = PagedCache(shapes, pages, self.model.device)
         cache = self._cache
         if not self.keep_cache:
             self._cache = None
         return cache
 
-    def _layer_shapes(self) -> dict[int, LayerShape]:
-        """What each layer keeps of a token, seen in a forward of one token and remembered while type and device stay."""
+    def _look(self) -> ShapeContext:
+        """What each layer keeps of a token and how it attends, seen in a forward of one token and remembered while type and device stay."""
         key = (self.model.dtype, self.model.device)
-        if key not in self._shapes:
+        if key not in self._seen:
             context = ShapeContext([0, 1], self.model.device)
             zero = torch.zeros(1, dtype=torch.int64, device=self.model.device)
             models.run_trunk(self.model, zero, zero, context)
-            self._shapes = {key: context.shapes}
-        return self._shapes[key]
+            self._seen, self._agrees = {key: context}, None
+        return self._seen[key]
+
+    def _llama_like(self) -> LlamaLike | None:
+        try:
+            return LlamaLike(self.model)
+        except UnlikeLlama:
+            return None
+
+    def _make_decoder(
+        self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
+    ) -> Decoder:
+        if self.model.device.type == "cuda":
+            return self._graph_decoder(ModuleDecoder(self.model, cache, switch), cache, rows, pages_for(positions))
+        if parts is not None and self._agrees is None:
+            self._agrees = parts.agrees(self.model, switch, self._look())
+        if parts is None or not self._agrees:
+            return ModuleDecoder(self.model, cache, switch)
+        return parts.decoder(cache, self._look(), rows=rows, positions=positions)
+
+    def _graph_decoder(self, decoder: ModuleDecoder, cache: PagedCache, rows: int, blocks: int) -> GraphDecoder:
+        """Graphs of `decoder`'s steps: those at hand while they fit, which they do as long as the cache is kept."""
+        parameters = list(self.model.parameters())
+        if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
+            return self._graphs
+        graphs = GraphDecoder(decoder.step, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
+        self._graphs = graphs if self.keep_cache else None
+        return graphs
 
     def _stop_ids(self, sampling: SamplingParams) -> list[int]:
         """Token ids that end a completion, ascending."""

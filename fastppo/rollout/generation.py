@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 # As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
 from fastppo import models
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
-from fastppo.rollout.attention import ChunkContext, DecodeContext, PrefillContext
-from fastppo.rollout.linears import DecodeSwitch
+from fastppo.rollout.attention import ChunkContext, PrefillContext
+from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
@@ -39,6 +39,8 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     shared_prompt_tokens: int = 0
     """Prompt tokens that a sample did not have to run, because another sample of its prompt had."""
+    new_tokens: int = 0
+    """Those of prefill, one a sequence, and those of decoding."""
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_steps: int = 0
@@ -61,6 +63,16 @@ class GenerationStats:
     def occupancy(self) -> float:
         """Mean share of the slots that held a sequence, over the decode steps."""
         return self.decode_tokens / max(self.decode_steps * self.slots, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over all of the call's time so far, prefill included."""
+        return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def shared_prompt_share(self) -> float:
+        """Of the prompt tokens of all started sequences, those that were not run again."""
+        return self.shared_prompt_tokens / max(self.shared_prompt_tokens + self.prefill_tokens, 1)
 
     @property
     def decode_bytes_per_second(self) -> float:
@@ -129,7 +141,7 @@ class Generation:
         self,
         model: PreTrainedModel,
         cache: PagedCache,
-        switch: DecodeSwitch,
+        decoder: Decoder,
         prompts: list[list[int]],
         sampling: SamplingParams,
         *,
@@ -139,7 +151,7 @@ class Generation:
         progress: Progress | None,
         on_tokens: OnTokens | None,
     ) -> None:
-        self.model, self.cache, self.switch, self.sampling = model, cache, switch, sampling
+        self.model, self.cache, self.decoder, self.sampling = model, cache, decoder, sampling
         self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
         self.progress, self.on_tokens = progress, on_tokens
         self.head = models.lm_head(model)
@@ -287,11 +299,8 @@ class Generation:
     def _decode(self) -> None:
         """One more token for every row."""
         active = len(self.rows)
-        lengths = self.state["length"][:active]
-        context = DecodeContext(self.cache, self.block_table[:active], lengths)
-        self.switch.decoding = True
-        hidden = models.run_trunk(self.model, self.state["last"][:active], lengths - 1, context)
-        self.switch.decoding = False
+        last, lengths = self.state["last"][:active], self.state["length"][:active]
+        hidden = self.decoder.step(last, lengths, self.block_table[:active])
         self.stats.decode_steps += 1
         self.stats.decode_tokens += active
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)
@@ -304,6 +313,7 @@ class Generation:
         state["last"].copy_(sampled.tokens)
         state["length"] += 1
         rows = self.rows[first_row:]
+        self.stats.new_tokens += len(rows)
         self.drawn.append(_Drawn([row.sequence for row in rows], sampled))
         tokens = sampled.tokens.tolist()  # the one place where the host waits for the device
         outcomes = [self._outcome(row, token) for row, token in zip(rows, tokens, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -64,14 +64,17 @@ class LayerShape(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values of every layer, [pages, 64, Hkv, D] each. Memory that was never written is never read."""
+    """Keys and values of every layer, [pages + 1, 64, Hkv, D] each. Memory that was never written is never read.
+
+    The last page is nobody's: `spare_page`, for rows that only fill up a batch.
+    """
 
     def __init__(self, shapes: dict[int, LayerShape], pages: int, device: torch.device) -> None:
-        self.shapes, self.pages = shapes, pages
+        self.shapes, self.pages, self.spare_page = shapes, pages, pages
         self.bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
         self.layers = {
             layer: tuple(
-                torch.empty(pages, PAGE_SIZE, shape.heads, size, dtype=shape.dtype, device=device)
+                torch.empty(pages + 1, PAGE_SIZE, shape.heads, size, dtype=shape.dtype, device=device)
                 for size in (shape.key_size, shape.value_size)
             )
             for layer, shape in shapes.items()
@@ -94,9 +97,9 @@ class PagedCache:
                 pages[target] = pages[source]
 
 
-def kv_budget(kv_memory: float | None, device: torch.device) -> int:
-    """Bytes for keys and values: `kv_memory` GiB, or (None) 80 % of a GPU's free memory, half of a CPU machine's."""
-    if kv_memory is not None:
+def kv_budget(kv_memory: float | Literal["auto"], device: torch.device) -> int:
+    """Bytes for keys and values: `kv_memory` GiB, or ("auto") 80 % of a GPU's free memory, half of a CPU machine's."""
+    if kv_memory != "auto":
         return int(kv_memory * 2**30)
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

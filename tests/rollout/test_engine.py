@@ -185,6 +185,8 @@ def test_statistics_of_a_call(llama):
     stats = engine.stats
     assert stats.prefill_tokens == sum(map(len, ragged_prompts())) == stats.shared_prompt_tokens
     assert stats.decode_tokens == int((rollout.completion_lengths - 1).sum())
+    assert stats.new_tokens == int(rollout.completion_lengths.sum()) and stats.tokens_per_second > 0
+    assert stats.shared_prompt_share == 0.5
     assert stats.slots == 4 and 0.5 < stats.occupancy <= 1
     read_a_step = 4 * (llama.num_parameters() - llama.get_input_embeddings().weight.numel())
     keys_and_values = 2 * 2 * 2 * 8 * 4  # layers, heads, size, bytes

@@ -1,0 +1,261 @@
+"""Case of a whole PPO step: sampling, scoring, advantages and updates, as our trainer does them and in plain PyTorch on padded batches.
+
+Both train the same small Qwen2 with a reference and a separate critic, on the same prompts and in the same minibatches. They draw other
+tokens; so each is checked against the plain step in fp64, from the same weights, on the tokens that it drew itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from fastppo import PPOConfig
+from fastppo.actor_critic import ActorCritic
+from fastppo.bench import floors
+from fastppo.bench.gae import eager as gae
+from fastppo.bench.harness import Case, Tensors, WrongResult, relative_error
+from fastppo.bench.masked_whiten import eager as masked_whiten
+from fastppo.bench.ppo_loss import eager as ppo_loss
+from fastppo.bench.rollout import VOCABULARY, make_model, prompts_of
+from fastppo.bench.setting import Setting
+from fastppo.experience import compute_advantages, evaluate_networks
+from fastppo.minibatch import plan_epochs
+from fastppo.models import prepare_model
+from fastppo.optimizer import Optimizer
+from fastppo.rollout import Engine, Rollout, SamplingParams
+from fastppo.update import update
+
+ROUNDS = 4  # a step takes seconds
+PER_TOKEN = ("old_logprobs", "values", "advantages", "returns")
+# Of a loss, in units of max(|exact|, 1): after AdamW's steps a rounded gradient's sign has moved some weights the other way.
+ALLOWED_LOSS_ERROR = 1e-4
+CONFIG = PPOConfig(kl_coef=0.05, lr=1e-4, critic_lr=1e-4, ppo_epochs=1, num_minibatches=4, tokens_per_microbatch=1024)
+
+
+class Shape(NamedTuple):
+    hidden: int
+    layers: int
+    prompts: int
+    longest: int
+    new_tokens: int
+
+
+def score(completion: list[int]) -> float:
+    """Share of the tokens in the lower half of the vocabulary."""
+    return sum(token < VOCABULARY // 2 for token in completion) / len(completion)
+
+
+def noisy(module: nn.Module, spread: float, seed: int) -> None:
+    """Moves the weights, the same way whenever asked: else policy and reference agree, and a new critic says 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
+
+
+def minibatches(prompts: int) -> list[list[int]]:
+    """The sequences of each optimizer step."""
+    plan = plan_epochs(
+        torch.ones(prompts), epochs=1, num_minibatches=CONFIG.num_minibatches, max_tokens=1 << 30, seed=0
+    )
+    return [[index for indices in minibatch for index in indices] for epoch in plan for minibatch in epoch]
+
+
+class FusedStep:
+    """What `PPOTrainer` does in a step, on token ids, without its records."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        model = prepare_model(make_model.__wrapped__(shape.hidden, shape.layers))
+        self.networks = ActorCritic(model, shared_trunk=False, with_reference=True)
+        noisy(self.networks.policy, 0.01, seed=1)
+        noisy(self.networks.critic.head, 0.05, seed=2)
+        self.engine = Engine(model, max_batch_size=shape.prompts)
+        self.optimizers = {
+            "policy": Optimizer(model.named_parameters(), CONFIG.lr, CONFIG),
+            "critic": Optimizer(self.networks.critic_parameters(), CONFIG.critic_lr, CONFIG),
+        }
+
+    def __call__(self, x: Tensors) -> Tensors:
+        new = self.shape.new_tokens
+        rollout = self.engine.generate(prompts_of(x), SamplingParams(max_new_tokens=new, min_new_tokens=new))
+        rollout.scores = torch.tensor([score(completion) for completion in rollout.completions()])
+        plan = plan_epochs(
+            rollout.lengths,
+            epochs=CONFIG.ppo_epochs,
+            num_minibatches=CONFIG.num_minibatches,
+            max_tokens=CONFIG.tokens_per_microbatch,
+            seed=0,
+        )
+        in_order = [indices for minibatch in plan[0] for indices in minibatch]
+        compute_advantages(rollout, evaluate_networks(self.networks, rollout, in_order), CONFIG)
+        metrics = update(self.networks, self.optimizers, rollout, plan, CONFIG)
+        return self._outputs(rollout, metrics)
+
+    def _outputs(self, rollout: Rollout, metrics: dict[str, float]) -> Tensors:
+        def actions(x: Tensor) -> Tensor:
+            return x[rollout.action_mask].view(-1, self.shape.new_tokens)
+
+        per_token = {name: actions(getattr(rollout, name)) for name in PER_TOKEN}
+        losses = torch.tensor([metrics["loss/policy_avg"], metrics["loss/value_avg"]])
+        return {"completions": actions(rollout.tokens), "losses": losses} | per_token
+
+
+class PlainStep:
+    """The same step with Transformers' `generate`, left-padded batches, whole logits and PyTorch's own functions.
+
+    P longest prompt, N new tokens: sequences are [B, P + N], of which the last N are the completions.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+        self.shape = shape
+        self.reference = make_model.__wrapped__(shape.hidden, shape.layers)
+        self.policy = copy.deepcopy(self.reference)
+        self.critic, self.value_head = copy.deepcopy(self.reference.model), nn.Linear(shape.hidden, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        noisy(self.policy, 0.01, seed=1)
+        noisy(self.value_head, 0.05, seed=2)
+        for module in (self.reference, self.policy, self.critic, self.value_head):
+            module.to(dtype)
+        self.groups = [
+            list(self.policy.parameters()),
+            [*self.critic.parameters(), *self.value_head.parameters()],
+        ]
+        rates = (CONFIG.lr, CONFIG.critic_lr)
+        self.optimizers = [
+            torch.optim.AdamW(group, lr=lr, weight_decay=0.0) for group, lr in zip(self.groups, rates, strict=True)
+        ]
+
+    def __call__(self, x: Tensors) -> Tensors:
+        return self.learn(x, self.sample(x))
+
+    @torch.no_grad()
+    def sample(self, x: Tensors) -> Tensor:
+        """int64 [B, N]"""
+        tokens, mask = self._left_padded(x)
+        new = self.shape.new_tokens
+        config = GenerationConfig(
+            do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, eos_token_id=None
+        )
+        return self.policy.generate(tokens, attention_mask=mask, generation_config=config)[:, tokens.shape[1] :]
+
+    def learn(self, x: Tensors, completions: Tensor) -> Tensors:
+        """Experience and updates from given completions."""
+        tokens, mask = self._left_padded(x)
+        tokens, mask = torch.cat((tokens, completions), 1), torch.cat((mask, torch.ones_like(completions)), 1)
+        batch = {"tokens": tokens, "attention": mask} | self._experience(tokens, mask)
+        losses = torch.zeros(2, dtype=batch["values"].dtype)
+        chosen = minibatches(len(tokens))
+        for indices in chosen:
+            losses += self._update({name: value[indices] for name, value in batch.items()})
+        return {"completions": completions, "losses": losses / len(chosen)} | {name: batch[name] for name in PER_TOKEN}
+
+    def _left_padded(self, x: Tensors) -> tuple[Tensor, Tensor]:
+        longest = self.shape.longest
+        rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts_of(x)]
+        return torch.tensor(rows), (torch.arange(longest) >= longest - x["lengths"][:, None]).long()
+
+    @torch.no_grad()
+    def _experience(self, tokens: Tensor, attention: Tensor) -> Tensors:
+        """Old and reference log-probs, values, KL-shaped rewards, advantages and returns, each [B, N]."""
+        old, values = self._logprobs(self.policy, tokens, attention), self._values(tokens, attention)
+        rewards = -CONFIG.kl_coef * (old - self._logprobs(self.reference, tokens, attention))
+        completions = tokens[:, -self.shape.new_tokens :].tolist()
+        rewards[:, -1] += torch.tensor([score(completion) for completion in completions])
+        advantages, returns = gae(rewards, values, gamma=CONFIG.gamma, lam=CONFIG.gae_lambda)
+        whitened = masked_whiten(advantages, torch.ones_like(advantages, dtype=torch.bool))
+        return {"old_logprobs": old, "values": values, "advantages": whitened, "returns": returns}
+
+    def _update(self, batch: Tensors) -> Tensor:
+        """One optimizer step; (policy loss, value loss)."""
+        mask = torch.ones_like(batch["values"], dtype=torch.bool)
+        logprobs = self._logprobs(self.policy, batch["tokens"], batch["attention"])
+        values = self._values(batch["tokens"], batch["attention"])
+        clip = {"clip_low": CONFIG.clip_low, "clip_high": CONFIG.clip_high}
+        (policy,) = ppo_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, **clip)
+        clipped = batch["values"] + (values - batch["values"]).clamp(-CONFIG.value_clip, CONFIG.value_clip)
+        errors = (values - batch["returns"]).square(), (clipped - batch["returns"]).square()
+        value = 0.5 * torch.maximum(*errors).mean()
+        (policy + CONFIG.vf_coef * value).backward()
+        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(group, CONFIG.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack((policy.detach(), value.detach()))
+
+    def _logprobs(self, model: PreTrainedModel, tokens: Tensor, attention: Tensor) -> Tensor:
+        """[B, N]: the logits of a position score the token after it."""
+        new = self.shape.new_tokens
+        logits = model(
+            tokens, attention_mask=attention, position_ids=positions(attention), logits_to_keep=new + 1
+        ).logits
+        return log_softmax_gather(logits[:, :-1], tokens[:, -new:])
+
+    def _values(self, tokens: Tensor, attention: Tensor) -> Tensor:
+        """[B, N]: of the state before each new token."""
+        out = self.critic(tokens, attention_mask=attention, position_ids=positions(attention))
+        return self.value_head(out.last_hidden_state[:, -self.shape.new_tokens - 1 : -1]).squeeze(-1)
+
+
+def positions(attention: Tensor) -> Tensor:
+    return (attention.cumsum(1) - 1).clamp_min(0)
+
+
+def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def checked(shape: Shape) -> Callable[[Tensors, Tensors, Tensors], float]:
+    """Compares a provider's first step with the plain one in fp64 on the same completions."""
+
+    def compare(x: Tensors, outputs: Tensors, exact: Tensors) -> float:
+        expected = PlainStep(shape, torch.float64).learn(x, outputs["completions"])
+        found = outputs["losses"].double()
+        off = ((found - expected["losses"]).abs() / expected["losses"].abs().clamp_min(1)).max().item()
+        if not off <= ALLOWED_LOSS_ERROR:
+            raise WrongResult(f"losses are {found.tolist()}, expected {expected['losses'].tolist()}", off)
+        return max(off, *(relative_error(name, outputs[name], expected[name]) for name in PER_TOKEN))
+
+    return compare
+
+
+class Lazy:
+    """A step whose networks are made when it is first called, so that listing the cases costs nothing."""
+
+    def __init__(self, kind: Callable[[Shape], Callable[[Tensors], Tensors]], shape: Shape) -> None:
+        self.kind, self.shape, self.step = kind, shape, None
+
+    def __call__(self, x: Tensors) -> Tensors:
+        if self.step is None:
+            self.step = self.kind(self.shape)
+        return self.step(x)
+
+
+def cases(setting: Setting) -> list[Case]:
+    shape = Shape(32, 1, 8, 8, 8) if setting.quick else Shape(256, 2, 32, 48, 32)
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        return {
+            "tokens": torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator),
+            "lengths": torch.randint(shape.longest // 4, shape.longest + 1, (shape.prompts,), generator=generator),
+        }
+
+    model = make_model(shape.hidden, shape.layers)
+    return [
+        Case(
+            op="ppo_step",
+            name=f"{shape.prompts} prompts of {shape.longest // 4}-{shape.longest}, {shape.new_tokens} new, a step",
+            inputs=inputs,
+            providers={"fastppo": Lazy(FusedStep, shape), "eager": Lazy(PlainStep, shape)},
+            exact=lambda x: {},
+            compare=checked(shape),
+            work=floors.ppo_step(model, shape.prompts, shape.longest // 4, shape.new_tokens, CONFIG.num_minibatches),
+            rounds=ROUNDS,
+        )
+    ]

@@ -1,0 +1,140 @@
+"""The command line: what it asks for, what it refuses, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastppo.bench import __main__ as cli
+from fastppo.bench import catalog, floors, peers, record, run
+from fastppo.bench.setting import Setting, parse_sizes
+from tests.bench.toys import CEILINGS, toy_case
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "gea"], "unknown op 'gea', did you mean 'gae'?"),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--quick", "--check"], "drop --quick"),
+        (["--op", "gae", "--sizes", "8x8", "--check"], "drop --sizes"),
+        (["--device", "cuda"], "sees no CUDA device here"),
+        (["--json", "no/such/folder/r.json"], "--json: there is no folder no/such/folder"),
+        (["--csv", "no/such/folder/r.csv"], "--csv: there is no folder no/such/folder"),
+        (["--check", "no/such/targets.toml"], "no/such/targets.toml"),
+        (["--sizes", "8x8"], "give exactly one --op"),
+        (["--op", "gae", "--sizes", "8"], "'8' is no size of gae, expected BxT"),
+        (["--op", "gae", "--sizes", "8x0"], "'8x0' is no size of gae"),
+        (["--op", "rollout", "--sizes", "8"], "rollout has no sizes to choose"),
+        (["--op", "gae", "--dtype", "bf16"], "gae comes in one type only"),
+        (["--compare", "no/a.json", "no/b.json"], "no/a.json"),
+    ],
+)
+def test_usage_errors_name_the_cause(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(arguments) == 2 and message in capsys.readouterr().err
+
+
+def planned(*arguments: str) -> run.Plan:
+    return cli.plan(cli.parser().parse_args(arguments))
+
+
+def test_no_arguments_measure_everything_on_the_device_at_hand(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = planned()
+    assert plan.ops == catalog.OPS and plan.setting == Setting("cpu") and plan.targets is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = planned()
+    assert plan.ops == catalog.ops_on("cuda") and plan.setting.on_gpu
+
+
+def test_sizes_and_type_make_the_cases():
+    plan = planned("--op", "token_logprobs", "--sizes", "8x100, 4x50", "--dtype", "bf16", "--device", "cpu")
+    assert plan.setting.sizes == ((8, 100), (4, 50)) and plan.targets is None
+    names = [job.case.name for job in run.jobs(plan)]
+    assert names == [
+        "[8, 100] bf16 forward",
+        "[8, 100] bf16 forward + backward, with entropy",
+        "[4, 50] bf16 forward",
+        "[4, 50] bf16 forward + backward, with entropy",
+    ]
+
+
+def test_a_type_alone_means_the_ops_that_have_it():
+    ops = planned("--dtype", "fp16", "--device", "cpu").ops
+    assert "token_logprobs" in ops and "gae" not in ops
+    assert all(case.dtype == "fp16" for op in ops for case in catalog.load_cases(op, Setting(dtype="fp16", quick=True)))
+
+
+@pytest.mark.parametrize("op", catalog.OPS)
+def test_every_op_takes_the_sizes_it_names(op):
+    names = catalog.size_names(op)
+    if names:
+        sizes = parse_sizes("x".join(["16"] * len(names)), op, names)
+        cases = catalog.load_cases(op, Setting(sizes=sizes))
+        assert cases and all(case.largest and "16" in case.name for case in cases)
+
+
+def test_a_size_beyond_the_memory_is_a_row_that_says_so(capsys, tmp_path):
+    file = tmp_path / "r.json"
+    command = ["--op", "masked_whiten", "--sizes", "900000x9000000", "--rounds", "1", "--device", "cpu"]
+    assert cli.main([*command, "--json", str(file)]) == 0, "no failure of ours"
+    rows = record.load(file).rows
+    assert {row.status for row in rows} == {"skipped"}
+    assert "GB with its fp64 reference" in rows[0].reason and "are free" in rows[0].reason
+
+
+def test_quick_run_of_one_op(tmp_path, capsys):
+    files = {"--json": tmp_path / "r.json", "--csv": tmp_path / "r.csv"}
+    arguments = ["--op", "token_logprobs", "--against", "eager", "--quick", "--rounds", "2"]
+    assert cli.main(arguments + [str(part) for pair in files.items() for part in pair]) == 0
+    result = record.load(files["--json"])
+    assert result.quick and result.rounds == 2 and result.machine.copy_bandwidth > 0
+    assert result.versions["torch"] == torch.__version__ and result.machine.matmul_rates["fp32"] > 0
+    assert [row.provider for row in result.rows] == ["fastppo", "eager"] * 3
+    assert all(row.status == "ok" and row.median_s > 0 and row.error is not None for row in result.rows)
+    assert "[32, 4000] bf16 forward" in capsys.readouterr().out
+    lines = list(csv.DictReader(files["--csv"].open()))
+    assert [float(line["median_s"]) for line in lines] == [row.median_s for row in result.rows]
+    assert lines[1]["speedup"] == ""
+
+
+@pytest.fixture
+def one_toy(monkeypatch):
+    """`gae` is one small case, and needs 10^6 times eager's speed."""
+    monkeypatch.setattr(floors, "cache_bytes", lambda device: 6000)
+    monkeypatch.setattr(floors, "ceilings", lambda device, rounds: CEILINGS)
+    monkeypatch.setattr(run, "load_cases", lambda op, setting: [toy_case(op="gae", name="[256, 1024]")])
+    monkeypatch.setattr(peers, "installed", dict)
+
+
+def test_check_sets_the_exit_status(one_toy, capsys, tmp_path):
+    file = tmp_path / "targets.toml"
+    command = ["--op", "gae", "--rounds", "1", "--device", "cpu"]
+    assert cli.main(command) == 0
+    file.write_text('[cpu.gae]\n"[256, 1024]" = { speedup = 1e6 }\n')
+    assert cli.main([*command, "--check", str(file)]) == 1
+    assert "below target: gae [256, 1024]: " in capsys.readouterr().err
+    file.write_text('[cpu.gae]\n"[256, 1024]" = { speedup = 1e-6 }\n')
+    assert cli.main([*command, "--check", str(file)]) == 0
+
+
+def test_cases_that_do_not_load_are_a_failure_with_its_reason(one_toy, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_cases", lambda op, setting: 1 / 0)
+    assert cli.main(["--op", "gae", "--rounds", "1", "--device", "cpu"]) == 1
+    assert "failed: gae all, all: raised: its cases do not load: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path):
+    """And leaves nothing behind."""
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    folder = tmp_path / "results"
+    command = [record.ROOT / "bench" / "gpu_record.sh", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "sees no CUDA device here" in done.stderr
+    assert not folder.exists()

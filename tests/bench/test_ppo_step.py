@@ -1,0 +1,50 @@
+"""The whole step: both ways of doing it agree with fp64 on their own tokens, and a step that learns something else is caught."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastppo.bench import ppo_step
+from fastppo.bench.catalog import load_cases
+from fastppo.bench.harness import check_provider, make_inputs
+from fastppo.bench.setting import Setting
+
+CPU = torch.device("cpu")
+
+
+def checked(monkeypatch, provider: str, **changes):
+    """The row of a provider whose settings are changed from what the exact step is computed with."""
+    (case,) = load_cases("ppo_step", Setting(quick=True))
+    inputs = make_inputs(case, CPU)
+    run, config = case.providers[provider], ppo_step.CONFIG
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_step, "CONFIG", replace(config, **changes))
+        outputs = run(inputs)
+    frozen = replace(case, providers={provider: lambda x: outputs})
+    return check_provider(frozen, provider, inputs, {})
+
+
+@pytest.mark.parametrize("provider", ["fastppo", "eager"])
+def test_both_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
+    row = checked(monkeypatch, provider)
+    assert row.status == "ok" and row.error < 1e-5, row.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kl_coef": 0.5}, "advantages|returns|losses"),
+        ({"gae_lambda": 0.5}, "advantages|returns|losses"),
+        ({"lr": 1e-2}, "losses"),
+    ],
+)
+def test_a_step_that_does_something_else_is_wrong(monkeypatch, change, reason):
+    row = checked(monkeypatch, "fastppo", **change)
+    assert row.status == "wrong" and any(word in row.reason for word in reason.split("|"))
+
+
+def test_the_score_is_a_share_of_tokens():
+    assert ppo_step.score([0, 1, ppo_step.VOCABULARY - 1, ppo_step.VOCABULARY // 2]) == 0.5

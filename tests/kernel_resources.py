@@ -1,0 +1,260 @@
+"""Registers, shared and local memory of every kernel on every architecture, as the compilers count them; no GPU is needed.
+
+`python -m tests.kernel_resources` writes the table in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- registers: begin -->", "<!-- registers: end -->"
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Compute capability: most shared memory that a block can have, in bytes.
+MOST_SHARED = {80: 166912, 90: 232448, 100: 232448}
+
+
+class Usage(NamedTuple):
+    registers: int
+    shared: int  # bytes a block
+    local: int  # bytes a thread: stack and spills
+
+
+# ---- Triton
+
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+def token_logprobs_launches():
+    """(kernel name, signature, constants, warps) of everything the launchers of kernels/token_logprobs.py can launch."""
+    module = importlib.import_module("fastppo.kernels.token_logprobs")
+    for dtype, softcap, entropy, block in [
+        *((dtype, False, True, module.BLOCK_V) for dtype in POINTERS),
+        ("bfloat16", True, True, module.BLOCK_V),
+        ("bfloat16", False, False, module.BLOCK_V),
+        ("float32", True, False, 128),
+    ]:
+        pointer = POINTERS[dtype]
+        constants = {"HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, "BLOCK_V": block}
+        numbers = {"inner": "i64", "V": "i32", "stride_outer": "i64", "stride_inner": "i64"}
+        options = {"scale": "fp32", "softcap": "fp32", "temperature": "fp32", "ignore_index": "i32"}
+        outputs = {"logprobs_ptr": "*fp32", "entropy_ptr": "*fp32", "max_logsum_ptr": "*fp32"}
+        forward = {"logits_ptr": pointer, "labels_ptr": "*i64"} | outputs | numbers | options
+        yield "_token_logprobs_forward_kernel", forward, constants, module.NUM_WARPS
+        inputs = {
+            "max_logsum_ptr": "*fp32",
+            "entropy_ptr": "*fp32",
+            "d_logprobs_ptr": "*fp32",
+            "d_entropy_ptr": "*fp32",
+        }
+        gradient = {"grad_ptr": pointer} | numbers | {"grad_stride_outer": "i64", "grad_stride_inner": "i64"}
+        backward = {"logits_ptr": pointer, "labels_ptr": "*i64"} | inputs | gradient | options
+        yield "_token_logprobs_backward_kernel", backward, constants, module.NUM_WARPS
+
+
+def linear_head_launches():
+    """What the ops of the fused head launch of kernels/token_logprobs.py: fp32 tiles, gradients in the type of the products."""
+    module = importlib.import_module("fastppo.kernels.token_logprobs")
+    options = {"scale": "fp32", "softcap": "fp32", "temperature": "fp32"}
+    for softcap, entropy, block in [(False, True, module.BLOCK_V), (False, False, module.BLOCK_V), (True, True, 128)]:
+        constants = {"HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, "BLOCK_V": block}
+        pointers = {"tile_ptr": "*fp32", "labels_ptr": "*i64", "state_ptr": "*fp64"}
+        add_tile = pointers | {"width": "i32", "stride_row": "i32"} | options
+        yield "_token_logprobs_add_tile_kernel", add_tile, constants, module.NUM_WARPS
+    for name, signature, constants, warps in token_logprobs_launches():
+        if "backward" in name and signature["grad_ptr"] != "*fp32":
+            yield name, signature | {"logits_ptr": "*fp32", "ignore_index": "i64"}, constants, warps
+
+
+def decode_attention_launches():
+    """The same of kernels/decode_attention.py, and the stages of its pipeline; ":16" marks what Triton finds divisible by 16."""
+    module = importlib.import_module("fastppo.kernels.decode_attention")
+    for dtype, size, value_size, page, softcap, sinks, one_split, aligned in [
+        *((dtype, size, size, 64, False, False, False, ":16") for dtype in POINTERS for size in (64, 128, 256)),
+        *((dtype, 128, 128, 60, True, True, True, "") for dtype in POINTERS),
+        ("bfloat16", 80, 80, 64, True, False, True, ":16"),
+        ("bfloat16", 192, 128, 64, False, False, False, ":16"),
+        ("bfloat16", 256, 256, 60, True, True, False, ":16"),
+        ("float32", 256, 256, 16, True, True, False, ":16"),
+        ("bfloat16", 256, 256, 16, True, True, False, ""),
+    ]:
+        pointer, partial = POINTERS[dtype] + aligned, (POINTERS[dtype] if one_split else "*fp32") + aligned
+        blocks, launch = module._tile(size, value_size, 4 if dtype == "float32" else 2, bool(aligned))
+        tensors = dict.fromkeys(("q_ptr", "k_pages_ptr", "v_pages_ptr"), pointer)
+        tables = {"block_table_ptr": "*i32", "context_lens_ptr": "*i32", "sinks_ptr": "*fp32"}
+        results = {"out_ptr": partial, "max_sum_ptr": "*fp32"}
+        numbers = dict.fromkeys(("kv_heads", "group", "pages", "capacity", "splits"), "i32")
+        strides = ("q_b", "q_h", "k_page", "k_token", "v_page", "v_token", "table")
+        numbers |= {f"stride_{name}": "i64" + aligned for name in strides}
+        options = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
+        constants = {"HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "ONE_SPLIT": one_split, "PAGE_SIZE": page}
+        constants |= {
+            "D": size,
+            "DV": value_size,
+            "BLOCK_HEADS": module.BLOCK_HEADS,
+            "SPLIT_TOKENS": module.SPLIT_TOKENS,
+        }
+        signature = tensors | tables | results | numbers | options
+        yield "_decode_attention_kernel", signature, constants | blocks, launch["num_warps"], launch["num_stages"]
+        if not one_split:
+            merged = {"parts_ptr": partial, "max_sum_ptr": "*fp32", "context_lens_ptr": "*i32", "out_ptr": pointer}
+            merged |= dict.fromkeys(("heads", "capacity", "splits", "window"), "i32")
+            constants = {"DV": value_size, "BLOCK_DV": blocks["BLOCK_DV"], "BLOCK_SPLITS": module.BLOCK_SPLITS}
+            constants |= {"SPLIT_TOKENS": module.SPLIT_TOKENS}
+            yield "_merge_splits_kernel", merged, constants, module.NUM_WARPS
+    for dtype, size, value_size, aligned in [(dtype, 128, 128, ":16") for dtype in POINTERS] + [
+        ("bfloat16", 80, 96, "")
+    ]:
+        tensors = dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), POINTERS[dtype] + aligned)
+        numbers = {"slots_ptr": "*i64", "kv_heads": "i32", "places": "i64"}
+        numbers |= {f"stride_{name}": "i64" + aligned for name in ("k_t", "k_h", "v_t", "v_h", "k_page", "v_page")}
+        constants = {"PAGE_SIZE": 64, "D": size, "DV": value_size, "BLOCK": module.COPY_BLOCK}
+        yield "_write_kv_kernel", tensors | numbers, constants, module.NUM_WARPS
+
+
+def batch_invariant_linear_launches():
+    """The same of kernels/batch_invariant_linear.py."""
+    module = importlib.import_module("fastppo.kernels.batch_invariant_linear")
+    for dtype, bias, one_part, aligned in [
+        *((dtype, True, False, ":16") for dtype in POINTERS),
+        *((dtype, True, True, ":16") for dtype in POINTERS),
+        *((dtype, False, True, "") for dtype in POINTERS),
+    ]:
+        pointer = POINTERS[dtype] + aligned
+        result = {"out_ptr": pointer if one_part else "*fp32" + aligned}
+        numbers = {"rows": "i32"} | dict.fromkeys(("N", "K", "part", "stride_x", "stride_weight"), "i32" + aligned)
+        constants = {"HAS_BIAS": bias, "ONE_PART": one_part, "BLOCK_N": module.BLOCK_N}
+        constants |= module._blocks(4 if dtype == "float32" else 2)
+        tensors = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), pointer)
+        launch = (module.ALIGNED_LAUNCH if aligned else module.UNALIGNED_LAUNCH).values()
+        yield "_batch_invariant_linear_kernel", tensors | result | numbers, constants, *launch
+        merged = {
+            "parts_ptr": "*fp32",
+            "bias_ptr": pointer,
+            "out_ptr": pointer,
+            "elements": "i32",
+            "parts": "i32",
+            "N": "i32",
+        }
+        if not one_part:
+            yield "_add_parts_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.MERGE_WARPS
+
+
+TRITON_LAUNCHES = [
+    *(("batch_invariant_linear", *launch) for launch in batch_invariant_linear_launches()),
+    *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
+    *(("token_logprobs", *launch) for launch in linear_head_launches()),
+    *(("decode_attention", *launch) for launch in decode_attention_launches()),
+]
+
+
+def compile_triton(launch: tuple, capability: int, folder: Path) -> Usage:
+    """Compiles one of TRITON_LAUNCHES to a cubin in `folder`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    stem, name, signature, constants, warps, *stages = launch
+    kernel = getattr(importlib.import_module(f"fastppo.kernels.{stem}"), name)
+    types = {argument: spec.split(":")[0] for argument, spec in signature.items()} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    places = [place for place, argument in enumerate(kernel.arg_names) if signature.get(argument, "").endswith(":16")]
+    divisible = {(place,): [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(kernel, types, constants, divisible)
+    options = {"num_warps": warps} | ({"num_stages": stages[0]} if stages else {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])
+
+
+# ---- CUDA C++
+
+
+def find_nvcc() -> str | None:
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def compile_cuda(source: Path, capability: int, folder: Path) -> list[tuple[str, Usage]]:
+    """(kernel, usage) of every instance in a file of csrc/cuda, which nvcc must accept."""
+    command = [find_nvcc(), "-std=c++17", "-O3", f"-arch=sm_{capability}", "-cubin", "-Xptxas", "-v", source]
+    done = subprocess.run([*command, "-o", folder / "kernels.cubin"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [_ptxas_usage(part) for part in done.stderr.split("Compiling entry function")[1:]]
+
+
+def _ptxas_usage(text: str) -> tuple[str, Usage]:
+    """Of what `ptxas -v` says about one kernel."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, text)
+        return int(found[1]) if found else 0
+
+    mangled = re.match(r" '(\w+)'", text)[1]
+    (name,) = {kernel for kernel in cuda_kernel_names() if f"{len(kernel)}{kernel}" in mangled}
+    local = sum(map(number, (r"(\d+) bytes stack", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")))
+    return name, Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), local)
+
+
+def cuda_kernel_names() -> set[str]:
+    text = "\n".join(source.read_text() for source in CUDA_SOURCES)
+    return set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)+\s+)?(\w+)\(", text))
+
+
+# ---- the table
+
+
+def table() -> str:
+    """Of each kernel on each architecture: the most registers and shared memory that one of its configurations takes."""
+    found: dict[tuple[str, int], list[Usage]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for capability in MOST_SHARED:
+            for launch in TRITON_LAUNCHES:
+                found[launch[1], capability].append(compile_triton(launch, capability, Path(folder)))
+            for source in CUDA_SOURCES:
+                for name, usage in compile_cuda(source, capability, Path(folder)):
+                    found[name, capability].append(usage)
+    lines = [
+        f"| kernel | configurations | {' | '.join(f'sm_{c}' for c in MOST_SHARED)} |",
+        "|---" * (2 + len(MOST_SHARED)) + "|",
+    ]
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = (_cell(found[name, capability]) for capability in MOST_SHARED)
+        lines.append(f"| `{name}` | {len(found[name, 90])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(usages: list[Usage]) -> str:
+    """Registers, and where there are any shared bytes and spilled bytes."""
+    registers, shared, local = map(max, zip(*usages, strict=True))
+    parts = [str(registers)]
+    if shared:
+        parts.append(f"{shared} B" if shared < 1024 else f"{shared / 1024:.3g} KiB")
+    if local:
+        parts.append(f"{local} B spilled")
+    return ", ".join(parts)
+
+
+def main() -> None:
+    before, rest = DOCS.read_text().split(BEGIN)
+    DOCS.write_text(f"{before}{BEGIN}\n{table()}{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Buckets, buffers and lifetime of captured decode steps. Where there is no GPU, a replay runs the step again on the same buffers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastppo.rollout import Engine, SamplingParams
+from fastppo.rollout.decoder import ModuleDecoder
+from fastppo.rollout.graphs import Captured, GraphDecoder, bucket
+from tests.rollout.tiny import make_model, ragged_prompts
+
+SAMPLING = SamplingParams(n=3, max_new_tokens=20, seed=5)
+
+
+class Recorder:
+    """Counts captures; a capture runs once and then keeps its outputs' place, as a graph does."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, run) -> Captured:
+        hidden = run().clone()
+        self.sizes.append(len(hidden))
+        return Captured(lambda: hidden.copy_(run()), hidden)
+
+
+def with_graphs(monkeypatch, capture) -> list[GraphDecoder]:
+    """All engines replay; the decoders that they made."""
+    made: list[GraphDecoder] = []
+
+    def make(engine, parts, cache, switch, *, rows, positions):
+        step = ModuleDecoder(engine.model, cache, switch).step
+        parameters = list(engine.model.parameters())
+        made.append(
+            GraphDecoder(step, parameters, cache, rows=rows, blocks=2, device=engine.model.device, capture=capture)
+        )
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "_make_decoder", make)
+    return made
+
+
+def test_buckets():
+    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 7, 9, 13, 24, 25, 33, 49, 100, 129)] == [
+        1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 192,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2"])
+@pytest.mark.parametrize("max_batch_size", [1, 5, 16])
+def test_replays_sample_what_the_modules_sample(family, max_batch_size, monkeypatch):
+    """Ragged prompts, refilled rows, shared prompts; rows that fill up a bucket touch nobody's keys."""
+    model = make_model(family)
+    expected = Engine(model, max_batch_size=max_batch_size).generate(ragged_prompts(), SAMPLING)
+    recorder = Recorder()
+    with_graphs(monkeypatch, recorder)
+    found = Engine(model, max_batch_size=max_batch_size).generate(ragged_prompts(), SAMPLING)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert len(set(recorder.sizes)) == len(recorder.sizes), "each bucket once"
+    assert max(recorder.sizes) == bucket(min(max_batch_size, 15))
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
+    def refuse(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = make_model("llama")
+    expected = Engine(model).generate(ragged_prompts(), SAMPLING)
+    with_graphs(monkeypatch, refuse)
+    assert torch.equal(Engine(model).generate(ragged_prompts(), SAMPLING).tokens, expected.tokens)
+
+
+def test_graphs_outlast_updates_in_place_and_nothing_else(monkeypatch):
+    model = make_model("llama")
+    made = with_graphs(monkeypatch, Recorder())
+    Engine(model, max_batch_size=4).generate(ragged_prompts(), SAMPLING)
+    graphs, cache = made[0], made[0]._cache
+
+    def serves(cache=cache, rows=4, blocks=2):
+        return graphs.serves(list(model.parameters()), cache, rows=rows, blocks=blocks)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert serves() and serves(rows=1, blocks=1)
+    assert not serves(rows=5) and not serves(blocks=3) and not serves(cache=None)
+    model.model.norm.weight = nn.Parameter(torch.ones_like(model.model.norm.weight))
+    assert not serves()
