@@ -1,11 +1,10 @@
-"""x W^T + b with a fixed order of additions: a row's result does not depend on how many rows there are, nor on which.
+"""x W^T + b whose bits do not depend on how many rows x has.
 
-A decode step multiplies few rows, so reading the weights is what takes time. Each program reads its part of the weights once for up to 64
-(16 in fp32) rows. Where the columns alone would leave most of a GPU idle, K is cut into parts as well, whose number depends on the shape of
-the weights alone, and a second kernel adds the parts in their order.
+Rows, columns and K are cut into tiles of fixed sizes, and K into splits that follow from the weight's shape alone; a split's tiles are summed in
+order, then the splits in order. A row is the same sum of the same products wherever it stands and whatever stands beside it.
 """
 
-from __future__ import annotations
+import math
 
 import torch
 import triton
@@ -13,15 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 64
-ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H200
-LEAST_PART = 256  # of K
-MERGE_BLOCK = 512
-ALIGNED_LAUNCH = {"num_warps": 4, "num_stages": 3}
-UNALIGNED_LAUNCH = {"num_warps": 8, "num_stages": 2}
-MERGE_WARPS = 4
+NUM_WARPS = 4
+PROGRAMS = 264  # two for each of an H200's multiprocessors: fewer column tiles than these are multiplied in splits of K
+LEAST_SPLIT = 256  # products of one split: fewer would not outweigh writing its sums and reading them again
+MERGE_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "row_tiles", "split_tiles"])
 def _batch_invariant_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -30,110 +27,130 @@ def _batch_invariant_linear_kernel(
     rows,
     N,
     K,
-    part,
-    stride_x,
+    row_tiles,
+    split_tiles,
     stride_weight,
     HAS_BIAS: tl.constexpr,
-    ONE_PART: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program for BLOCK_R rows, BLOCK_N columns and elements [p * part, (p + 1) * part) of K.
-
-    x [rows, K], weight [N, K], bias [N]. ONE_PART: out [rows, N] is the result, else fp32 [parts, rows, N] the sums of the parts.
-    """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_r, mask_n = row < rows, column < N
-    begin = tl.program_id(2) * part
-    end = tl.minimum(begin + part, K)
-    x_rows = x_ptr + row * stride_x
-    weight_rows = weight_ptr + column * stride_weight
-    acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    """One program for BLOCK_ROWS rows, BLOCK_N columns and `split_tiles` tiles of K. x [rows, K], weight [N, K], bias [N], out [splits, rows, N]."""
+    # Row tiles vary fastest: programs that run together read the same weights, once from memory and then from the cache.
+    row = (tl.program_id(0) % row_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (tl.program_id(0) // row_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(1) * split_tiles * BLOCK_K  # Triton knows that it is a multiple of 16
+    end = tl.minimum(K, begin + split_tiles * BLOCK_K)
+    mask_row, mask_column = row < rows, column < N
+    offs_k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + row * K
+    weight_rows = weight_ptr + tl.minimum(column, N - 1) * stride_weight  # columns beyond N are not stored
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_K):
-        offs = start + tl.arange(0, BLOCK_K)
-        mask_k = offs < end
-        x = tl.load(x_rows[:, None] + offs[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-        weight = tl.load(weight_rows[:, None] + offs[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
-    if ONE_PART and HAS_BIAS:
-        acc += tl.load(bias_ptr + column, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + (tl.program_id(2).to(tl.int64) * rows + row)[:, None] * N + column[None, :]
-    tl.store(out, acc, mask=mask_r[:, None] & mask_n[None, :])
+        k = start + offs_k
+        mask_k = (k < K)[None, :]  # K and not `end`, which is it or the border of a tile: Triton knows how K divides
+        x = tl.load(x_rows[:, None] + k[None, :], mask=mask_row[:, None] & mask_k, other=0.0)  # [BLOCK_ROWS, BLOCK_K]
+        w = tl.load(weight_rows[:, None] + k[None, :], mask=mask_k, other=0.0)  # [BLOCK_N, BLOCK_K]
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + column, mask=mask_column, other=0.0).to(tl.float32)[None, :]
+    place = (split * rows + row)[:, None] * N + column[None, :]
+    tl.store(out_ptr + place, acc, mask=mask_row[:, None] & mask_column[None, :])
 
 
-@triton.jit(do_not_specialize=["elements", "parts"])
-def _add_parts_kernel(parts_ptr, bias_ptr, out_ptr, elements, parts, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [elements] = sum over parts [parts, elements], first to last, + bias of the element's column."""
+@triton.jit(do_not_specialize=["elements", "splits"])
+def _add_splits_kernel(
+    parts_ptr,
+    bias_ptr,
+    out_ptr,
+    elements,
+    N,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for BLOCK elements of out [rows * N]: the sum of parts fp32 [splits, rows * N], first split first, and bias [N]."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
-    total = tl.zeros([BLOCK], tl.float32)
-    for p in range(parts):
-        total += tl.load(parts_ptr + p * elements.to(tl.int64) + offs, mask=mask, other=0.0)
+    acc = tl.zeros([BLOCK], tl.float32)
+    part = parts_ptr + offs
+    for _ in range(splits):
+        acc += tl.load(part, mask=mask, other=0.0)
+        part += elements
     if HAS_BIAS:
-        total += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, total, mask=mask)
+        acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs, acc, mask=mask)
 
 
-def _blocks(itemsize: int) -> dict[str, int]:
-    """fp32 has no tensor cores here: its products are multiply-adds, whose operands take registers."""
-    return {"BLOCK_R": 16, "BLOCK_K": 32} if itemsize == 4 else {"BLOCK_R": 64, "BLOCK_K": 64}
+def _tile(weight: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes, and the options of the launch: from the weight alone.
+
+    64 rows fill an instruction of Hopper's tensor cores and still take less time than reading their weights. fp32 has no tensor cores:
+    its products are fused multiply-adds, whose operands take registers. So do weights that Triton cannot tell to lie at multiples of 16
+    bytes, which cannot go to shared memory directly.
+    """
+    if weight.dtype == torch.float32:
+        return {"BLOCK_ROWS": 16, "BLOCK_K": 16}, {"num_warps": NUM_WARPS, "num_stages": 4}
+    if weight.data_ptr() % 16 == 0 and weight.stride(0) % 16 == 0 and weight.shape[1] % 16 == 0:
+        return {"BLOCK_ROWS": 64, "BLOCK_K": 64}, {"num_warps": NUM_WARPS, "num_stages": 4}
+    return {"BLOCK_ROWS": 64, "BLOCK_K": 32}, {"num_warps": 2 * NUM_WARPS, "num_stages": 2}
 
 
-def _launch_options(*tensors: Tensor) -> dict[str, int]:
-    """Rows that do not begin at multiples of 16 elements are loaded through registers, of which more warps have more."""
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in tensors)
-    return ALIGNED_LAUNCH if aligned else UNALIGNED_LAUNCH
+def _split(columns: int, inner: int, block_k: int) -> tuple[int, int]:
+    """(splits of K, tiles of each), from the weight's shape alone."""
+    tiles = triton.cdiv(inner, block_k)
+    wanted = max(1, min(PROGRAMS // triton.cdiv(columns, BLOCK_N), inner // LEAST_SPLIT))
+    split_tiles = max(1, triton.cdiv(tiles, wanted))
+    return max(1, triton.cdiv(tiles, split_tiles)), split_tiles
 
 
-def _part_size(columns: int, inner: int, block_k: int) -> int:
-    """Elements of K that a program adds up: from the weights' shape alone."""
-    wanted = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(columns, BLOCK_N))
-    part = max(LEAST_PART, triton.cdiv(inner, wanted))
-    return triton.cdiv(part, block_k) * block_k
+def _as_rows(x: Tensor) -> Tensor:
+    """`x` [..., K] as [rows, K], contiguous and aligned to 16 bytes, so that one compiled kernel serves every number of rows."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [rows, K] and weight [N, K] with last stride 1, contiguous bias [N], all of one type -> [rows, N] in it."""
-    (rows, inner), columns = x.shape, len(weight)
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    """x [..., K], weight [N, K] with last stride 1, contiguous bias [N], one dtype -> [..., N] in it, accumulated in fp32, rounded once."""
+    columns, inner = weight.shape
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    blocks = _blocks(x.element_size())
-    part = _part_size(columns, inner, blocks["BLOCK_K"])
-    parts = max(1, triton.cdiv(inner, part))
-    sums = out if parts == 1 else torch.empty((parts, rows, columns), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, blocks["BLOCK_R"]), parts)
-    has_bias, bias_or_any = bias is not None, weight if bias is None else bias
+    x = _as_rows(x)
+    rows = x.shape[0]
+    tile, options = _tile(weight)
+    splits, split_tiles = _split(columns, inner, tile["BLOCK_K"])
+    parts = out if splits == 1 else torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device)
+    row_tiles = triton.cdiv(rows, tile["BLOCK_ROWS"])
+    addend = x if bias is None else bias
     with torch.cuda.device_of(x):
-        _batch_invariant_linear_kernel[grid](
+        _batch_invariant_linear_kernel[(row_tiles * triton.cdiv(columns, BLOCK_N), splits)](
             x,
             weight,
-            bias_or_any,
-            sums,
+            addend,
+            parts,
             rows,
             columns,
             inner,
-            part,
-            x.stride(0),
+            row_tiles,
+            split_tiles,
             weight.stride(0),
-            HAS_BIAS=has_bias,
-            ONE_PART=parts == 1,
+            HAS_BIAS=bias is not None and splits == 1,
             BLOCK_N=BLOCK_N,
-            **blocks,
-            **_launch_options(x, weight),
+            **tile,
+            **options,
         )
-        if parts > 1:
-            _add_parts_kernel[(triton.cdiv(out.numel(), MERGE_BLOCK),)](
-                sums,
-                bias_or_any,
+        if splits > 1:
+            _add_splits_kernel[(triton.cdiv(out.numel(), MERGE_BLOCK),)](
+                parts,
+                addend,
                 out,
                 out.numel(),
-                parts,
                 columns,
-                HAS_BIAS=has_bias,
+                splits,
+                HAS_BIAS=bias is not None,
                 BLOCK=MERGE_BLOCK,
-                num_warps=MERGE_WARPS,
+                num_warps=NUM_WARPS,
             )
     return out

@@ -16,6 +16,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS_BY_VOCAB = [(1, 1), (3, 17), (5, 252), (2, 1023), (4, 1024), (7, 1025), (3, 5000), (0, 33)]
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the device where the tests make their tensors."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def strided_views(x: Tensor) -> dict[str, Tensor]:
     """Tensors equal to `x` [B, T, V] in other memory layouts; what lies between the elements is NaN."""
     batch, length, width = x.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -34,12 +33,11 @@ def _offline(monkeypatch):
 
 # Two more backends run the tests of ops in a process of their own, in place of `cpu`: `triton` through Triton's interpreter, which must be
 # switched on before its kernels are imported (tests/test_triton.py starts one), and `cuda` with the CUDA kernels executed on the CPU
-# (tests/test_cuda_on_cpu.py). On a GPU (tests/test_gpu.py) every tensor of the tests is made there, and each op has the kernel that it has.
+# (tests/test_cuda_on_cpu.py). On a GPU (tests/test_gpu.py) every tensor of the tests is made there, and the kernels are the compiled ones.
 FAST_BACKEND = os.environ.get("FASTPPO_TEST_BACKEND", "cpu")
-ON_GPU = os.environ.get("FASTPPO_TEST_DEVICE") == "cuda"
-if ON_GPU:
-    torch.set_default_device("cuda")
-    torch.Generator = partial(torch.Generator, device="cuda")
+DEVICE = os.environ.get("FASTPPO_TEST_DEVICE")
+if DEVICE:
+    torch.set_default_device(DEVICE)
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_interpreter
 
@@ -71,10 +69,7 @@ def cpu_backend(request):
 def _with_backend(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
     if name in ("cpu", "cuda") and native.unavailable_reason:
         pytest.skip(native.unavailable_reason)
-    if ON_GPU:
-        yield name
-        return
-    if name == "cuda":
+    if name == "cuda" and DEVICE != "cuda":
         request.getfixturevalue("cuda_kernels_on_the_cpu")
     with use_backend(name):
         yield name

@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- registers: begin -->", "<!-- registers: end -->"
@@ -124,29 +126,22 @@ def decode_attention_launches():
 def batch_invariant_linear_launches():
     """The same of kernels/batch_invariant_linear.py."""
     module = importlib.import_module("fastppo.kernels.batch_invariant_linear")
-    for dtype, bias, one_part, aligned in [
-        *((dtype, True, False, ":16") for dtype in POINTERS),
-        *((dtype, True, True, ":16") for dtype in POINTERS),
-        *((dtype, False, True, "") for dtype in POINTERS),
+    for dtype, one_split, bias, aligned in [
+        *((dtype, one_split, True, ":16") for dtype in POINTERS for one_split in (True, False)),
+        *((dtype, True, False, "") for dtype in POINTERS),
     ]:
-        pointer = POINTERS[dtype] + aligned
-        result = {"out_ptr": pointer if one_part else "*fp32" + aligned}
-        numbers = {"rows": "i32"} | dict.fromkeys(("N", "K", "part", "stride_x", "stride_weight"), "i32" + aligned)
-        constants = {"HAS_BIAS": bias, "ONE_PART": one_part, "BLOCK_N": module.BLOCK_N}
-        constants |= module._blocks(4 if dtype == "float32" else 2)
-        tensors = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), pointer)
-        launch = (module.ALIGNED_LAUNCH if aligned else module.UNALIGNED_LAUNCH).values()
-        yield "_batch_invariant_linear_kernel", tensors | result | numbers, constants, *launch
-        merged = {
-            "parts_ptr": "*fp32",
-            "bias_ptr": pointer,
-            "out_ptr": pointer,
-            "elements": "i32",
-            "parts": "i32",
-            "N": "i32",
-        }
-        if not one_part:
-            yield "_add_parts_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.MERGE_WARPS
+        pointer, partial = POINTERS[dtype] + ":16", (POINTERS[dtype] if one_split else "*fp32") + ":16"
+        operands = {"x_ptr": pointer, "weight_ptr": POINTERS[dtype] + aligned, "bias_ptr": pointer}
+        numbers = dict.fromkeys(("N", "K", "stride_weight"), "i32" + aligned)
+        numbers |= dict.fromkeys(("rows", "row_tiles", "split_tiles"), "i32")
+        tile, launch = module._tile(torch.empty(64, 64 if aligned else 60, dtype=getattr(torch, dtype), device="cpu"))
+        constants = {"HAS_BIAS": bias and one_split, "BLOCK_N": module.BLOCK_N} | tile
+        signature = operands | {"out_ptr": partial} | numbers
+        yield "_batch_invariant_linear_kernel", signature, constants, launch["num_warps"], launch["num_stages"]
+        if not one_split:
+            merged = {"parts_ptr": partial, "bias_ptr": pointer, "out_ptr": pointer}
+            merged |= {"elements": "i64", "N": "i32" + aligned, "splits": "i32"}
+            yield "_add_splits_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.NUM_WARPS
 
 
 TRITON_LAUNCHES = [

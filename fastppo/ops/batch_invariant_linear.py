@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -63,9 +61,7 @@ def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if choose("batch_invariant_linear", x) == "triton":
         from fastppo.kernels.batch_invariant_linear import batch_invariant_linear as kernel
 
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        return kernel(rows, weight, bias).view(*x.shape[:-1], len(weight))
+        return kernel(x, weight, bias)
     return native.batch_invariant_linear(x, weight, bias)
 
 

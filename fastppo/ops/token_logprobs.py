@@ -97,7 +97,8 @@ def _forward_kernel(
         from fastppo.kernels.token_logprobs import token_logprobs_forward as forward
     else:
         forward = native.token_logprobs_forward
-    logprobs, entropy, max_logsum = forward(rows, flat_labels, ignore_index, transform, with_entropy)
+    with torch.cuda.device_of(logits):
+        logprobs, entropy, max_logsum = forward(rows, flat_labels, ignore_index, transform, with_entropy)
     shape = labels.shape
     return logprobs.view(shape), entropy.view(shape) if with_entropy else None, max_logsum.view(*shape, 2)
 
@@ -118,9 +119,9 @@ def _backward_kernel(
         backward = native.token_logprobs_backward
     flat = [None if x is None else x.reshape(-1).contiguous() for x in (labels, entropy, d_logprobs, d_entropy)]
     flat_labels, flat_entropy, flat_d_logprobs, flat_d_entropy = flat
-    backward(
-        rows, flat_labels, ignore_index, transform, max_logsum, flat_entropy, flat_d_logprobs, flat_d_entropy, grad_rows
-    )
+    saved = max_logsum, flat_entropy
+    with torch.cuda.device_of(logits):
+        backward(rows, flat_labels, ignore_index, transform, *saved, flat_d_logprobs, flat_d_entropy, grad_rows)
     if grad is logits and not in_place:
         logits.copy_(grad_rows.view(logits.shape))
 

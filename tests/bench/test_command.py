@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -138,3 +139,38 @@ def test_the_gpu_script_says_when_there_is_no_gpu(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "sees no CUDA device here" in done.stderr
     assert not folder.exists()
+
+
+A_PYTHON_WITH_A_GPU = """#!/usr/bin/env bash
+case "$*" in
+  *get_device_capability*) echo 90 ;;
+  *"pip install"*) echo "built for $FASTPPO_CUDA_ARCHS" ;;
+  *"fastppo info"*) ;;
+  *fastppo.bench*) echo a table; exit 3 ;;
+  *"-k sanitizer"*) exit 124 ;;
+esac
+"""
+
+
+def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path):
+    """Here in the hands of a Python and an nvidia-smi that only pretend."""
+    for name, text in (("python", A_PYTHON_WITH_A_GPU), ("nvidia-smi", "#!/bin/sh\necho a GPU\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    folder = tmp_path / "results"
+    done = subprocess.run(
+        [record.ROOT / "bench" / "gpu_record.sh", folder], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["failed: bench (exit 3)", "failed: sanitizer (ran out of its 40 s)"]
+    logs = {path.name: path.read_text() for path in folder.iterdir()}
+    assert logs["gpu-device.log"] == "a GPU\n" and logs["gpu-build.log"] == "built for 90\n"
+    assert logs["gpu-bench.log"] == "a table\n" and {"gpu-tests.log", "gpu-sanitizer.log"} <= logs.keys()
+
+
+def test_the_parts_of_the_gpu_script_take_nine_minutes_at_most():
+    text = (record.ROOT / "bench" / "gpu_record.sh").read_text()
+    seconds = [int(share) for share in re.findall(r"^part \w+ (\d+) ", text, re.MULTILINE)]
+    killed_after = int(re.search(r"--kill-after=(\d+)", text)[1])
+    assert len(seconds) == 6 and sum(seconds) + killed_after * len(seconds) <= 540

@@ -7,13 +7,13 @@ import torch
 
 from fastppo import batch_invariant_linear
 from fastppo.reference.batch_invariant_linear import batch_invariant_linear as reference
-from tests.cases import DTYPES, with_threads
+from tests.cases import DTYPES, seeded, with_threads
 from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 
 def make_case(rows: int, columns: int, inner: int, dtype: torch.dtype = torch.float32):
-    generator = torch.Generator().manual_seed(rows + columns + inner)
+    generator = seeded(rows + columns + inner)
     shapes = (rows, inner), (columns, inner), (columns,)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
@@ -70,6 +70,14 @@ def test_bits_do_not_depend_on_the_other_columns_or_threads(cpu_backend, dtype):
     whole = batch_invariant_linear(x, weight, bias)
     assert batch_invariant_linear(x, weight[11:14], bias[11:14]).equal(whole[:, 11:14])
     assert with_threads(3, lambda: batch_invariant_linear(x, weight, bias)).equal(whole)
+
+
+def test_bits_do_not_depend_on_where_the_rows_lie(fast_backend):
+    """Between other columns, and at no multiple of 16 bytes."""
+    x, weight, bias = make_case(6, 70, 64, torch.bfloat16)
+    wide = torch.full((6, 99), torch.nan, dtype=torch.bfloat16)
+    wide[:, 3:67] = x
+    assert batch_invariant_linear(wide[:, 3:67], weight, bias).equal(batch_invariant_linear(x, weight, bias))
 
 
 def test_nan_stays_in_its_row_and_column(backend):

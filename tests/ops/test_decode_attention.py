@@ -8,13 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastppo.ops import decode_attention, use_backend, write_kv
 from fastppo.reference.decode_attention import decode_attention as reference
-from tests.cases import DTYPES
+from tests.cases import DTYPES, seeded
 from tests.tolerance import assert_as_exact_as_native
 
 
 def make_case(lengths, *, heads=6, kv_heads=2, size=64, value_size=None, page=64, dtype=torch.float32, seed=0):
     """q, caches, tables for sequences of the given lengths on scattered pages; every place that is not used holds NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     blocks = max(1, -(-max(lengths, default=0) // page))
     pages = len(lengths) * blocks + 1
     order = torch.randperm(pages, generator=generator)[: len(lengths) * blocks].view(len(lengths), blocks)

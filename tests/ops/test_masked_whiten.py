@@ -167,7 +167,7 @@ def _whiten_part(rank: int, x: Tensor, mask: Tensor, bounds: list[int], folder: 
 @pytest.mark.parametrize("bounds", [[0, 1300, 3000], [0, 0, 3000]], ids=["uneven", "one-empty"])
 def test_a_group_whitens_together(bounds, tmp_path):
     """Two processes, each with its part of a batch whose halves differ in mean: the result is that of one process."""
-    x, mask = torch.randn(3000) + 1000, torch.rand(3000) < 0.7
+    x, mask = torch.randn(3000, device="cpu") + 1000, torch.rand(3000, device="cpu") < 0.7
     x[1300:] += 5
     torch.multiprocessing.spawn(_whiten_part, (x, mask, bounds, str(tmp_path)), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
