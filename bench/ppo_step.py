@@ -1,7 +1,8 @@
 """Case of a whole PPO step: sampling, scoring, advantages and updates, as our trainer does them and in plain PyTorch on padded batches.
 
-Both train the same small Qwen2 with a reference and a separate critic, on the same prompts and in the same minibatches. They draw other
-tokens; so each is checked against the plain step in fp64, from the same weights, on the tokens that it drew itself.
+Both train the same small Qwen2 with a reference and a separate critic, on the same prompts and in the same minibatches; so does TRL's
+trainer, in minibatches of its own, where a version is installed that has one. They draw other tokens; so each is checked against the
+plain step in fp64, from the same weights, on the tokens that it drew itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fastppo import PPOConfig
 from fastppo.actor_critic import ActorCritic
-from fastppo.bench import floors
+from fastppo.bench import floors, trl_ppo_step
 from fastppo.bench.gae import eager as gae
 from fastppo.bench.harness import Case, Tensors, WrongResult, relative_error
 from fastppo.bench.masked_whiten import eager as masked_whiten
@@ -145,13 +146,13 @@ class PlainStep:
         )
         return self.policy.generate(tokens, attention_mask=mask, generation_config=config)[:, tokens.shape[1] :]
 
-    def learn(self, x: Tensors, completions: Tensor) -> Tensors:
-        """Experience and updates from given completions."""
+    def learn(self, x: Tensors, completions: Tensor, chosen: list[list[int]] | None = None) -> Tensors:
+        """Experience from given completions, and updates in the `chosen` minibatches."""
         tokens, mask = self._left_padded(x)
         tokens, mask = torch.cat((tokens, completions), 1), torch.cat((mask, torch.ones_like(completions)), 1)
         batch = {"tokens": tokens, "attention": mask} | self._experience(tokens, mask)
         losses = torch.zeros(2, dtype=batch["values"].dtype)
-        chosen = minibatches(len(tokens))
+        chosen = chosen or minibatches(len(tokens))
         for indices in chosen:
             losses += self._update({name: value[indices] for name, value in batch.items()})
         return {"completions": completions, "losses": losses / len(chosen)} | {name: batch[name] for name in PER_TOKEN}
@@ -215,12 +216,15 @@ def checked(shape: Shape) -> Callable[[Tensors, Tensors, Tensors], float]:
     """Compares a provider's first step with the plain one in fp64 on the same completions."""
 
     def compare(x: Tensors, outputs: Tensors, exact: Tensors) -> float:
-        expected = PlainStep(shape, torch.float64).learn(x, outputs["completions"])
+        chosen = outputs["minibatches"].tolist() if "minibatches" in outputs else None
+        expected = PlainStep(shape, torch.float64).learn(x, outputs["completions"], chosen)
         found = outputs["losses"].double()
         off = ((found - expected["losses"]).abs() / expected["losses"].abs().clamp_min(1)).max().item()
         if not off <= ALLOWED_LOSS_ERROR:
             raise WrongResult(f"losses are {found.tolist()}, expected {expected['losses'].tolist()}", off)
-        return max(off, *(relative_error(name, outputs[name], expected[name]) for name in PER_TOKEN))
+        return max(
+            [off, *(relative_error(name, outputs[name], expected[name]) for name in PER_TOKEN if name in outputs)]
+        )
 
     return compare
 
@@ -247,12 +251,15 @@ def cases(setting: Setting) -> list[Case]:
         }
 
     model = make_model(shape.hidden, shape.layers)
+    steps = {"fastppo": FusedStep, "eager": PlainStep}
+    if trl_ppo_step.is_installed():
+        steps["trl"] = lambda shape: trl_ppo_step.TRLStep(PlainStep(shape), score, CONFIG)
     return [
         Case(
             op="ppo_step",
             name=f"{shape.prompts} prompts of {shape.longest // 4}-{shape.longest}, {shape.new_tokens} new, a step",
             inputs=inputs,
-            providers={"fastppo": Lazy(FusedStep, shape), "eager": Lazy(PlainStep, shape)},
+            providers={name: Lazy(kind, shape) for name, kind in steps.items()},
             exact=lambda x: {},
             compare=checked(shape),
             work=floors.ppo_step(model, shape.prompts, shape.longest // 4, shape.new_tokens, CONFIG.num_minibatches),

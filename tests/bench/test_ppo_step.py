@@ -1,4 +1,4 @@
-"""The whole step: both ways of doing it agree with fp64 on their own tokens, and a step that learns something else is caught."""
+"""The whole step: every way of doing it agrees with fp64 on its own tokens, and a step that learns something else is caught."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.bench import ppo_step
+from fastppo.bench import ppo_step, trl_ppo_step
 from fastppo.bench.catalog import load_cases
 from fastppo.bench.harness import check_provider, make_inputs
 from fastppo.bench.setting import Setting
 
 CPU = torch.device("cpu")
+TRL = pytest.param(
+    "trl", marks=pytest.mark.skipif(not trl_ppo_step.is_installed(), reason="no TRL with a PPO trainer, such as 1.8")
+)
 
 
 def checked(monkeypatch, provider: str, **changes):
@@ -27,12 +30,13 @@ def checked(monkeypatch, provider: str, **changes):
     return check_provider(frozen, provider, inputs, {})
 
 
-@pytest.mark.parametrize("provider", ["fastppo", "eager"])
-def test_both_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
+@pytest.mark.parametrize("provider", ["fastppo", "eager", TRL])
+def test_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
     row = checked(monkeypatch, provider)
     assert row.status == "ok" and row.error < 1e-5, row.reason
 
 
+@pytest.mark.parametrize("provider", ["fastppo", TRL])
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -41,9 +45,20 @@ def test_both_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provide
         ({"lr": 1e-2}, "losses"),
     ],
 )
-def test_a_step_that_does_something_else_is_wrong(monkeypatch, change, reason):
-    row = checked(monkeypatch, "fastppo", **change)
+def test_a_step_that_does_something_else_is_wrong(monkeypatch, provider, change, reason):
+    row = checked(monkeypatch, provider, **change)
     assert row.status == "wrong" and any(word in row.reason for word in reason.split("|"))
+
+
+def test_a_step_is_checked_in_the_minibatches_that_it_took():
+    """TRL's are its own; the exact step follows them."""
+    (case,) = load_cases("ppo_step", Setting(quick=True))
+    inputs = make_inputs(case, CPU)
+    outputs = case.providers["eager"](inputs)
+    taken = torch.tensor(ppo_step.minibatches(len(inputs["tokens"])))
+    for minibatches, status in ((taken, "ok"), (taken.flip(0)[:2], "wrong")):
+        frozen = replace(case, providers={"eager": lambda x, m=minibatches: outputs | {"minibatches": m}})
+        assert check_provider(frozen, "eager", inputs, {}).status == status
 
 
 def test_the_score_is_a_share_of_tokens():
