@@ -43,7 +43,8 @@ def check_op(op: str, device: str = "cpu") -> None:
 
 def case_file(op: str) -> ModuleType:
     """The module with the cases of `op`. Besides `cases` it may have SIZES, the names of the numbers of a size; USUAL, that size of a quick
-    run and of each device; SCALED, the numbers to scale over and the longest, in usual sizes; TYPED, whether it comes in several types."""
+    run and of each device; SCALED, the numbers to scale over and the longest, in usual sizes or in those of SCALED_FROM; TYPED, whether it
+    comes in several types."""
     return import_module(f"fastppo.bench.{op}")
 
 

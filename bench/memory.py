@@ -1,7 +1,7 @@
 """Peak memory of one provider's call beyond its inputs and its outputs, measured in a process of its own.
 
-`python -m fastppo.bench.memory OP INDEX SETTING PROVIDER ...` prints the bytes as JSON; SETTING is JSON too. On the CPU a
-call on the case's quick inputs loads code and threads (of compiled code, a call on the full ones), then the full inputs are
+`python -m fastppo.bench.memory` reads a request a line, JSON [op, index, setting, providers], and answers each with a line of the peaks.
+On the CPU a call on the case's quick inputs loads code and threads (of compiled code, a call on the full ones), then the full inputs are
 made, the heap is trimmed and the kernel's high-water mark is reset (`/proc/self/clear_refs`). After the call, VmHWM - VmRSS
 before it - bytes of the outputs is the answer: pages really touched, by whatever allocator. On a GPU it is the same
 difference of torch's allocator statistics, which need no fresh process.
@@ -9,12 +9,15 @@ difference of torch's allocator statistics, which need no fresh process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ from pathlib import Path
 import torch
 
 from fastppo.bench.harness import Case, Provider, Tensors, describe, make_inputs
-from fastppo.bench.peers import COMPILED
+from fastppo.bench.peers import COMPILING
 from fastppo.bench.setting import Setting
 
 CPU = torch.device("cpu")
@@ -76,22 +79,41 @@ def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
 
     What was compiled for the small size would be compiled again.
     """
-    warm_up = case if provider == COMPILED else quick_case
+    warm_up = case if provider in COMPILING else quick_case
     warm_up.providers[provider](make_inputs(warm_up, CPU))
     return cpu_peak(case.providers[provider], make_inputs(case, CPU))
 
 
-def measure_peaks(op: str, setting: Setting, index: int, providers: list[str]) -> dict[str, int | str]:
-    """`peak_bytes` of each provider on the CPU, or why there is none; raises CannotMeasure where nothing was measured at all."""
-    asked = {"sizes": setting.sizes, "dtype": setting.dtype}
-    command = [sys.executable, "-m", "fastppo.bench.memory", op, str(index), json.dumps(asked), *providers]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise CannotMeasure(f"took more than {TIMEOUT_SECONDS} s") from error
-    if done.returncode != 0:
-        raise CannotMeasure((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+class PeakProcess:
+    """Measures peaks on the CPU: it has imported what there is, called nothing, and forks for every provider that it is asked about."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._errors = tempfile.TemporaryFile("w+")
+
+    def __enter__(self) -> PeakProcess:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+    def measure(self, op: str, setting: Setting, index: int, providers: list[str]) -> dict[str, int | str]:
+        """`peak_bytes` of each provider, or why there is none; raises CannotMeasure where nothing was measured at all."""
+        request = op, index, {"sizes": setting.sizes, "dtype": setting.dtype}, providers
+        if self._process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+            self._process = subprocess.Popen([sys.executable, "-m", "fastppo.bench.memory"], text=True, **pipes)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        if answer := self._process.stdout.readline():
+            return json.loads(answer)
+        raise CannotMeasure(self._last_words())
+
+    def _last_words(self) -> str:
+        status, self._process = self._process.wait(), None
+        self._errors.seek(0)
+        return (self._errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
 
 
 def in_a_child(measure: Callable[[], int]) -> int | str:
@@ -99,6 +121,7 @@ def in_a_child(measure: Callable[[], int]) -> int | str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(TIMEOUT_SECONDS)
         try:
             answer: int | str = measure()
         except Exception as error:
@@ -108,19 +131,27 @@ def in_a_child(measure: Callable[[], int]) -> int | str:
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return json.loads(text) if text else f"its process ended with status {os.waitstatus_to_exitcode(status)}"
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGALRM:
+        return f"took more than {TIMEOUT_SECONDS} s"
+    return json.loads(text) if text else f"its process ended with status {status}"
 
 
-def main(argv: list[str]) -> None:
+def answer(op: str, index: int, asked: dict, providers: list[str]) -> dict[str, int | str]:
     from fastppo.bench.catalog import load_cases
 
-    op, index, asked, *providers = argv
-    setting = Setting(**json.loads(asked))
-    case, quick_cases = load_cases(op, setting)[int(index)], load_cases(op, Setting(quick=True, dtype=setting.dtype))
-    quick_case = quick_cases[int(index) % len(quick_cases)]
-    print(json.dumps({name: in_a_child(partial(peak_bytes, case, quick_case, name)) for name in providers}))
+    setting = Setting(**asked)
+    case, quick_cases = load_cases(op, setting)[index], load_cases(op, Setting(quick=True, dtype=setting.dtype))
+    quick_case = quick_cases[index % len(quick_cases)]
+    return {name: in_a_child(partial(peak_bytes, case, quick_case, name)) for name in providers}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whoever prints, prints elsewhere
+    for request in sys.stdin:
+        print(json.dumps(answer(*json.loads(request))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 OURS, EAGER, COMPILED = "fastppo", "eager", "compile"
+COMPILING = (COMPILED, "cce")  # on a CPU: what they compiled for one size they compile again for another
 TRL_VOCABULARY_CHUNK = 32768  # what TRL's own trainers pass
 CPU, CUDA = "cpu", "cuda"
 
@@ -153,7 +154,9 @@ FUNCTIONS: dict[str, dict[str, tuple[Callable, tuple[str, ...]]]] = {
 
 
 def installed() -> dict[str, Package]:
-    return {name: package for name, package in PACKAGES.items() if find_spec(package.module)}
+    """Not what a folder of that name beside the caller looks like, such as a package's checkout."""
+    specs = {name: find_spec(package.module) for name, package in PACKAGES.items()}
+    return {name: PACKAGES[name] for name, spec in specs.items() if spec and spec.origin}
 
 
 def functions(op: str, ours: Callable, eager: Callable, device: str, *, compiles: bool = True) -> dict[str, Callable]:

@@ -87,14 +87,17 @@ def run(plan: Plan, console: Console) -> record.Record:
         console.print(f"installed, but with nothing for a {plan.setting.device} device: {', '.join(left)}")
     todo, rows = list(jobs(plan)), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        memory.PeakProcess() as peaks,
+    ):
         bar = progress.add_task("ceilings", total=len(todo) * plan.rounds)
         ceilings = floors.ceilings(plan.device, plan.rounds)
         for done, job in enumerate(todo):
             if isinstance(job, Row):
                 rows.append(job)
                 continue
-            rows += measure_job(job, plan, ceilings, ticker(progress, bar, job.case, done, plan.rounds))
+            rows += measure_job(job, plan, ceilings, peaks, ticker(progress, bar, job.case, done, plan.rounds))
             progress.update(bar, completed=(done + 1) * plan.rounds)
     return record.Record(
         machine=record.this_machine(plan.device, floors.cache_bytes(plan.device), ceilings),
@@ -119,13 +122,15 @@ def ticker(progress: Progress, bar: int, case: Case, done: int, rounds: int) -> 
     return tick
 
 
-def measure_job(job: Job, plan: Plan, ceilings: Ceilings, tick: Callable[[], None]) -> list[Row]:
+def measure_job(
+    job: Job, plan: Plan, ceilings: Ceilings, peaks: memory.PeakProcess, tick: Callable[[], None]
+) -> list[Row]:
     rows = measure(job.case, plan.device, plan.scaling_schedule if job.axis else plan.schedule, ceilings, tick)
     right = [row for row in rows.values() if row.status == "ok"]
     if plan.device.type == "cuda":
         fill_cuda_peaks(right, job.case, plan.device)
     elif right and job.case.peaks and not plan.setting.quick:
-        fill_cpu_peaks(right, job)
+        fill_cpu_peaks(right, job, peaks)
     found = plan.targets.of(job.case.op, job.case.name) if plan.targets and not job.axis else None
     fill_ratios(rows, found)
     for row in rows.values():
@@ -142,10 +147,9 @@ def fill_cuda_peaks(rows: list[Row], case: Case, device: torch.device) -> None:
             row.peak_reason = describe(error)
 
 
-def fill_cpu_peaks(rows: list[Row], job: Job) -> None:
-    """Each provider's in a process of its own."""
+def fill_cpu_peaks(rows: list[Row], job: Job, process: memory.PeakProcess) -> None:
     try:
-        peaks = memory.measure_peaks(job.case.op, job.setting, job.index, [row.provider for row in rows])
+        peaks = process.measure(job.case.op, job.setting, job.index, [row.provider for row in rows])
     except memory.CannotMeasure as error:
         peaks = dict.fromkeys((row.provider for row in rows), str(error))
     for row in rows:

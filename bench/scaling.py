@@ -46,10 +46,11 @@ class Curve:
 
 
 def sizes(op: str, device: str) -> Iterator[tuple[str, int, Size]]:
-    """(axis, length, size) of every point. SCALED says how many times the usual size the longest is; a GPU's usual ones are long."""
+    """(axis, length, size) of every point. SCALED says how many times the usual size, or that in SCALED_FROM, the longest is; a GPU's
+    usual ones are long."""
     module = case_file(op)
     for axis, multiple in getattr(module, "SCALED", {}).items():
-        place, usual = module.SIZES.index(axis), module.USUAL[device]
+        place, usual = module.SIZES.index(axis), (module.USUAL | getattr(module, "SCALED_FROM", {}))[device]
         longest = usual[place] * (multiple if device == "cpu" else min(multiple, 1))
         for share in SHARES:
             length = int(longest * share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -130,6 +131,17 @@ def test_each_package_is_called_as_it_documents(packages, op):
                 continue
             row = harness.check_provider(case, name, inputs, exact)
             assert row.status == "ok", row.reason
+
+
+def test_a_folder_of_a_package_s_name_is_no_package(monkeypatch, tmp_path):
+    """A checkout beside which the bench is started."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(peers.PACKAGES, "folder", peers.Package("a_checkout", "a-checkout"))
+    (tmp_path / "a_checkout").mkdir()
+    assert "folder" not in peers.installed()
+    (tmp_path / "a_checkout" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert "folder" in peers.installed()
 
 
 def test_absent_packages_cost_nothing_and_installed_ones_run_on_their_devices(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastppo.bench import report, run, scaling
+from fastppo.bench import memory, report, run, scaling
 from fastppo.bench.catalog import OPS, case_file
 from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import Row
@@ -25,6 +25,8 @@ def test_two_points_are_no_curve():
 def test_lengths_double_up_to_what_the_case_file_says():
     assert list(scaling.sizes("gae", "cpu")) == [("T", t, (256, t)) for t in (512, 1024, 2048, 4096)]
     assert max(length for _, length, _ in scaling.sizes("gae", "cuda")) == 32768, "a GPU's usual size is long enough"
+    over_n = [size for axis, _, size in scaling.sizes("linear_token_logprobs", "cpu")]
+    assert over_n == [(n, 128, 8000) for n in (1024, 2048, 4096, 8192)], "of a smaller head than the usual one"
     over_v = [size for axis, _, size in scaling.sizes("token_logprobs", "cpu") if axis == "V"]
     assert over_v == [(512, v) for v in (8000, 16000, 32000, 64000)]
 
@@ -67,7 +69,7 @@ def test_scaled_cases_go_into_their_own_part_of_the_record(monkeypatch):
     """Targets are for the usual cases; a point knows its place on its curve."""
     plan = run.Plan(("gae",), Setting(), rounds=1, scaling=True)
     job = run.Job(toy_case(), Setting(), 0, "T", 512)
-    rows = run.measure_job(job, plan, Ceilings(1e10), lambda: None)
+    rows = run.measure_job(job, plan, Ceilings(1e10), memory.PeakProcess(), lambda: None)
     assert {(row.axis, row.length) for row in rows} == {("T", 512)}
     assert not any(row.has_target for row in rows)
     jobs = list(run.jobs(plan))
