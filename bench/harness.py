@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,6 +34,7 @@ ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
 LEAST_TURNS = 2
+LEAST_COMPARED_TURNS = 5  # of ours and of eager, whose ratio is the promise
 REFERENCE_TENSORS = 6  # as large as a case's largest one, in fp64: what a reference and its gradients hold at a time
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
@@ -110,7 +112,8 @@ class Case:
 class Schedule:
     """At least `rounds` turns of every provider; cheap cases go on, for `seconds` or ten times as many rounds.
 
-    A turn is one call, or as many as take `turn_seconds`. A provider whose turns have taken `provider_seconds` needs but a few.
+    A turn is one call, or as many as take `turn_seconds`. A provider whose turns have taken `provider_seconds` needs but a few. Where
+    eager's first call took as long, it has had the first of them when it was checked; of others a first call imports, compiles or builds.
     """
 
     rounds: int
@@ -221,16 +224,31 @@ def input_sets(case: Case, device: torch.device, schedule: Schedule) -> list[Ten
     return [first, *(make_inputs(case, device, index) for index in range(1, count))]
 
 
-def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -> Row:
-    """A row with the provider's error, or with the reason why it is not timed."""
-    row = Row(case.op, case.name, provider, "ok")
+class Call(NamedTuple):
+    """What one call took, and how many pieces it made."""
+
+    seconds: float
+    pieces: int
+
+
+def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -> tuple[Row, Call | None]:
+    """A row with the provider's error, or with the reason why it is not timed; the call that was checked."""
+    row, call = Row(case.op, case.name, provider, "ok"), None
     try:
-        row.error = case.compare(inputs, case.providers[provider](prepared(case, provider, inputs)), exact)
+        inputs = prepared(case, provider, inputs)
+        started = perf_counter()
+        outputs = case.providers[provider](inputs)
+        call = Call(perf_counter() - started, pieces_of(case, outputs))
+        row.error = case.compare(inputs, outputs, exact)
     except WrongResult as wrong:
         row.status, row.reason, row.error = "wrong", str(wrong), wrong.error
     except Exception as error:
         note_failure(row, error)
-    return row
+    return row, call
+
+
+def pieces_of(case: Case, outputs: Tensors) -> int:
+    return int(outputs[case.per]) if case.per else 1
 
 
 def note_failure(row: Row, error: Exception) -> None:
@@ -255,7 +273,7 @@ class Player:
     """A provider that takes turns on the input sets of a case."""
 
     def __init__(self, case: Case, name: str, sets: list[Tensors], device: torch.device, schedule: Schedule) -> None:
-        self._run, self._per, self._device, self._schedule = case.providers[name], case.per, device, schedule
+        self._case, self._run, self._device, self._schedule = case, case.providers[name], device, schedule
         self._sets = [prepared(case, name, inputs) for inputs in sets]
         self._calls: int | None = None  # the first turn is one call, which tells how many make a turn
         self._replay: Callable[[], None] | None = None
@@ -268,7 +286,7 @@ class Player:
         pieces = 0
         for call in range(first, first + calls):
             outputs = self._run(self._sets[call % len(self._sets)])
-            pieces += int(outputs[self._per]) if self._per else 1
+            pieces += pieces_of(self._case, outputs)
             del outputs
         return pieces
 
@@ -281,7 +299,7 @@ class Player:
     def _rehearse(self, capturable: bool) -> None:
         """Times calls from Python, and captures as many as make a turn, each input set as often as the others."""
         once = self._time(0, 1)
-        calls = 1 if self._per else self._schedule.calls_a_turn(once)
+        calls = 1 if self._case.per else self._schedule.calls_a_turn(once)
         self._calls = math.ceil(calls / len(self._sets)) * len(self._sets) if calls > 1 else 1
         self.called_s = self._time(0, self._calls)
         if capturable and once <= MOST_CAPTURED_SECONDS:
@@ -298,26 +316,31 @@ class Player:
         calls = self._calls or 1
         seconds = self._time(first, calls)
         if self._calls is None:
-            self._calls = 1 if self._per else self._schedule.calls_a_turn(seconds)
+            self._calls = 1 if self._case.per else self._schedule.calls_a_turn(seconds)
         return seconds, calls
 
 
 def take_turns(
     case: Case,
     rows: Mapping[str, Row],
+    had: Mapping[str, Call],
     sets: list[Tensors],
     device: torch.device,
     schedule: Schedule,
     tick: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Seconds a call, of every turn of every right provider; one that raises gets its reason and leaves the turns."""
+    """Seconds a call, of every turn of every right provider; `had` are turns before. One that raises gets its reason and leaves the turns."""
     seconds: dict[str, list[float]] = {name: [] for name, row in rows.items() if row.status == "ok"}
     players: dict[str, Player] = {}
     spent = dict.fromkeys(seconds, 0.0)
+    for name, call in had.items():
+        seconds[name].append(call.seconds / call.pieces)
+        spent[name] = call.seconds
     calls, done, started = 0, 0, perf_counter()
     while seconds and schedule.goes_on(done, perf_counter() - started):
         for name in list(seconds) if done % 2 == 0 else list(reversed(seconds)):
-            if spent[name] > schedule.provider_seconds and len(seconds[name]) >= LEAST_TURNS:
+            least = case.rounds or (LEAST_COMPARED_TURNS if name in (OURS, EAGER) else LEAST_TURNS)
+            if spent[name] > schedule.provider_seconds and len(seconds[name]) >= least:
                 continue
             begun = perf_counter()
             try:
@@ -401,12 +424,15 @@ def measure(
             note_failure(row, error)
             row.reason = f"the inputs or the reference failed: {row.reason}"
         return rows
-    rows = {name: check_provider(case, name, sets[0], exact) for name in case.providers}
+    checked = {name: check_provider(case, name, sets[0], exact) for name in case.providers}
+    rows = {name: row for name, (row, _) in checked.items()}
+    had = {name: call for name, (row, call) in checked.items() if name == EAGER and row.status == "ok"}
+    had = {name: call for name, call in had.items() if call.seconds > schedule.provider_seconds}
     del exact
     settle(device)
     gc.disable()  # no collection inside a timed call
     try:
-        seconds = take_turns(case, rows, sets, device, schedule, tick)
+        seconds = take_turns(case, rows, had, sets, device, schedule, tick)
     finally:
         gc.enable()
     for name, times in seconds.items():

@@ -17,7 +17,7 @@ from fastppo.rollout import Engine, Rollout, SamplingParams
 
 VOCABULARY = 4096
 SLOTS = 32
-ROUNDS = 3  # a call takes seconds, of Transformers many
+ROUNDS, LONG_ROUNDS = 5, 2  # of a call of half a second, and of one that takes Transformers ten
 # Raw log-probabilities against a packed forward: what the trainer allows.
 ALLOWED_LOGPROB_ERROR = 1e-4
 # Stops a completion with probability 1/32 at each token, since the model is nearly uniform: a long tail of lengths.
@@ -132,7 +132,7 @@ class Workload:
 def cases(setting: Setting) -> list[Case]:
     size = (32, 1) if setting.quick else (256, 4)
 
-    def case(name: str, count: int, lengths: tuple[int, int], workload: Workload) -> Case:
+    def case(name: str, count: int, lengths: tuple[int, int], workload: Workload, rounds: int) -> Case:
         def inputs(generator: torch.Generator) -> Tensors:
             shortest, longest = lengths
             return {
@@ -149,22 +149,24 @@ def cases(setting: Setting) -> list[Case]:
             compare=workload.compare,
             work=floors.decode(make_model(*size), SLOTS),
             per="new_tokens",
-            rounds=ROUNDS,
+            rounds=rounds,
         )
 
     few = 4 if setting.quick else 1  # times fewer sequences and tokens
     return [
-        case("32 prompts of 32, 64 new", 32 // few, (32, 32), Workload(size, 1, 64 // few, 64 // few, ())),
+        case("32 prompts of 32, 64 new", 32 // few, (32, 32), Workload(size, 1, 64 // few, 64 // few, ()), ROUNDS),
         case(
             "128 prompts of 8-256, 4-128 new",
             128 // few**2,
             (8, 256 // few),
             Workload(size, 1, 4, 128 // few, STOP_IDS),
+            LONG_ROUNDS,
         ),
         case(
             "16 prompts of 256, 8 samples each, 64 new",
             16 // few,
             (256 // few,) * 2,
             Workload(size, 8, 64 // few, 64 // few, ()),
+            LONG_ROUNDS,
         ),
     ]

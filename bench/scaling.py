@@ -15,7 +15,7 @@ from fastppo.bench.peers import EAGER, OURS
 from fastppo.bench.setting import Setting, Size
 
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the longest
-ROUNDS = 5
+ROUNDS = 3
 PROVIDER_SECONDS = 1.0  # that a provider's turns on a size may take
 LEAST_POINTS = 3
 

@@ -168,7 +168,6 @@ FASTPPO_EACH_ISA(void sample_tokens(const Rows& logits, const SamplingParameters
 namespace fastppo {
 
 constexpr int kMaxHeadSize = 256;
-constexpr int kHeadsAtOnce = 8;  // query heads that share one load of a key: 8 x 2 KiB of state stay in L1
 
 // q [batch, heads, head_size] (stride q_stride between sequences), k_pages [pages, page_size, kv_heads, head_size], v_pages the same with
 // value_size (k_page_stride and v_page_stride elements from page to page, contiguous within), block_table int32 [batch, max_blocks],

@@ -1,6 +1,8 @@
 // Attention of one new token a sequence over a paged key-value cache: online softmax over the keys, each key and value loaded once for all the
 // query heads that share it.
+#include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "online_softmax.h"
 #include "parallel.h"
@@ -9,6 +11,7 @@ namespace fastppo::FASTPPO_ISA {
 namespace {
 
 constexpr int64_t kProductsWorthAThread = 1 << 17;  // about 10 microseconds, several times what it takes to wake a thread
+constexpr int64_t kTileBytes = 1 << 17;  // of the key heads' tiles at a time, in L2
 constexpr int kTile = 16;  // keys at once: their scores fill one vector, so that one exponential serves them all
 
 // Elements [0, size) of a head as kVectors vectors; lanes beyond are 0.
@@ -68,41 +71,55 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
   for (int i = 0; i < kVectors; ++i) head.out[i] = out[i];
 }
 
+// Keys from .. from + count of key heads [first_kv, last_kv), which may lie in two pages, read in the order in which they lie: head by head, memory gives
+// less than it can.
+template <class Storage, int kVectors>
+FASTPPO_INLINE void load_tiles(
+    const DecodeAttention& a, const int32_t* blocks, int64_t from, int count, int64_t first_kv, int64_t last_kv, Tile<kVectors>* tiles) {
+  using T = typename Storage::type;
+  int64_t block = from / a.page_size, offset = from % a.page_size;
+  for (int key = 0; key < count; ++key) {
+    const T* k_row = static_cast<const T*>(a.k_pages) + blocks[block] * a.k_page_stride + offset * a.kv_heads * a.head_size;
+    const T* v_row = static_cast<const T*>(a.v_pages) + blocks[block] * a.v_page_stride + offset * a.kv_heads * a.value_size;
+    for (int64_t kv = first_kv; kv < last_kv; ++kv) load_head<Storage, kVectors>(k_row + kv * a.head_size, a.head_size, tiles[kv - first_kv].keys[key]);
+    for (int64_t kv = first_kv; kv < last_kv; ++kv) load_head<Storage, kVectors>(v_row + kv * a.value_size, a.value_size, tiles[kv - first_kv].values[key]);
+    if (++offset == a.page_size) ++block, offset = 0;
+  }
+  for (int64_t kv = 0; kv < last_kv - first_kv; ++kv) {
+    tiles[kv].count = count;
+    for (int key = count; key < kTile; ++key)
+      for (vfloat& lane : tiles[kv].keys[key]) lane = 0.0f;
+  }
+}
+
 // The first key that is seen.
 int64_t first_key(const DecodeAttention& a, int64_t length) { return a.window > 0 && length > a.window ? length - a.window : 0; }
 
-// Query heads first_head .. first_head + count of one sequence, which share a key head.
+// Key heads [first_kv, last_kv) of one sequence, and the query heads that share them.
 template <class Storage, int kVectors>
-void attend(const DecodeAttention& a, int64_t sequence, int64_t kv_head, int64_t first_head, int count) {
+void attend(
+    const DecodeAttention& a, int64_t sequence, int64_t first_kv, int64_t last_kv, std::vector<QueryHead<kVectors>>& heads,
+    std::vector<Tile<kVectors>>& tiles) {
   using T = typename Storage::type;
-  const int64_t length = a.context_lens[sequence];
-  const int64_t first = first_key(a, length);
+  const int64_t length = a.context_lens[sequence], group = a.heads / a.kv_heads, first_head = first_kv * group;
+  const int64_t first = first_key(a, length), count = (last_kv - first_kv) * group;
   const int32_t* blocks = a.block_table + sequence * a.max_blocks;
-  QueryHead<kVectors> heads[kHeadsAtOnce];
-  for (int h = 0; h < count; ++h) {
-    load_head<Storage, kVectors>(static_cast<const T*>(a.q) + sequence * a.q_stride + (first_head + h) * a.head_size, a.head_size, heads[h].query);
+  const T* q = static_cast<const T*>(a.q) + sequence * a.q_stride + first_head * a.head_size;
+  heads.resize(count);
+  for (int64_t h = 0; h < count; ++h) {
+    load_head<Storage, kVectors>(q + h * a.head_size, a.head_size, heads[h].query);
     for (vfloat& out : heads[h].out) out = 0.0f;
     heads[h].max = a.sinks ? a.sinks[first_head + h] : -kInfinity;  // a sink is a key whose value is 0
     heads[h].sum = a.sinks ? 1.0f : 0.0f;
   }
   // Tiles begin at multiples of 16 from the sequence's start: neither the batch nor the page size nor the window changes their sums' order.
-  Tile<kVectors> tile;
+  tiles.resize(last_kv - first_kv);
   for (int64_t begin = first / kTile * kTile; begin < length; begin += kTile) {
     const int64_t from = begin < first ? first : begin, to = begin + kTile < length ? begin + kTile : length;
-    tile.count = static_cast<int>(to - from);
-    int64_t block = from / a.page_size, offset = from % a.page_size;
-    for (int key = 0; key < tile.count; ++key) {
-      const T* k_page = static_cast<const T*>(a.k_pages) + blocks[block] * a.k_page_stride;
-      const T* v_page = static_cast<const T*>(a.v_pages) + blocks[block] * a.v_page_stride;
-      load_head<Storage, kVectors>(k_page + (offset * a.kv_heads + kv_head) * a.head_size, a.head_size, tile.keys[key]);
-      load_head<Storage, kVectors>(v_page + (offset * a.kv_heads + kv_head) * a.value_size, a.value_size, tile.values[key]);
-      if (++offset == a.page_size) ++block, offset = 0;
-    }
-    for (int key = tile.count; key < kTile; ++key)
-      for (vfloat& lane : tile.keys[key]) lane = 0.0f;
-    for (int h = 0; h < count; ++h) gather(heads[h], tile, a);
+    load_tiles<Storage>(a, blocks, from, static_cast<int>(to - from), first_kv, last_kv, tiles.data());
+    for (int64_t h = 0; h < count; ++h) gather(heads[h], tiles[h / group], a);
   }
-  for (int h = 0; h < count; ++h) {
+  for (int64_t h = 0; h < count; ++h) {
     T* out = static_cast<T*>(a.out) + (sequence * a.heads + first_head + h) * a.value_size;
     for (int i = 0; i * kLanes < a.value_size; ++i) {
       const int rest = a.value_size - i * kLanes;
@@ -147,12 +164,13 @@ int64_t decode_attention(const DecodeAttention& a, int threads) {
   parallel_ranges(a.batch * a.kv_heads, threads, (kProductsWorthAThread + products - 1) / products, [&](int64_t first, int64_t last) {
     with_storage(a.dtype, [&](auto storage) {
       with_vectors(a, [&](auto vectors) {
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t kv_head = i % a.kv_heads;
-          for (int64_t member = 0; member < group; member += kHeadsAtOnce) {
-            const int count = static_cast<int>(group - member < kHeadsAtOnce ? group - member : kHeadsAtOnce);
-            attend<decltype(storage), decltype(vectors)::value>(a, i / a.kv_heads, kv_head, kv_head * group + member, count);
-          }
+        constexpr int64_t most = std::max<int64_t>(1, kTileBytes / sizeof(Tile<decltype(vectors)::value>));
+        std::vector<QueryHead<decltype(vectors)::value>> heads;
+        std::vector<Tile<decltype(vectors)::value>> tiles;
+        for (int64_t i = first; i < last;) {
+          const int64_t first_kv = i % a.kv_heads, last_kv = std::min({a.kv_heads, first_kv + last - i, first_kv + most});
+          attend<decltype(storage), decltype(vectors)::value>(a, i / a.kv_heads, first_kv, last_kv, heads, tiles);
+          i += last_kv - first_kv;
         }
       });
     });

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,29 @@ def test_a_case_may_count_pieces_and_set_its_own_rounds():
     case = toy_case(providers={"fastppo": provider}, per="tokens", rounds=2, compare=compare)
     rows = measure(case, CPU, Schedule(20, 0.5, 0.005), CEILINGS)
     assert rows["fastppo"].status == "ok" and rows["fastppo"].rounds == 2 and next(made) == 3
+
+
+def test_slow_providers_take_few_turns():
+    """Past their seconds: ours and eager five, a peer two. A first call of eager's as long as that is one of them."""
+    calls = []
+
+    def provider(name):
+        def run(x):
+            calls.append(name)
+            time.sleep(0.02)
+            return double(x)
+
+        return run
+
+    case = toy_case(providers={name: provider(name) for name in ("fastppo", "eager", "peer")})
+    for limit, eager_turns in ((0.001, 4), (0.03, 5)):
+        calls.clear()
+        rows = measure(case, CPU, Schedule(20, provider_seconds=limit), CEILINGS)
+        assert {name: row.rounds for name, row in rows.items()} == {"fastppo": 5, "eager": 5, "peer": 2}
+        assert {name: calls.count(name) - 1 for name in rows} == {"fastppo": 5, "eager": eager_turns, "peer": 2}
+        assert all(0.02 < row.median_s < 0.1 for row in rows.values())
+    calls.clear()
+    assert {row.rounds for row in measure(replace(case, rounds=3), CPU, Schedule(20), CEILINGS).values()} == {3}
 
 
 def test_times_and_ratio_are_of_medians():

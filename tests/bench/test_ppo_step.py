@@ -27,7 +27,7 @@ def checked(monkeypatch, provider: str, **changes):
         patch.setattr(ppo_step, "CONFIG", replace(config, **changes))
         outputs = run(inputs)
     frozen = replace(case, providers={provider: lambda x: outputs})
-    return check_provider(frozen, provider, inputs, {})
+    return check_provider(frozen, provider, inputs, {})[0]
 
 
 @pytest.mark.parametrize("provider", ["fastppo", "eager", TRL])
@@ -58,7 +58,7 @@ def test_a_step_is_checked_in_the_minibatches_that_it_took():
     taken = torch.tensor(ppo_step.minibatches(len(inputs["tokens"])))
     for minibatches, status in ((taken, "ok"), (taken.flip(0)[:2], "wrong")):
         frozen = replace(case, providers={"eager": lambda x, m=minibatches: outputs | {"minibatches": m}})
-        assert check_provider(frozen, "eager", inputs, {}).status == status
+        assert check_provider(frozen, "eager", inputs, {})[0].status == status
 
 
 def test_the_score_is_a_share_of_tokens():
