@@ -18,7 +18,7 @@ from fastppo.bench.setting import Setting
 SECONDS = 0.5  # that a case's rounds take at least
 TURN_SECONDS = 0.005  # of calls in a provider's turn
 # That a provider's turns on a case may take: a GPU is lent for minutes, and some calls take seconds.
-PROVIDER_SECONDS = {"cpu": 3.0, "cuda": 4.0}
+PROVIDER_SECONDS = {"cpu": 2.0, "cuda": 4.0}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Sizes(NamedTuple):
     tile_rows: int
     tile_columns: int
     """fp32, where a row's columns may come one block after another."""
+    most_kept_tiles: int
+    """What a forward pass may keep for the backward pass: of five tiles one, and at most these."""
     logits_bytes: int
     """fp32, where rows are whole."""
     gradient_bytes: int
@@ -33,13 +35,14 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    # Tiles of 8 MiB, at which the products run at full speed. Columns are a multiple of the 1,024 logits that the
+    # Tiles of 16 MiB, at which the products run at full speed. Columns are a multiple of the 1,024 logits that the
     # log-sum-exp takes at a time, so that its bits are those of whole rows.
-    "cpu": Sizes(1024, 2048, 32 * 2**20, 0),
+    "cpu": Sizes(2048, 2048, 3, 32 * 2**20, 0),
     # Tiles of 256 MiB: eight times as many output blocks a product as a GPU has cores. With half-precision gradients of up to 2 GiB,
     # 8,192 tokens of a vocabulary of 131,072, the weight's gradient is one product and needs no fp32 sum, which would take no less.
-    "triton": Sizes(8192, 8192, 256 * 2**20, 2 * 2**30),
+    "triton": Sizes(8192, 8192, 0, 256 * 2**20, 2 * 2**30),
 }
+KEPT_SHARE = 5
 # With a large vocabulary `logits_bytes` are so few rows that the products mostly wait for the weight: then up to this
 # many rows, while their logits stay within an eighth of the weight's size in fp32.
 LARGE_VOCABULARY_ROWS = 128
@@ -75,6 +78,14 @@ def kept_rows(labels: Tensor, mask: Tensor | None, vocabulary: int, ignore_index
         if bad.any():
             raise native.label_error(labels, bad.reshape(-1).nonzero()[0].item(), vocabulary, ignore_index)
     return keep
+
+
+def kept_tiles_shape(rows: int, vocabulary: int, backend: str) -> tuple[int, int]:
+    """[tiles, elements of a tile] of the logits worth keeping, of at most `rows` rows."""
+    sizes = SIZES[backend]
+    height, width = torch.sym_min(sizes.tile_rows, rows), torch.sym_min(sizes.tile_columns, vocabulary)
+    tiles = -(-rows // sizes.tile_rows) * -(-vocabulary // sizes.tile_columns)
+    return torch.sym_min(tiles // KEPT_SHARE, sizes.most_kept_tiles), height * width
 
 
 @contextmanager
@@ -211,23 +222,28 @@ class Tile(NamedTuple):
     logits: Tensor
     """fp32 [rows, columns]; the next tile's overwrite them."""
     gradient: Tensor
-    """Memory for their gradient, in the type of the products: the logits' own where that is fp32."""
+    """Memory for their gradient, in the type of the products: the logits' own where that is fp32 and they need not last."""
 
 
-def tiles(head: Head, backward: bool) -> Iterator[Tile]:
+def tiles(head: Head, kept: Tensor, backward: bool) -> Iterator[Tile]:
     """Every tile of the head: blocks of columns one after another, in each of them all rows.
 
-    So the weight's gradient is made a block at a time, each finished before the next, and a block is converted once.
+    So the weight's gradient is made a block at a time, each finished before the next, and a block is converted once. The
+    first tiles' logits are written into `kept` [tiles, elements] and, in the `backward` pass, read from there.
     """
     rows, columns = min(head.sizes.tile_rows, head.count), min(head.sizes.tile_columns, len(head.weight))
     logits_memory = gradient_memory = head.empty(rows * head.pitch(columns), torch.float32)
     if backward and head.dtype != torch.float32:
         gradient_memory = torch.empty_like(logits_memory, dtype=head.dtype)
+    starts = range(0, head.count, max(rows, 1))
     for block, weight in head.blocks(columns):
-        for places in _cut(0, head.count, max(rows, 1)):
+        for number, start in enumerate(starts, block.start // columns * len(starts)):
+            places = slice(start, min(start + rows, head.count))
             inputs = head.inputs(places)
-            logits, gradient = (head.matrix(x, len(inputs), len(weight)) for x in (logits_memory, gradient_memory))
-            head.multiply(inputs, block, weight, logits)
+            memory = kept[number] if number < len(kept) else logits_memory
+            logits, gradient = (head.matrix(x, len(inputs), len(weight)) for x in (memory, gradient_memory))
+            if not (backward and number < len(kept)):
+                head.multiply(inputs, block, weight, logits)
             yield Tile(places, block, weight, inputs, logits, gradient)
 
 

@@ -16,6 +16,7 @@ from fastppo.ops._head import (
     exact_products,
     finish_state,
     kept_rows,
+    kept_tiles_shape,
     lift_for,
     tile_gradient,
     tiles,
@@ -39,9 +40,9 @@ def linear_token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole and are never rounded below fp32.
 
-    Forward 2 N H V flops; backward 6 N H V, since it makes the logits again. Extra memory: a tile of logits (8 MiB; on a GPU 256 MiB),
-    its inputs, and where hidden is half-precision or has ignored rows an fp32 copy of its gradient. Rows that are ignored are left
-    out of every product; a frozen hidden or weight costs no product.
+    Forward 2 N H V flops; backward 6 N H V, since it makes the logits again, but for a fifth of them (at most 48 MiB) that it
+    finds kept. Extra memory besides: a tile of logits (16 MiB), its inputs, and where hidden is half-precision or has ignored rows
+    an fp32 copy of its gradient. Rows that are ignored are left out of every product; a frozen hidden or weight costs no product.
 
     Args:
         hidden: [..., H] float32, bfloat16 or float16 (float64 runs in the reference); weight: [V, H]; bias: [V] or None, of any
@@ -71,8 +72,9 @@ def linear_token_logprobs(
             return_entropy=return_entropy,
         )
         return TokenLogprobs(*out) if return_entropy else out
-    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy)
-    logprobs, entropy, _ = _linear_token_logprobs(hidden, weight, labels.long(), bias, *options)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in head)
+    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, differentiable)
+    logprobs, entropy, *_ = _linear_token_logprobs(hidden, weight, labels.long(), bias, *options)
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
 
@@ -87,27 +89,36 @@ def _linear_token_logprobs(
     logit_scale: float,
     ignore_index: int,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored."""
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored; some tiles' logits."""
     backend = choose("linear_token_logprobs", hidden)
     keep = kept_rows(labels, None, len(weight), ignore_index, backend)
+    kept = _kept_tiles(hidden, weight, labels, keep_logits)
     head = Head(hidden, weight, bias, keep, backend)
     kept_labels, state = head.take(labels), head.new_state(head.count)
     transform = (logit_scale, softcap, temperature)
     with exact_products(hidden):
-        for tile in tiles(head, backward=False):
+        for tile in tiles(head, kept, backward=False):
             in_block = kept_labels[tile.places] - tile.block.start
             head.kernels.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
     logprobs, entropy, max_logsum = finish_state(state)
     made_entropy = head.put(entropy) if return_entropy else logprobs.new_empty(0)
-    return head.put(logprobs), made_entropy, head.put(max_logsum)
+    return head.put(logprobs), made_entropy, head.put(max_logsum), kept
+
+
+def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool) -> Tensor:
+    backend = choose("linear_token_logprobs", hidden)
+    shape = kept_tiles_shape(labels.numel(), weight.shape[0], backend) if keep_logits else (0, 0)
+    return hidden.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastppo::linear_token_logprobs")
-def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy):
+def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy, keep_logits):
     logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
-    return logprobs, entropy, logprobs.new_empty((*labels.shape, 2))
+    kept = _kept_tiles(hidden, weight, labels, keep_logits)
+    return logprobs, entropy, logprobs.new_empty((*labels.shape, 2)), kept
 
 
 @custom_op("linear_token_logprobs_backward")
@@ -117,6 +128,7 @@ def _linear_token_logprobs_backward(
     labels: Tensor,
     bias: Tensor | None,
     max_logsum: Tensor,
+    kept: Tensor,
     entropy: Tensor,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
@@ -137,7 +149,7 @@ def _linear_token_logprobs_backward(
     gradients = HeadGradients(head, [x.dtype if want else None for x, want in sources], lift)
     transform = (logit_scale, softcap, temperature)
     with exact_products(hidden):
-        for tile in tiles(head, backward=True):
+        for tile in tiles(head, kept, backward=True):
             tile_gradient(head, tile.block, tile.logits, rows.part(tile.places), transform, tile.gradient)
             gradients.add(tile.places, tile.block, tile.weight, tile.inputs, tile.gradient)
     d_hidden, d_weight, d_bias = gradients.finish()
@@ -156,11 +168,11 @@ refuse_gradient("linear_token_logprobs_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, *options, return_entropy = inputs
-    _, entropy, max_logsum = output
-    ctx.save_for_backward(hidden, weight, labels, bias, max_logsum, entropy)
+    hidden, weight, labels, bias, *options, return_entropy, _ = inputs
+    _, entropy, max_logsum, kept = output
+    ctx.save_for_backward(hidden, weight, labels, bias, max_logsum, kept, entropy)
     ctx.options, ctx.return_entropy = options, return_entropy
-    ctx.mark_non_differentiable(max_logsum)
+    ctx.mark_non_differentiable(max_logsum, kept)
     ctx.set_materialize_grads(False)
 
 
@@ -175,7 +187,7 @@ def _backward(ctx, d_logprobs, d_entropy, *_):
         hidden, weight, labels, bias, *statistics, d_logprobs, d_entropy, *ctx.options, wanted
     )
     d_hidden, d_weight, d_bias = (x if want else None for x, want in zip(gradients, wanted, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 5
+    return d_hidden, d_weight, None, d_bias, *[None] * 6
 
 
 torch.library.register_autograd("fastppo::linear_token_logprobs", _backward, setup_context=_setup_context)

@@ -38,9 +38,9 @@ def compare(hidden, weight, bias, labels, **options):
         assert_as_exact_as_native(a, b, c, name)
 
 
-def set_tiles(monkeypatch, rows: int, columns: int) -> None:
+def set_tiles(monkeypatch, rows: int, columns: int, **others: int) -> None:
     for backend, sizes in _head.SIZES.items():
-        smaller = sizes._replace(tile_rows=rows, tile_columns=columns)
+        smaller = sizes._replace(tile_rows=rows, tile_columns=columns, **others)
         monkeypatch.setitem(_head.SIZES, backend, smaller)
 
 
@@ -67,6 +67,22 @@ def test_tiles_do_not_change_the_result(cpu_backend, monkeypatch):
     whole = linear_token_logprobs(hidden, weight, labels, bias)
     set_tiles(monkeypatch, 1, 1)
     assert torch.allclose(linear_token_logprobs(hidden, weight, labels, bias), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_kept_logits_serve_every_backward_pass(cpu_backend, monkeypatch, ignored):
+    """Four tiles of 49 are kept, or none; a second backward pass finds them as the first one did."""
+    hidden, weight, bias, labels = operands()
+    if ignored:
+        labels[[0, 3, 4]] = -100
+    results = []
+    for most in (0, 4):
+        set_tiles(monkeypatch, 2, 10, most_kept_tiles=most)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        loss = linear_token_logprobs(leaves[0], leaves[1], labels, leaves[2]).square().sum()
+        results += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("banned", [slice(0, 30), slice(30, 60), slice(60, 70), slice(0, 69)], ids=str)
@@ -197,7 +213,9 @@ def test_opcheck(cpu_backend):
     hidden, weight, bias, labels = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     for b in (None, bias.requires_grad_()):
-        torch.library.opcheck(torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True))
+        torch.library.opcheck(
+            torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True)
+        )
 
 
 def test_compiles_without_graph_breaks(cpu_backend):
