@@ -9,8 +9,8 @@ from types import ModuleType
 from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
-# Measured on a CPU alone: their models are sized for one.
-CPU_ONLY = ("rollout", "ppo_step")
+# Measured on a CPU alone: its models are sized for one.
+CPU_ONLY = ("ppo_step",)
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",

@@ -113,10 +113,20 @@ def batch_invariant_linear(rows: int, columns: int, inner: int, itemsize: int = 
     return Work(elements * itemsize, 2 * rows * columns * inner)
 
 
-def decode(model: nn.Module, batch: int) -> Work:
-    """A token of a decode step: its share of the weights, read once a step for the whole batch, and its products. Keys and values left out."""
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    return Work(weights * FP32 // batch, 2 * weights)
+def decode(model: nn.Module, batch: int, context: int = 0) -> Work:
+    """A token of a decode step: its share of the weights, read once a step for the whole batch, the keys and values of `context` tokens, and
+    the products with weights."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (0 if embedding is head else embedding.numel())
+    token = kept_of_a_token(model) if context else 0
+    return Work(head.itemsize * (weights // batch + context * token), 2 * weights)
+
+
+def kept_of_a_token(model: nn.Module) -> int:
+    """Numbers: a key and a value in every layer."""
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
 
 
 def ppo_step(model: nn.Module, sequences: int, prompt: int, new: int, updates: int) -> Work:

@@ -96,6 +96,8 @@ class Case:
     compare: Callable[[Tensors, Tensors, Tensors], float] = compare_tensors
     per: str | None = None
     """Output that counts what a call made: times, and `work`, are for one of those."""
+    seconds: str | None = None
+    """Output that tells how long the part of a call took that counts, where it is not the whole."""
     rounds: int | None = None
     """Instead of the schedule's, for cases whose calls take seconds."""
     prepare: Mapping[str, Provider] = field(default_factory=dict)
@@ -238,7 +240,8 @@ def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -
         inputs = prepared(case, provider, inputs)
         started = perf_counter()
         outputs = case.providers[provider](inputs)
-        call = Call(perf_counter() - started, pieces_of(case, outputs))
+        seconds = float(outputs[case.seconds]) if case.seconds else perf_counter() - started
+        call = Call(seconds, pieces_of(case, outputs))
         row.error = case.compare(inputs, outputs, exact)
     except WrongResult as wrong:
         row.status, row.reason, row.error = "wrong", str(wrong), wrong.error
@@ -281,27 +284,28 @@ class Player:
         if device.type == "cuda":
             self._rehearse(capturable=name not in case.prepare and case.per is None)
 
-    def _call(self, first: int, calls: int) -> int:
-        """Calls on the input sets from the `first` on; returns the pieces made."""
-        pieces = 0
+    def _call(self, first: int, calls: int) -> Call:
+        """Calls on the input sets from the `first` on; what they made and, where they tell it, the seconds that count."""
+        pieces, told = 0, 0.0
         for call in range(first, first + calls):
             outputs = self._run(self._sets[call % len(self._sets)])
             pieces += pieces_of(self._case, outputs)
+            told += float(outputs[self._case.seconds]) if self._case.seconds else 0.0
             del outputs
-        return pieces
+        return Call(told, pieces)
 
     def _time(self, first: int, calls: int) -> float:
         """Seconds a call, or a piece."""
-        pieces = []
-        seconds = clock.seconds(lambda: pieces.append(self._call(first, calls)), self._device)
-        return seconds / pieces[0]
+        made: list[Call] = []
+        seconds = clock.seconds(lambda: made.append(self._call(first, calls)), self._device)
+        return (made[0].seconds if self._case.seconds else seconds) / made[0].pieces
 
     def _rehearse(self, capturable: bool) -> None:
         """Times calls from Python, and captures as many as make a turn, each input set as often as the others."""
         once = self._time(0, 1)
         calls = 1 if self._case.per else self._schedule.calls_a_turn(once)
         self._calls = math.ceil(calls / len(self._sets)) * len(self._sets) if calls > 1 else 1
-        self.called_s = self._time(0, self._calls)
+        self.called_s = self._time(0, self._calls) if self._calls > 1 else once
         if capturable and once <= MOST_CAPTURED_SECONDS:
             self._replay = clock.capture(lambda: self._call(0, self._calls), self._device)
 

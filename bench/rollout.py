@@ -18,10 +18,9 @@ from fastppo.rollout import Engine, Rollout, SamplingParams
 VOCABULARY = 4096
 SLOTS = 32
 ROUNDS, LONG_ROUNDS = 5, 2  # of a call of half a second, and of one that takes Transformers ten
-# Raw log-probabilities against a packed forward: what the trainer allows.
-ALLOWED_LOGPROB_ERROR = 1e-4
 # Stops a completion with probability 1/32 at each token, since the model is nearly uniform: a long tail of lengths.
 STOP_IDS = tuple(range(VOCABULARY // 32))
+ROLLOUT_NAMES = ("tokens", "cu_seqlens", "position_ids", "action_mask", "logprobs", "prompt_index", "finish_reasons")
 
 
 @cache
@@ -49,6 +48,9 @@ def prompts_of(x: Tensors) -> list[list[int]]:
 class Workload:
     """What both sides are asked for, and how each is asked."""
 
+    allowed_error = 1e-4  # of raw log-probabilities against a packed forward: what the trainer allows
+    checked_sequences = 8
+
     def __init__(self, size: tuple[int, int], n: int, min_new: int, max_new: int, stops: tuple[int, ...]) -> None:
         # Two models of equal weights: fastppo's attention would slow `generate` down, which must run as it comes.
         self.size, self.n, self.min_new, self.max_new, self.stops = size, n, min_new, max_new, stops
@@ -60,10 +62,10 @@ class Workload:
         sampling = SamplingParams(
             n=self.n, min_new_tokens=self.min_new, max_new_tokens=self.max_new, stop_token_ids=self.stops
         )
-        rollout = self.engine.generate(prompts_of(x), sampling)
-        names = ("tokens", "cu_seqlens", "position_ids", "action_mask", "logprobs", "prompt_index", "finish_reasons")
-        outputs = {name: getattr(rollout, name) for name in names}
-        return outputs | {"new_tokens": rollout.action_mask.sum()}
+        return self.outputs(self.engine.generate(prompts_of(x), sampling))
+
+    def outputs(self, rollout: Rollout) -> Tensors:
+        return {name: getattr(rollout, name) for name in ROLLOUT_NAMES} | {"new_tokens": rollout.action_mask.sum()}
 
     @torch.no_grad()
     def transformers(self, x: Tensors) -> Tensors:
@@ -111,13 +113,13 @@ class Workload:
         if "logprobs" not in outputs:
             return 0.0
         rollout = Rollout(
-            **{name: outputs[name] for name in outputs if name != "new_tokens"},
+            **{name: outputs[name] for name in ROLLOUT_NAMES},
             processed_logprobs=outputs["logprobs"],
             temperature=1.0,
         )
-        error = self._logprob_error(rollout.select(range(min(8, sequences))))
-        if not error <= ALLOWED_LOGPROB_ERROR:
-            raise WrongResult(f"logprobs are off by {error:.2g}, allowed {ALLOWED_LOGPROB_ERROR:g}", error)
+        error = self._logprob_error(rollout.select(range(min(self.checked_sequences, sequences))))
+        if not error <= self.allowed_error:
+            raise WrongResult(f"logprobs are off by {error:.2g}, allowed {self.allowed_error:g}", error)
         return error
 
     @torch.no_grad()
@@ -130,6 +132,10 @@ class Workload:
 
 
 def cases(setting: Setting) -> list[Case]:
+    if setting.on_gpu:
+        from fastppo.bench import rollout_gpu
+
+        return rollout_gpu.cases(setting)
     size = (32, 1) if setting.quick else (256, 4)
 
     def case(name: str, count: int, lengths: tuple[int, int], workload: Workload, rounds: int) -> Case:

@@ -1,4 +1,4 @@
-"""A PPO step of TRL's `PPOTrainer`, the last of which TRL 1.8 has (`trl.experimental.ppo`), on the networks of `ppo_step`'s plain step."""
+"""A PPO step of TRL's `PPOTrainer` (`trl.experimental.ppo`, which TRL has up to 1.12), on the networks of `ppo_step`'s plain step."""
 
 from __future__ import annotations
 

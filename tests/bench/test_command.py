@@ -146,6 +146,7 @@ case "$*" in
   *get_device_capability*) echo 90 ;;
   *"pip install"*) echo "built for $FASTPPO_CUDA_ARCHS" ;;
   *"fastppo info"*) ;;
+  *ops_on*) echo --op gae ;;
   *fastppo.bench*) echo a table; exit 3 ;;
   *"-k sanitizer"*) exit 124 ;;
 esac
@@ -163,7 +164,11 @@ def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path):
         [record.ROOT / "bench" / "gpu_record.sh", folder], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["failed: bench (exit 3)", "failed: sanitizer (ran out of its 40 s)"]
+    assert done.stderr.splitlines() == [
+        "failed: bench (exit 3)",
+        "failed: rollout (exit 3)",
+        "failed: sanitizer (ran out of its 40 s)",
+    ]
     logs = {path.name: path.read_text() for path in folder.iterdir()}
     assert logs["gpu-device.log"] == "a GPU\n" and logs["gpu-build.log"] == "built for 90\n"
     assert logs["gpu-bench.log"] == "a table\n" and {"gpu-tests.log", "gpu-sanitizer.log"} <= logs.keys()
@@ -173,4 +178,4 @@ def test_the_parts_of_the_gpu_script_take_nine_minutes_at_most():
     text = (record.ROOT / "bench" / "gpu_record.sh").read_text()
     seconds = [int(share) for share in re.findall(r"^part \w+ (\d+) ", text, re.MULTILINE)]
     killed_after = int(re.search(r"--kill-after=(\d+)", text)[1])
-    assert len(seconds) == 6 and sum(seconds) + killed_after * len(seconds) <= 540
+    assert len(seconds) == 7 and sum(seconds) + killed_after * len(seconds) <= 540

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastppo.bench import __main__ as cli
-from fastppo.bench import floors, harness, memory, record, report
+from fastppo.bench import floors, harness, memory, record, report, rollout_gpu
 from fastppo.bench.catalog import OPS, load_cases
 from fastppo.bench.harness import Case, Row, Schedule, Target, WrongResult, compare_tensors, fill_ratios, measure
 from fastppo.bench.setting import Setting
@@ -184,6 +184,34 @@ def test_a_case_may_count_pieces_and_set_its_own_rounds():
     case = toy_case(providers={"fastppo": provider}, per="tokens", rounds=2, compare=compare)
     rows = measure(case, CPU, Schedule(20, 0.5, 0.005), CEILINGS)
     assert rows["fastppo"].status == "ok" and rows["fastppo"].rounds == 2 and next(made) == 3
+
+
+def test_a_call_may_tell_the_seconds_that_count():
+    def provider(x):
+        return {"y": 2 * x["x"], "tokens": torch.tensor(4), "seconds": torch.tensor(8.0)}
+
+    case = toy_case(providers={"fastppo": provider, "eager": provider}, per="tokens", seconds="seconds", rounds=2)
+    case = replace(case, compare=lambda inputs, outputs, exact: 0.0)
+    rows = measure(case, CPU, Schedule(20, provider_seconds=1.0), CEILINGS)
+    assert {(row.median_s, row.rounds) for row in rows.values()} == {(2.0, 2)}
+
+
+def test_decode_steps_of_a_gpu_s_cases_are_counted_alone():
+    """Tried on the CPU, with a tiny model: 4 prompts of 12, 7 tokens of each from decode steps."""
+    case = rollout_gpu.cases(QUICK)[0]
+    inputs = harness.make_inputs(case, CPU)
+    for run in case.providers.values():
+        outputs = run(inputs)
+        assert case.compare(inputs, outputs, {}) < 0.15
+        assert int(outputs["decoded"]) == 4 * 7 and 0 < float(outputs["seconds"]) < 60
+
+
+def test_floors_of_a_gpu_s_decode_steps():
+    """Qwen3-1.7B ties its embeddings: 1.72e9 weights, all of them read. Qwen2.5-7B does not: 7.6e9, one of its two [152064, 3584] not read."""
+    small, large = (case.work for case in rollout_gpu.cases(Setting("cuda")))
+    assert small.bytes == pytest.approx(2 * (1.72e9 / 256 + 768 * 2 * 28 * 8 * 128), rel=1e-2)
+    assert large.bytes == pytest.approx(2 * (7.07e9 / 64 + 512 * 2 * 28 * 4 * 128), rel=1e-2)
+    assert (small.flops, large.flops) == (pytest.approx(2 * 1.72e9, rel=1e-2), pytest.approx(2 * 7.07e9, rel=1e-2))
 
 
 def test_slow_providers_take_few_turns():
