@@ -72,7 +72,8 @@ class TRLStep:
     """One batch of `PPOTrainer.train`, on the prompts of the call."""
 
     def __init__(self, plain: PlainStep, score: Callable[[list[int]], float], config: PPOConfig) -> None:
-        with warnings.catch_warnings(action="ignore"):  # that it is experimental
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental
             from trl.experimental.ppo import PPOConfig as TRLConfig
             from trl.experimental.ppo import PPOTrainer
 

@@ -11,16 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fastppo.ops._backends import FAST_BACKENDS  # noqa: E402
 from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED_OPS = [
-    "token_logprobs",
-    "linear_token_logprobs",
-    "linear_ppo_loss",
-    "decode_attention",
-    "batch_invariant_linear",
-]
+TESTED_OPS = [op for op, fast in FAST_BACKENDS.items() if "triton" in fast]
 # What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
 INTERPRETED = {"linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
 
