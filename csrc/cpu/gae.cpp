@@ -1,6 +1,7 @@
 // Generalised advantage estimation, sixteen sequences at a time: the recursion runs backwards in time in one vector lane each, so every advantage
 // has the bits of the plain sequential loop, whatever the batch, the padding or the packing. A lane whose sequence is done takes the next one.
 #include <type_traits>
+#include <utility>
 
 #include "masks.h"
 #include "sequences.h"
@@ -9,7 +10,7 @@ namespace fastppo::FASTPPO_ISA {
 namespace {
 
 constexpr int64_t kTokensWorthAThread = 16384;
-constexpr int kQuad = 4;
+constexpr int kGroup = kRegisterBytes / 4, kGroups = kLanes / kGroup;  // lanes of a register
 constexpr int kCacheLine = 64;
 constexpr int kWindow = 64;  // steps of a lane between two looks at where the lanes are: long enough that looking costs little
 // Flags of a step: it counts; nothing follows it; the recursion stops behind it.
@@ -39,7 +40,7 @@ class Lanes {
       longest = std::max(longest, w.count);
       side_by_side_ &= w.count == kWindow && w.step == windows_[0].step && w.row == windows_[0].row + lane;
     }
-    first_column_ = (kWindow - longest) / kQuad * kQuad;
+    first_column_ = (kWindow - longest) / kGroup * kGroup;
     return longest > 0;
   }
 
@@ -74,41 +75,55 @@ class Lanes {
   bool side_by_side_ = false;
 };
 
-// Four lanes side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: 4 x 4 blocks turn from one
-// into the other in registers, on every machine. (Tried: wider blocks through memory wait for their own stores, and are slower.)
-typedef float QuadFloat __attribute__((vector_size(16)));
-typedef int32_t QuadInt __attribute__((vector_size(16)));
+// A register's lanes advance side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: square
+// blocks turn from one into the other in registers, and each block reads and writes whole lines where a register is one (AVX-512).
+typedef vfloat::Register GroupFloat;
+typedef vint::Register GroupInt;
 
 #if defined(__clang__)
 #define FASTPPO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define FASTPPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, QuadInt{__VA_ARGS__})
+#define FASTPPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, GroupInt{__VA_ARGS__})
 #endif
 
-template <class Quad>
-struct Block {
-  Quad at[kQuad];
+// a[from], b[from], a[from + 1], b[from + 1], ...
+template <int from, class Group, int... i>
+FASTPPO_INLINE Group interleaved(const Group& a, const Group& b, std::integer_sequence<int, i...>) {
+  return FASTPPO_SHUFFLE(a, b, (from + i / 2 + i % 2 * kGroup)...);
+}
 
+template <class Group>
+struct Block {
+  Group at[kGroup];
+
+  // Each pass interleaves the rows of the two halves, which turns row and column numbers, taken as one binary number, by one bit.
   FASTPPO_MEMBER Block transposed() const {
-    const Quad low01 = FASTPPO_SHUFFLE(at[0], at[1], 0, 4, 1, 5), high01 = FASTPPO_SHUFFLE(at[0], at[1], 2, 6, 3, 7);
-    const Quad low23 = FASTPPO_SHUFFLE(at[2], at[3], 0, 4, 1, 5), high23 = FASTPPO_SHUFFLE(at[2], at[3], 2, 6, 3, 7);
-    return {FASTPPO_SHUFFLE(low01, low23, 0, 1, 4, 5), FASTPPO_SHUFFLE(low01, low23, 2, 3, 6, 7), FASTPPO_SHUFFLE(high01, high23, 0, 1, 4, 5),
-            FASTPPO_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+    constexpr auto kIndices = std::make_integer_sequence<int, kGroup>();
+    Block block = *this;
+    for (int pass = 1; pass < kGroup; pass *= 2) {
+      Block next;
+      for (int k = 0; k < kGroup / 2; ++k) {
+        next.at[2 * k] = interleaved<0>(block.at[k], block.at[k + kGroup / 2], kIndices);
+        next.at[2 * k + 1] = interleaved<kGroup / 2>(block.at[k], block.at[k + kGroup / 2], kIndices);
+      }
+      block = next;
+    }
+    return block;
   }
 };
 
-template <class Quad, class T>
-FASTPPO_INLINE Quad load_quad(const T* p) {
-  Quad quad;
-  std::memcpy(&quad, p, sizeof quad);
-  return quad;
+template <class Group, class T>
+FASTPPO_INLINE Group load_group(const T* p) {
+  Group group;
+  std::memcpy(&group, p, sizeof group);
+  return group;
 }
 
-// at[step] of four lanes' rows, from column `column` on.
-template <class Quad, class T>
-FASTPPO_INLINE Block<Quad> load_block(const T* const* rows, int column) {
-  Block<Quad> block;
-  for (int k = 0; k < kQuad; ++k) block.at[k] = load_quad<Quad>(rows[k] + column);
+// at[step] of a group of lanes' rows, from column `column` on.
+template <class Group, class T>
+FASTPPO_INLINE Block<Group> load_block(const T* const* rows, int column) {
+  Block<Group> block;
+  for (int k = 0; k < kGroup; ++k) block.at[k] = load_group<Group>(rows[k] + column);
   return block.transposed();
 }
 
@@ -129,10 +144,10 @@ void locate_time_major(const typename Storage::type* p, int64_t stride_step, Inp
     rows[k] = steps[k];
   }
   for (int lane = 0; lane < kLanes; ++lane) inputs.row[lane] = inputs.staged[lane];
-  for (int column = 0; column < kWindow; column += kQuad)
-    for (int lane = 0; lane < kLanes; lane += kQuad) {
-      const Block<QuadFloat> turned = load_block<QuadFloat>(rows + column, lane);
-      for (int k = 0; k < kQuad; ++k) std::memcpy(&inputs.staged[lane + k][column], &turned.at[k], sizeof(QuadFloat));
+  for (int column = 0; column < kWindow; column += kGroup)
+    for (int lane = 0; lane < kLanes; lane += kGroup) {
+      const Block<GroupFloat> turned = load_block<GroupFloat>(rows + column, lane);
+      for (int k = 0; k < kGroup; ++k) std::memcpy(&inputs.staged[lane + k][column], &turned.at[k], sizeof(GroupFloat));
     }
 }
 
@@ -221,7 +236,7 @@ TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& fl
 
 // What a lane carries from a step to the one before it.
 struct Carry {
-  QuadFloat gae[kQuad], next_value[kQuad], decay[kQuad];
+  GroupFloat gae[kGroups], next_value[kGroups], decay[kGroups];
 };
 
 struct TileData {
@@ -230,33 +245,33 @@ struct TileData {
   Outputs advantages, returns;
 };
 
-// Four steps of four lanes, the latest first.
+// As many steps of a group of lanes as it has lanes, the latest first.
 template <bool kMixed, bool kNextValues>
-FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, QuadFloat& gae, QuadFloat& next_value,
-                              const QuadFloat& decay) {
-  const QuadFloat zero = {};
-  const Block<QuadFloat> rewards = load_block<QuadFloat>(tile.rewards.row + lane, column);
-  const Block<QuadFloat> values = load_block<QuadFloat>(tile.values.row + lane, column);
-  Block<QuadFloat> next_values, advantages;
-  Block<QuadInt> flags;
-  if (kNextValues) next_values = load_block<QuadFloat>(tile.next_values.row + lane, column);
-  if (kMixed) flags = load_block<QuadInt>(tile.flags.row + lane, column);
-  for (int k = kQuad - 1; k >= 0; --k) {
-    QuadFloat next = kNextValues ? next_values.at[k] : next_value, later = gae;
+FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, GroupFloat& gae, GroupFloat& next_value,
+                              const GroupFloat& decay) {
+  const GroupFloat zero = {};
+  const Block<GroupFloat> rewards = load_block<GroupFloat>(tile.rewards.row + lane, column);
+  const Block<GroupFloat> values = load_block<GroupFloat>(tile.values.row + lane, column);
+  Block<GroupFloat> next_values, advantages;
+  Block<GroupInt> flags;
+  if (kNextValues) next_values = load_block<GroupFloat>(tile.next_values.row + lane, column);
+  if (kMixed) flags = load_block<GroupInt>(tile.flags.row + lane, column);
+  for (int k = kGroup - 1; k >= 0; --k) {
+    GroupFloat next = kNextValues ? next_values.at[k] : next_value, later = gae;
     if (kMixed) {
       next = (flags.at[k] & kDone) != 0 ? zero : next;
       later = (flags.at[k] & kCut) != 0 ? zero : later;
     }
     advantages.at[k] = ((rewards.at[k] + gamma * next) - values.at[k]) + decay * later;
-    const QuadInt keep = kMixed ? (flags.at[k] & kKeep) != 0 : QuadInt{};
+    const GroupInt keep = kMixed ? (flags.at[k] & kKeep) != 0 : GroupInt{};
     gae = kMixed ? (keep ? advantages.at[k] : gae) : advantages.at[k];
     next_value = kMixed ? (keep ? values.at[k] : next_value) : values.at[k];
   }
-  const Block<QuadFloat> rows = advantages.transposed();
-  for (int k = 0; k < kQuad; ++k) {
-    QuadFloat advantage = rows.at[k], target = advantage + load_quad<QuadFloat>(tile.values.row[lane + k] + column);
+  const Block<GroupFloat> rows = advantages.transposed();
+  for (int k = 0; k < kGroup; ++k) {
+    GroupFloat advantage = rows.at[k], target = advantage + load_group<GroupFloat>(tile.values.row[lane + k] + column);
     if (kMixed) {
-      const QuadInt keep = (load_quad<QuadInt>(tile.flags.row[lane + k] + column) & kKeep) != 0;
+      const GroupInt keep = (load_group<GroupInt>(tile.flags.row[lane + k] + column) & kKeep) != 0;
       advantage = keep ? advantage : zero;
       target = keep ? target : zero;
     }
@@ -265,26 +280,27 @@ FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int c
   }
 }
 
-// Asks L2 for the next window of four lanes, which the hardware does not foresee: rows are read backwards, and too many at a time. In L1 the lines of rows
-// a power of two apart would push each other out. An address before the tensor is harmless: a prefetch never faults.
-FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int lane) {
-  for (int k = lane; k < lane + kQuad; ++k)
-    for (int column = 0; column < kWindow; column += kCacheLine / 4) {
-      __builtin_prefetch(tile.rewards.row[k] + column - kWindow, 0, 2);
-      __builtin_prefetch(tile.values.row[k] + column - kWindow, 0, 2);
-      __builtin_prefetch(tile.advantages.row[k] + column - kWindow, 1, 2);
-      __builtin_prefetch(tile.returns.row[k] + column - kWindow, 1, 2);
-    }
+// Asks L2 for what a group of lanes reads a window from now, which the hardware does not foresee: rows are read backwards, too many at a time. In L1
+// the lines of rows a power of two apart would push each other out, and all requests of a window at once would wait for each other. An address
+// before the tensor is harmless: a prefetch never faults.
+FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int lane, int column) {
+  if (column % (kCacheLine / 4) != 0) return;
+  for (int k = lane; k < lane + kGroup; ++k) {
+    __builtin_prefetch(tile.rewards.row[k] + column - kWindow, 0, 2);
+    __builtin_prefetch(tile.values.row[k] + column - kWindow, 0, 2);
+  }
 }
 
-// Four lanes are finished before the next four: so few rows at a time stay in L1 even where their addresses collide (T a power of two).
+// A group of lanes is finished before the next: so few rows at a time stay in L1 even where their addresses collide (T a power of two).
 template <bool kMixed, bool kNextValues>
 void run_tile(float gamma, const TileData& tile, int first_column, Carry& carry) {
-  for (int q = 0; q < kQuad; ++q) {
-    prefetch_earlier(tile, q * kQuad);
-    QuadFloat gae = carry.gae[q], next_value = carry.next_value[q];
-    for (int column = kWindow - kQuad; column >= first_column; column -= kQuad)
-      run_block<kMixed, kNextValues>(gamma, tile, q * kQuad, column, gae, next_value, carry.decay[q]);
+  for (int q = 0; q < kGroups; ++q) {
+    const int lane = q * kGroup;
+    GroupFloat gae = carry.gae[q], next_value = carry.next_value[q];
+    for (int column = kWindow - kGroup; column >= first_column; column -= kGroup) {
+      prefetch_earlier(tile, lane, column);
+      run_block<kMixed, kNextValues>(gamma, tile, lane, column, gae, next_value, carry.decay[q]);
+    }
     carry.gae[q] = gae, carry.next_value[q] = next_value;
   }
 }
@@ -294,7 +310,7 @@ void gae_range(const GaeInputs& in, const Sequences& sequences, float* advantage
   Lanes lanes(sequences, first, last);
   Carry carry = {};
   const auto begin = [&](int lane, int64_t sequence) {
-    const int q = lane / kQuad, k = lane % kQuad;
+    const int q = lane / kGroup, k = lane % kGroup;
     carry.gae[q][k] = 0;
     carry.next_value[q][k] = in.bootstrap ? in.bootstrap[sequence] : 0;
     carry.decay[q][k] = in.decays ? in.decays[sequence] : in.decay;
