@@ -27,6 +27,10 @@ PREFILL_TOKENS = 8192
 CHUNK_TOKENS = 2048
 """Tokens of a chunk. It depends on nothing, so that a prompt's keys do not either."""
 
+DRAWS_AHEAD = {"cuda": 1}
+"""By device type (0 for others), how many draws are on their way when the host looks at one. A GPU so always has a step to run while
+the host learns which sequences ended in the step before; those that a stop token ends run one more step, whose token is left out."""
+
 Progress = Callable[[int, int], None]
 OnTokens = Callable[[list[tuple[int, int]]], None]
 
@@ -108,17 +112,35 @@ class _Row:
 
     sequence: int
     length: int  # tokens so far: the last is not in the cache yet, and the next is drawn for this position
-    left: int  # tokens that it may still get
+    left: int  # draws that it may still get
     pages: list[int]
-    generated: int = 0
-    tokens: list[int] = field(default_factory=list)  # kept only where there are stop strings
+    drawn: int = 0
+    seen: int = 0  # of the draws, those that the host has looked at
+    ended: bool = False
+    tokens: list[int] = field(default_factory=list)  # those seen; kept only where there are stop strings
 
 
-class _Drawn(NamedTuple):
-    """The new tokens of one step, with whose they are."""
+class _Draw(NamedTuple):
+    """One new token for each of some rows."""
 
-    sequences: list[int]
+    rows: list[_Row]
     sampled: SampledTokens
+    tokens: Tensor  # sampled.tokens on the host, once `arrived`
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def launched(cls, rows: list[_Row], sampled: SampledTokens) -> _Draw:
+        if not sampled.tokens.is_cuda:
+            return cls(rows, sampled, sampled.tokens, None)
+        tokens, arrived = sampled.tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        return cls(rows, sampled, tokens, arrived)
+
+    def look(self) -> list[int]:
+        """The tokens; waits for the device's draw, not for what was launched since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tokens.tolist()
 
 
 class _Prefilled(NamedTuple):
@@ -165,7 +187,9 @@ class Generation:
         self.prefilled: _Prefilled | None = None
         self.started = 0  # sequences
         self.reasons: dict[int, FinishReason] = {}
-        self.drawn: list[_Drawn] = []
+        self.draws: list[_Draw] = []
+        self.looked_at = 0  # of the draws
+        self.kept = [0] * self.total  # each sequence's tokens
         blocks = max(pages_for(len(p.tokens) + p.limit) for p in self.prompts)
         # Filled with page 0, which exists: what lies beyond a sequence's pages is never looked at.
         self.block_table = torch.zeros(slots, blocks, dtype=torch.int32, device=self.device)
@@ -182,7 +206,10 @@ class Generation:
                 self._admit()
                 self.stats.prefill_seconds += perf_counter() - start
             else:
-                self._decode()
+                if self.rows:
+                    self._decode()
+                else:
+                    self._look(ahead=0)
                 self.stats.decode_seconds += perf_counter() - start
             self.stats.peak_pages = max(self.stats.peak_pages, self.pool.pages - self.pool.available)
         return self._pack()
@@ -243,7 +270,7 @@ class Generation:
         rows = slice(first_row, len(self.rows))
         self.state["sequence"][rows] = self._tensor(sequences)
         self.state["length"][rows] = length
-        pages = torch.tensor([row.pages for row in self.rows[rows]], dtype=torch.int32, device=self.device)
+        pages = self._tensor([row.pages for row in self.rows[rows]], torch.int32)
         self.block_table[rows, : pages.shape[1]] = pages
         return sequences
 
@@ -302,33 +329,30 @@ class Generation:
         last, lengths = self.state["last"][:active], self.state["length"][:active]
         hidden = self.decoder.step(last, lengths, self.block_table[:active])
         self.stats.decode_steps += 1
-        self.stats.decode_tokens += active
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)
         self._draw(0, self.head.logits(hidden))
 
     def _draw(self, first_row: int, logits: Tensor) -> None:
-        """Sample for rows first_row.. from fp32 [rows, V], note the tokens and retire what has finished."""
+        """Sample for rows first_row.. from fp32 [rows, V], look at what is due and retire what has finished."""
+        rows = self.rows[first_row:]
         state = {name: tensor[first_row : len(self.rows)] for name, tensor in self.state.items()}
         sampled = self._sample(first_row, logits, state)
-        state["last"].copy_(sampled.tokens)
+        torch.clamp(sampled.tokens, min=0, out=state["last"])  # a row in error may run for a step more
         state["length"] += 1
-        rows = self.rows[first_row:]
-        self.stats.new_tokens += len(rows)
-        self.drawn.append(_Drawn([row.sequence for row in rows], sampled))
-        tokens = sampled.tokens.tolist()  # the one place where the host waits for the device
-        outcomes = [self._outcome(row, token) for row, token in zip(rows, tokens, strict=True)]
-        if self.on_tokens is not None:
-            self.on_tokens([(row.sequence, token) for row, token in zip(rows, tokens, strict=True) if token >= 0])
-        self._retire(first_row, outcomes)
+        for row in rows:
+            row.drawn, row.length, row.left = row.drawn + 1, row.length + 1, row.left - 1
+        self.draws.append(_Draw.launched(rows, sampled))
+        self._look(ahead=DRAWS_AHEAD.get(self.device.type, 0))
+        self._retire()
 
     def _sample(self, first_row: int, logits: Tensor, state: dict[str, Tensor]) -> SampledTokens:
         params, floor = self.sampling, self.sampling.min_new_tokens
         options = dict(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
         streams = dict(seed=params.seed, sequence_ids=state["sequence"], positions=state["length"])
         rows = self.rows[first_row:]
-        if not self.stop_ids or all(row.generated >= floor for row in rows):
+        if not self.stop_ids or all(row.drawn >= floor for row in rows):
             return sample_tokens(logits, **options, **streams)
-        early = torch.tensor([row.generated < floor for row in rows], device=self.device)
+        early = self._tensor([row.drawn < floor for row in rows], torch.bool)
         stops = self._tensor(sorted(self.stop_ids))
         banned = logits.clone()
         banned[:, stops] = banned[:, stops].masked_fill(early[:, None], -torch.inf)
@@ -336,29 +360,48 @@ class Generation:
         raw = token_logprobs(logits, sampled.tokens, temperature=params.temperature or 1.0, ignore_index=-1)
         return sampled._replace(logprobs=torch.where(early, raw, sampled.logprobs))
 
-    def _outcome(self, row: _Row, token: int) -> FinishReason | None:
-        """Counts a row's new token; None while the row goes on."""
-        row.generated, row.length, row.left = row.generated + 1, row.length + 1, row.left - 1
+    def _look(self, *, ahead: int) -> None:
+        """Learn all drawn tokens but those of the last `ahead` draws, and which sequences they end."""
+        finished = len(self.reasons)
+        while self.looked_at < len(self.draws) - ahead:
+            draw = self.draws[self.looked_at]
+            self.looked_at += 1
+            seen = [(row, token) for row, token in zip(draw.rows, draw.look(), strict=True) if not row.ended]
+            for row, token in seen:
+                row.seen += 1
+                reason = self._reason(row, token)
+                if reason is not None:
+                    row.ended = True
+                    self.reasons[row.sequence] = reason
+                    self.kept[row.sequence] = row.seen - (reason == FinishReason.ERROR)
+            self.stats.new_tokens += len(seen)
+            self.stats.decode_tokens += sum(row.seen > 1 for row, _ in seen)  # the first comes from prefill
+            if self.on_tokens is not None:
+                self.on_tokens([(row.sequence, token) for row, token in seen if token >= 0])
+        if self.progress is not None and len(self.reasons) > finished:
+            self.progress(len(self.reasons), self.total)
+
+    def _reason(self, row: _Row, token: int) -> FinishReason | None:
+        """Why the row ends with this token; None while it goes on."""
         if token < 0:
             return FinishReason.ERROR
         if token in self.stop_ids:
             return FinishReason.STOP
         if self.stop_strings is not None:
             row.tokens.append(token)
-            if row.generated >= self.sampling.min_new_tokens and self.stop_strings.completed_by_last(row.tokens):
+            if row.seen >= self.sampling.min_new_tokens and self.stop_strings.completed_by_last(row.tokens):
                 return FinishReason.STOP
-        return FinishReason.LENGTH if row.left == 0 else None
+        return FinishReason.LENGTH if row.left == 0 and row.seen == row.drawn else None
 
-    def _retire(self, first_row: int, outcomes: list[FinishReason | None]) -> None:
-        """Take finished rows out, then move rows from the end into the gaps."""
-        finished = {first_row + i: reason for i, reason in enumerate(outcomes) if reason is not None}
+    def _retire(self) -> None:
+        """Take rows out that have ended or have had their last draw, then move rows from the end into the gaps."""
+        finished = {place for place, row in enumerate(self.rows) if row.ended or row.left == 0}
         if not finished:
             return
-        for place, reason in finished.items():
-            self.reasons[self.rows[place].sequence] = reason
+        for place in finished:
             self.pool.release(self.rows[place].pages)
         left = len(self.rows) - len(finished)
-        gaps = [place for place in finished if place < left]
+        gaps = [place for place in range(left) if place in finished]
         movers = [place for place in range(left, len(self.rows)) if place not in finished]
         if gaps:
             source, target = self._tensor(movers), self._tensor(gaps)
@@ -367,19 +410,18 @@ class Generation:
         for gap, mover in zip(gaps, movers, strict=True):
             self.rows[gap] = self.rows[mover]
         del self.rows[left:]
-        if self.progress is not None:
-            self.progress(len(self.reasons), self.total)
 
     # Result
 
     def _pack(self) -> Rollout:
-        """Every step's tokens, brought into the order of sequences; an erroneous last draw is left out."""
-        owners = torch.tensor([sequence for step in self.drawn for sequence in step.sequences], device=self.device)
-        fields = [torch.cat(columns) for columns in zip(*(step.sampled for step in self.drawn), strict=True)]
+        """Every draw's tokens, brought into the order of sequences. An error's draw is left out, and one after a sequence's end."""
+        owners = self._tensor([row.sequence for draw in self.draws for row in draw.rows])
+        fields = [torch.cat(columns) for columns in zip(*(draw.sampled for draw in self.draws), strict=True)]
         sampled = SampledTokens(*fields)
-        order = owners.argsort(stable=True)
-        order = order[sampled.tokens[order] >= 0]
-        new_lengths = torch.bincount(owners[order], minlength=self.total)
+        new_lengths, order = self._tensor(self.kept), owners.argsort(stable=True)
+        draws = torch.bincount(owners, minlength=self.total)
+        numbers = torch.arange(len(order), device=self.device) - (draws.cumsum(0) - draws).repeat_interleave(draws)
+        order = order[numbers < new_lengths.repeat_interleave(draws)]
         prompt_index = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.n)
         prompt_lengths = self._tensor([len(prompt.tokens) for prompt in self.prompts])[prompt_index]
         lengths = prompt_lengths + new_lengths
@@ -400,15 +442,15 @@ class Generation:
             action_mask=action_mask,
             logprobs=logprobs,
             processed_logprobs=processed,
-            finish_reasons=torch.tensor(
-                [self.reasons[sequence] for sequence in range(self.total)], dtype=torch.int8, device=self.device
-            ),
+            finish_reasons=self._tensor([self.reasons[sequence] for sequence in range(self.total)], torch.int8),
             prompt_index=prompt_index,
             temperature=float(self.sampling.temperature),
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        """On the device, for which the host does not wait: a copy from pageable memory would."""
+        on_host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return on_host.to(self.device, non_blocking=True)
 
 
 def _bytes_read_a_step(model: PreTrainedModel) -> int:

@@ -8,6 +8,7 @@ import torch
 from fastppo import use_backend
 from fastppo.models import lm_head, prepare_model
 from fastppo.rollout import Engine, FinishReason, SamplingParams
+from fastppo.rollout.generation import DRAWS_AHEAD
 from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, make_chain, make_model, ragged_prompts
 
 STOP, LENGTH, ERROR = (int(reason) for reason in FinishReason)
@@ -21,6 +22,13 @@ def llama():
 @pytest.fixture(scope="module")
 def roomy_llama():
     return make_model("llama", max_position_embeddings=256)
+
+
+@pytest.fixture(params=[0, 1], ids=["in-step", "ahead"], autouse=True)
+def draws_ahead(request, monkeypatch):
+    """Everything here holds as well where the host looks at a draw when the next is under way, as on a GPU."""
+    monkeypatch.setitem(DRAWS_AHEAD, "cpu", request.param)
+    return request.param
 
 
 def _generate(model, prompts, *, max_batch_size=64, **params):
