@@ -1,5 +1,5 @@
 // Attention of one new token a sequence over a paged key-value cache: online softmax over the keys, each key and value loaded once for all the
-// query heads that share it.
+// query heads that share it. Rows may also be consecutive tokens of one prompt, whose keys are all in the cache: some of them share a load.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kProductsWorthAThread = 1 << 17;  // about 10 microseconds, several times what it takes to wake a thread
 constexpr int64_t kTileBytes = 1 << 17;  // of the key heads' tiles at a time, in L2
 constexpr int kTile = 16;  // keys at once: their scores fill one vector, so that one exponential serves them all
+constexpr int64_t kRowsTogether = 8;  // most rows of a prompt for which a tile is loaded once
 
 // Elements [0, size) of a head as kVectors vectors; lanes beyond are 0.
 template <class Storage, int kVectors>
@@ -27,7 +28,6 @@ FASTPPO_INLINE void load_head(const typename Storage::type* p, int size, vfloat*
 template <int kVectors>
 struct Tile {
   vfloat keys[kTile][kVectors], values[kTile][kVectors];
-  int count;
 };
 
 // A query head and what it has gathered: sum of p v over the keys so far, p = exp(score - max).
@@ -38,7 +38,7 @@ struct QueryHead {
 };
 
 template <int kVectors>
-FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile, const DecodeAttention& a) {
+FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count, const DecodeAttention& a) {
   float products[kTile];
   for (int key = 0; key < kTile; key += 4) {
     vfloat product[4];
@@ -49,7 +49,7 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
     const Quad four = sum_lanes_of_four(product);
     std::memcpy(products + key, &four, sizeof four);
   }
-  for (int key = tile.count; key < kTile; ++key) products[key] = -kInfinity;
+  for (int key = count; key < kTile; ++key) products[key] = -kInfinity;
   vfloat scores = F32::load(products);
   scores = select(scores == -kInfinity, scores, scores * a.scale);
   if (a.softcap > 0) scores = select(scores == -kInfinity, scores, a.softcap * vtanh(scores / a.softcap));
@@ -66,7 +66,7 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
   F32::store(weights, p);
   vfloat out[kVectors];
   for (int i = 0; i < kVectors; ++i) out[i] = head.out[i];
-  for (int key = 0; key < tile.count; ++key)
+  for (int key = 0; key < count; ++key)
     for (int i = 0; i < kVectors; ++i) out[i] += weights[key] * tile.values[key][i];
   for (int i = 0; i < kVectors; ++i) head.out[i] = out[i];
 }
@@ -85,47 +85,67 @@ FASTPPO_INLINE void load_tiles(
     for (int64_t kv = first_kv; kv < last_kv; ++kv) load_head<Storage, kVectors>(v_row + kv * a.value_size, a.value_size, tiles[kv - first_kv].values[key]);
     if (++offset == a.page_size) ++block, offset = 0;
   }
-  for (int64_t kv = 0; kv < last_kv - first_kv; ++kv) {
-    tiles[kv].count = count;
+  for (int64_t kv = 0; kv < last_kv - first_kv; ++kv)
     for (int key = count; key < kTile; ++key)
       for (vfloat& lane : tiles[kv].keys[key]) lane = 0.0f;
-  }
 }
 
 // The first key that is seen.
 int64_t first_key(const DecodeAttention& a, int64_t length) { return a.window > 0 && length > a.window ? length - a.window : 0; }
 
-// Key heads [first_kv, last_kv) of one sequence, and the query heads that share them.
+// How many rows from `row` on are consecutive tokens of one prompt, which see the same keys but for their own: at most `most`.
+int64_t rows_of_a_prompt(const DecodeAttention& a, int64_t row, int64_t most) {
+  int64_t rows = 1;
+  for (; rows < most; ++rows) {
+    const int64_t length = a.context_lens[row] + rows, blocks = (length + a.page_size - 1) / a.page_size;
+    const int32_t *table = a.block_table + row * a.max_blocks, *next = table + rows * a.max_blocks;
+    if (a.context_lens[row + rows] != length || first_key(a, length) > 0 || !std::equal(table, table + blocks, next)) break;
+  }
+  return rows;
+}
+
+// Rows [first_row, first_row + rows) of one sequence: key heads [first_kv, last_kv), and the query heads that share them.
 template <class Storage, int kVectors>
 void attend(
-    const DecodeAttention& a, int64_t sequence, int64_t first_kv, int64_t last_kv, std::vector<QueryHead<kVectors>>& heads,
+    const DecodeAttention& a, int64_t first_row, int64_t rows, int64_t first_kv, int64_t last_kv, std::vector<QueryHead<kVectors>>& heads,
     std::vector<Tile<kVectors>>& tiles) {
   using T = typename Storage::type;
-  const int64_t length = a.context_lens[sequence], group = a.heads / a.kv_heads, first_head = first_kv * group;
-  const int64_t first = first_key(a, length), count = (last_kv - first_kv) * group;
-  const int32_t* blocks = a.block_table + sequence * a.max_blocks;
-  const T* q = static_cast<const T*>(a.q) + sequence * a.q_stride + first_head * a.head_size;
-  heads.resize(count);
-  for (int64_t h = 0; h < count; ++h) {
-    load_head<Storage, kVectors>(q + h * a.head_size, a.head_size, heads[h].query);
-    for (vfloat& out : heads[h].out) out = 0.0f;
-    heads[h].max = a.sinks ? a.sinks[first_head + h] : -kInfinity;  // a sink is a key whose value is 0
-    heads[h].sum = a.sinks ? 1.0f : 0.0f;
+  const int64_t group = a.heads / a.kv_heads, first_head = first_kv * group, count = (last_kv - first_kv) * group;
+  const int64_t longest = a.context_lens[first_row + rows - 1], first = first_key(a, longest);
+  const int32_t* blocks = a.block_table + (first_row + rows - 1) * a.max_blocks;
+  heads.resize(rows * count);
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* q = static_cast<const T*>(a.q) + (first_row + row) * a.q_stride + first_head * a.head_size;
+    for (int64_t h = 0; h < count; ++h) {
+      QueryHead<kVectors>& head = heads[row * count + h];
+      load_head<Storage, kVectors>(q + h * a.head_size, a.head_size, head.query);
+      for (vfloat& out : head.out) out = 0.0f;
+      head.max = a.sinks ? a.sinks[first_head + h] : -kInfinity;  // a sink is a key whose value is 0
+      head.sum = a.sinks ? 1.0f : 0.0f;
+    }
   }
   // Tiles begin at multiples of 16 from the sequence's start: neither the batch nor the page size nor the window changes their sums' order.
   tiles.resize(last_kv - first_kv);
-  for (int64_t begin = first / kTile * kTile; begin < length; begin += kTile) {
-    const int64_t from = begin < first ? first : begin, to = begin + kTile < length ? begin + kTile : length;
+  for (int64_t begin = first / kTile * kTile; begin < longest; begin += kTile) {
+    const int64_t from = std::max(first, begin), to = std::min(begin + kTile, longest);
     load_tiles<Storage>(a, blocks, from, static_cast<int>(to - from), first_kv, last_kv, tiles.data());
-    for (int64_t h = 0; h < count; ++h) gather(heads[h], tiles[h / group], a);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t seen = std::min<int64_t>(to, a.context_lens[first_row + row]) - from;
+      if (seen <= 0) continue;
+      for (int64_t h = 0; h < count; ++h) gather(heads[row * count + h], tiles[h / group], static_cast<int>(seen), a);
+    }
   }
-  for (int64_t h = 0; h < count; ++h) {
-    T* out = static_cast<T*>(a.out) + (sequence * a.heads + first_head + h) * a.value_size;
-    for (int i = 0; i * kLanes < a.value_size; ++i) {
-      const int rest = a.value_size - i * kLanes;
-      const vfloat result = length == 0 ? vfloat(0.0f) : heads[h].out[i] / heads[h].sum;
-      if (rest >= kLanes) Storage::store(out + i * kLanes, result);
-      else store_tail<Storage>(out + i * kLanes, rest, result);
+  for (int64_t row = 0; row < rows; ++row) {
+    T* out = static_cast<T*>(a.out) + ((first_row + row) * a.heads + first_head) * a.value_size;
+    const bool sees_nothing = a.context_lens[first_row + row] == 0;
+    for (int64_t h = 0; h < count; ++h, out += a.value_size) {
+      const QueryHead<kVectors>& head = heads[row * count + h];
+      for (int i = 0; i * kLanes < a.value_size; ++i) {
+        const int rest = a.value_size - i * kLanes;
+        const vfloat result = sees_nothing ? vfloat(0.0f) : head.out[i] / head.sum;
+        if (rest >= kLanes) Storage::store(out + i * kLanes, result);
+        else store_tail<Storage>(out + i * kLanes, rest, result);
+      }
     }
   }
 }
@@ -168,9 +188,11 @@ int64_t decode_attention(const DecodeAttention& a, int threads) {
         std::vector<QueryHead<decltype(vectors)::value>> heads;
         std::vector<Tile<decltype(vectors)::value>> tiles;
         for (int64_t i = first; i < last;) {
-          const int64_t first_kv = i % a.kv_heads, last_kv = std::min({a.kv_heads, first_kv + last - i, first_kv + most});
-          attend<decltype(storage), decltype(vectors)::value>(a, i / a.kv_heads, first_kv, last_kv, heads, tiles);
-          i += last_kv - first_kv;
+          const int64_t row = i / a.kv_heads, first_kv = i % a.kv_heads, last_kv = std::min({a.kv_heads, first_kv + last - i, first_kv + most});
+          const int64_t whole_rows = last_kv - first_kv == a.kv_heads ? (last - i) / a.kv_heads : 1;
+          const int64_t rows = rows_of_a_prompt(a, row, std::min(kRowsTogether, whole_rows));
+          attend<decltype(storage), decltype(vectors)::value>(a, row, rows, first_kv, last_kv, heads, tiles);
+          i += rows * (last_kv - first_kv);
         }
       });
     });

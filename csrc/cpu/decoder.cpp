@@ -1,5 +1,5 @@
 // One decode step of a Llama-like decoder in fp32: everything between the last tokens and the hidden states that the head reads, in one call. Rows are
-// independent of each other, so a row's bits do not depend on the batch.
+// independent of each other, so a row's bits do not depend on the batch. All rows write their keys before any attends: they may be tokens of one prompt.
 #include <cmath>
 
 #include "parallel.h"

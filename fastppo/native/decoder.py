@@ -1,4 +1,4 @@
-"""Describes a Llama-like decoder to the kernels and runs its decode steps."""
+"""Describes a Llama-like decoder to the kernels and runs its prompts and decode steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastppo.native import _C, address, threads
+
+PREFILL_ROWS = 256
+"""Prompt tokens that run side by side: enough for the matrix products, and few enough that their activations stay in the cache."""
 
 
 class Norm(NamedTuple):
@@ -35,7 +39,7 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """Decode steps of at most `rows` sequences. Everything is contiguous fp32 on the CPU, and kept alive here."""
+    """Prompts, and decode steps of at most `rows` sequences. Everything is contiguous fp32 on the CPU, and kept alive here."""
 
     def __init__(
         self, layers: Sequence[Layer], embedding: Tensor, norm: Norm, cos: Tensor, sin: Tensor, *, rows: int
@@ -50,9 +54,29 @@ class Decoder:
         self._model_sizes = (*embedding.shape[:1], *cos.shape, hidden_size, inner_size, heads, kv_heads, head_size)
         self._weights = (address(embedding), address(cos), address(sin))
         self._norm = _norm_tuple(norm)
+        rows = max(rows, PREFILL_ROWS)
         self._hidden = torch.empty(rows, hidden_size)
         self._context_lens = torch.empty(rows, dtype=torch.int32)
         self._scratch = torch.empty(rows * 2 * (hidden_size + (heads + kv_heads) * head_size + inner_size))
+
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        """Prompts with the pages for their keys and values -> hidden [prompts, H] after their last tokens.
+
+        A step whose rows are the prompts' tokens: in each layer all rows write their keys before any attends, so a token finds those of
+        the tokens before it, and has the bits that a step of its own would give it.
+        """
+        tables = pad_sequence([torch.tensor(own, dtype=torch.int32) for own in pages], batch_first=True)
+        counts = torch.tensor([len(prompt) for prompt in prompts])
+        owners, last = torch.arange(len(prompts)).repeat_interleave(counts), counts.cumsum(0) - 1
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        lengths = torch.cat([torch.arange(1, len(prompt) + 1) for prompt in prompts])
+        hidden = torch.empty(len(prompts), self._hidden.shape[1])
+        for start in range(0, len(tokens), PREFILL_ROWS):
+            rows = slice(start, start + PREFILL_ROWS)
+            found = self.step(tokens[rows], lengths[rows], tables[owners[rows]])
+            ending = (last >= start) & (last < start + PREFILL_ROWS)
+            hidden[ending] = found[last[ending] - start]
+        return hidden
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         """int64 tokens and lengths [B], int32 block_table [B, blocks] -> hidden [B, H], which the next step overwrites."""

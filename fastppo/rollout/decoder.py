@@ -1,6 +1,6 @@
-"""One more token for every sequence: by the model's own modules, or, where the model is a plain Llama-like one, in a single native call.
+"""Prompts, and one more token for every sequence: by the model's own modules, or, where the model is a plain Llama-like one, natively.
 
-Both read the live parameters. On a CPU the first swaps the linear layers for `batch_invariant_linear` while it runs; the second
+Both read the live parameters. On a CPU the first swaps the linear layers for `batch_invariant_linear` while it takes a step; the second
 (`csrc/cpu/decoder.cpp`) leaves no Python between embedding and head, which is most of a small model's time.
 """
 
@@ -20,8 +20,14 @@ from fastppo import models
 from fastppo.native import decoder as native
 from fastppo.native.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops._backends import FAST_DTYPES, choose
-from fastppo.rollout.attention import DecodeContext, ShapeContext
-from fastppo.rollout.pages import LayerShape, PagedCache
+from fastppo.rollout.attention import ChunkContext, DecodeContext, PrefillContext, ShapeContext
+from fastppo.rollout.pages import PAGE_SIZE, LayerShape, PagedCache
+
+PREFILL_TOKENS = 8192
+"""Most prompt tokens in one forward of the modules; a longer prompt is run in chunks."""
+
+CHUNK_TOKENS = 2048
+"""Tokens of a chunk. It depends on nothing, so that a prompt's keys do not either."""
 
 # Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like.
 ALLOWED_ERROR = 1e-4
@@ -30,7 +36,17 @@ LARGEST_HEAD = 256
 CHANGING_ROPE = ("dynamic", "longrope")
 
 
+def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of `values`, for which the host does not wait: a copy from pageable memory would."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
 class Decoder(Protocol):
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        """Run prompts, each with the pages that its keys and values go to -> hidden [prompts, H] after their last tokens."""
+        ...
+
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         """int64 tokens [B], the newest of sequences with `lengths` [B] tokens, int32 block_table [B, blocks] -> hidden [B, H]."""
         ...
@@ -41,6 +57,35 @@ class ModuleDecoder:
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache, switch: DecodeSwitch) -> None:
         self._model, self._cache, self._switch = model, cache, switch
+
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        if len(prompts) == 1 and len(prompts[0]) > PREFILL_TOKENS:
+            return self._run_in_chunks(prompts[0], pages[0])
+        bounds = [0]
+        for prompt in prompts:
+            bounds.append(bounds[-1] + len(prompt))
+        device = self._model.device
+        slots = torch.cat([self._slots(*pair) for pair in zip(prompts, pages, strict=True)])
+        tokens = on_device([token for prompt in prompts for token in prompt], device)
+        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        hidden = models.run_trunk(self._model, tokens, positions, PrefillContext(bounds, self._cache, slots))
+        return hidden[on_device(bounds[1:], device) - 1]
+
+    def _run_in_chunks(self, prompt: list[int], pages: list[int]) -> Tensor:
+        device = self._model.device
+        tokens, slots = on_device(prompt, device), self._slots(prompt, pages)
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            end = min(start + CHUNK_TOKENS, len(tokens))
+            context = ChunkContext(start, self._cache, slots[:end])
+            positions = torch.arange(start, end, device=device)
+            hidden = models.run_trunk(self._model, tokens[start:end], positions, context)
+        return hidden[-1:]
+
+    def _slots(self, prompt: list[int], pages: list[int]) -> Tensor:
+        """int64 [tokens]: the place of each of the prompt's tokens in the cache."""
+        device = self._model.device
+        places = on_device(pages, device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
+        return places.flatten()[: len(prompt)]
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         context = DecodeContext(self._cache, block_table, lengths)

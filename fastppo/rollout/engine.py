@@ -92,7 +92,7 @@ class Engine:
 
         Returns:
             A Rollout on the model's device with sampling log-probabilities. Up to rounding, a completion depends only on the weights,
-            its prompt, the seed and its number (prompt number * n + sample).
+            its prompt, the seed and its number (prompt number * n + sample); of a Llama-like fp32 model on a CPU, to the last bit.
 
         Raises:
             TypeError, ValueError: no prompt, an empty prompt or one that leaves no room in the model's context, an id outside the
@@ -184,7 +184,7 @@ class Engine:
         parameters = list(self.model.parameters())
         if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
             return self._graphs
-        graphs = GraphDecoder(decoder.step, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
+        graphs = GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
         self._graphs = graphs if self.keep_cache else None
         return graphs
 

@@ -14,18 +14,11 @@ from transformers import PreTrainedModel
 # As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
 from fastppo import models
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
-from fastppo.rollout.attention import ChunkContext, PrefillContext
-from fastppo.rollout.decoder import Decoder
+from fastppo.rollout.decoder import PREFILL_TOKENS, Decoder, on_device
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
-
-PREFILL_TOKENS = 8192
-"""Most prompt tokens in one forward; a longer prompt is run in chunks."""
-
-CHUNK_TOKENS = 2048
-"""Tokens of a chunk. It depends on nothing, so that a prompt's keys do not either."""
 
 DRAWS_AHEAD = {"cuda": 1}
 """By device type (0 for others), how many draws are on their way when the host looks at one. A GPU so always has a step to run while
@@ -291,35 +284,8 @@ class Generation:
         for prompt in prompts:
             prompt.pages = self.pool.take(pages_for(len(prompt.tokens)))
         self.stats.prefill_tokens += sum(len(prompt.tokens) for prompt in prompts)
-        packed = len(prompts) > 1 or len(prompts[0].tokens) <= PREFILL_TOKENS
-        hidden = self._run_packed(prompts) if packed else self._run_in_chunks(prompts[0])
+        hidden = self.decoder.prefill([prompt.tokens for prompt in prompts], [prompt.pages for prompt in prompts])
         return _Prefilled(first, self.head.logits(hidden), range(first * n, end * n))
-
-    def _run_packed(self, prompts: list[_Prompt]) -> Tensor:
-        """Hidden states [prompts, H] of the last tokens."""
-        bounds = [0]
-        for prompt in prompts:
-            bounds.append(bounds[-1] + len(prompt.tokens))
-        slots = torch.cat([self._slots(prompt) for prompt in prompts])
-        tokens = self._tensor([token for prompt in prompts for token in prompt.tokens])
-        positions = torch.cat([torch.arange(len(prompt.tokens), device=self.device) for prompt in prompts])
-        hidden = models.run_trunk(self.model, tokens, positions, PrefillContext(bounds, self.cache, slots))
-        return hidden[self._tensor(bounds[1:]) - 1]
-
-    def _run_in_chunks(self, prompt: _Prompt) -> Tensor:
-        """Hidden state [1, H] of a long prompt's last token."""
-        tokens, slots = self._tensor(prompt.tokens), self._slots(prompt)
-        for start in range(0, len(tokens), CHUNK_TOKENS):
-            end = min(start + CHUNK_TOKENS, len(tokens))
-            context = ChunkContext(start, self.cache, slots[:end])
-            positions = torch.arange(start, end, device=self.device)
-            hidden = models.run_trunk(self.model, tokens[start:end], positions, context)
-        return hidden[-1:]
-
-    def _slots(self, prompt: _Prompt) -> Tensor:
-        """int64 [tokens]: the place of each of the prompt's tokens in the cache."""
-        places = self._tensor(prompt.pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=self.device)
-        return places.flatten()[: len(prompt.tokens)]
 
     # Decoding
 
@@ -448,9 +414,7 @@ class Generation:
         )
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-        """On the device, for which the host does not wait: a copy from pageable memory would."""
-        on_host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return on_host.to(self.device, non_blocking=True)
+        return on_device(values, self.device, dtype)
 
 
 def _bytes_read_a_step(model: PreTrainedModel) -> int:

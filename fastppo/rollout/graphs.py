@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PagedCache
-
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Captured(NamedTuple):
@@ -47,7 +46,7 @@ class GraphDecoder:
 
     def __init__(
         self,
-        step: Step,
+        decoder: Decoder,
         parameters: list[Tensor],
         cache: PagedCache,
         *,
@@ -57,7 +56,7 @@ class GraphDecoder:
         capture: Callable[[Callable[[], Tensor]], Captured] = capture,
     ) -> None:
         """For at most `rows` sequences of at most `blocks` pages."""
-        self._step, self._cache, self._capture = step, cache, capture
+        self._decoder, self._cache, self._capture = decoder, cache, capture
         self._places = [p.data_ptr() for p in parameters]
         self._rows, self._blocks, most = rows, blocks, bucket(rows)
         self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
@@ -70,10 +69,14 @@ class GraphDecoder:
         same = cache is self._cache and [p.data_ptr() for p in parameters] == self._places
         return same and rows <= self._rows and blocks <= self._blocks
 
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        """As every decoder's, without graphs."""
+        return self._decoder.prefill(prompts, pages)
+
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         """As every decoder's; hidden [B, H] is overwritten by the next step."""
         if self._captured is None:
-            return self._step(tokens, lengths, block_table)
+            return self._decoder.step(tokens, lengths, block_table)
         rows = len(tokens)
         size = bucket(rows)
         self._tokens[:rows] = tokens
@@ -84,10 +87,10 @@ class GraphDecoder:
         if size not in self._captured:
             inputs = self._tokens[:size], self._lengths[:size], self._block_table[:size]
             try:
-                self._captured[size] = self._capture(lambda: self._step(*inputs))
+                self._captured[size] = self._capture(lambda: self._decoder.step(*inputs))
             except RuntimeError:
                 self._captured = None
-                return self._step(tokens, lengths, block_table)
+                return self._decoder.step(tokens, lengths, block_table)
         captured = self._captured[size]
         captured.replay()
         return captured.hidden[:rows]

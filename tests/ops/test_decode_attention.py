@@ -100,6 +100,22 @@ def test_empty_sequences_and_batches(backend):
     assert decode_attention(*make_case([], size=32)).shape == (0, 6, 32)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 12}, {"sinks": torch.linspace(-3, 3, 6), "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("first", [0, 60])
+def test_consecutive_tokens_of_one_prompt(fast_backend, first, options):
+    """Rows that share their pages, as a prefill has them: each row has the bits that it has alone, and sees no later key."""
+    _, k_pages, v_pages, table, _ = make_case([90], size=32)
+    rows = 27
+    q = torch.randn(rows + 2, 6, 32, generator=seeded(1))
+    lens = torch.tensor([90, *range(first, first + rows), 7], dtype=torch.int32)
+    table = table.expand(rows + 2, -1).contiguous()
+    together = decode_attention(q, k_pages, v_pages, table, lens, **options)
+    for i in range(rows + 2):
+        alone = decode_attention(q[i : i + 1], k_pages, v_pages, table[i : i + 1], lens[i : i + 1], **options)
+        assert torch.equal(together[i : i + 1], alone)
+    compare((q, k_pages, v_pages, table, lens), **options)
+
+
 def test_queries_inside_a_larger_tensor(backend):
     """q as a slice of a fused projection."""
     q, *rest = make_case([9, 30], size=32)

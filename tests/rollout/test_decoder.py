@@ -1,4 +1,4 @@
-"""Decode steps in one native call: which models get them, and that they say what the model's own modules say."""
+"""Prompts and decode steps in native calls: which models get them, and that they say what the model's own modules say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.rollout.decoder import LlamaLike, ModuleDecoder, UnlikeLlama
+from fastppo.rollout.pages import PagedCache
 from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
 
 NATIVE = {"llama", "mistral-window", "qwen2", "qwen3", "granite"}
@@ -45,13 +46,35 @@ def test_samples_as_the_modules_do(family, changes, monkeypatch):
 
 
 @pytest.mark.parametrize("family", sorted(NATIVE))
-def test_bits_do_not_depend_on_the_batch(family):
-    """Prefill multiplies by a library, whose bits do; with one prompt a call they are equal, and every step must be."""
+@pytest.mark.parametrize("rows", [7, 256])
+def test_bits_do_not_depend_on_the_batch(family, rows, monkeypatch):
+    """Neither on how many sequences decode side by side nor on how many prompt tokens do, in whose rows a prompt may begin and end anywhere."""
     model = make_model(family)
-    alone = Engine(model, max_batch_size=1).generate([[5, 6, 7]], SAMPLING)
-    together = Engine(model, max_batch_size=3).generate([[5, 6, 7]], SAMPLING)
-    assert torch.equal(alone.tokens, together.tokens)
-    assert torch.equal(alone.logprobs, together.logprobs)
+    expected = generate(model, max_batch_size=16)
+    monkeypatch.setattr("fastppo.native.decoder.PREFILL_ROWS", rows)
+    for max_batch_size in (1, 3, 16):
+        found = generate(model, max_batch_size=max_batch_size)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.logprobs, expected.logprobs)
+
+
+@pytest.mark.parametrize("family", sorted(NATIVE))
+def test_prompts_have_the_bits_of_steps(family):
+    """A prompt over two pages, token by token and all at once."""
+    model = make_model(family, max_position_embeddings=128)
+    prompt = torch.randint(1, 96, (75,), generator=torch.Generator().manual_seed(1))
+    engine = Engine(model)
+    seen = engine._look()
+    hidden = []
+    for at_once in (True, False):
+        decoder = LlamaLike(model).decoder(PagedCache(seen.shapes, 3, model.device), seen, rows=1, positions=75)
+        if at_once:
+            hidden.append(decoder.prefill([prompt.tolist()], [[2, 0]]))
+            continue
+        for i in range(75):
+            last = decoder.step(prompt[i : i + 1], torch.tensor([i + 1]), torch.tensor([[2, 0]], dtype=torch.int32))
+        hidden.append(last)
+    assert torch.equal(*hidden)
 
 
 def test_weights_are_read_live():

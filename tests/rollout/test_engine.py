@@ -119,16 +119,19 @@ def test_each_prompt_is_run_once_for_all_its_samples(llama, n, max_batch_size):
 def test_many_prompts_are_prefilled_in_several_forwards(llama, monkeypatch):
     expected = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions()
     monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 20)
+    monkeypatch.setattr(Engine, "_llama_like", lambda _: None)
     assert _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions() == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_long_prompts_are_prefilled_in_chunks(family, monkeypatch):
-    """Windows, soft-capping and sinks reach back over a chunk's first token."""
+    """Windows, soft-capping and sinks reach back over a chunk's first token, where the model's modules run."""
     model = make_model(family)
     expected = _generate(model, ragged_prompts((30, 3, 17)), temperature=0, max_new_tokens=5)
+    monkeypatch.setattr(Engine, "_llama_like", lambda _: None)
     monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 4)
-    monkeypatch.setattr("fastppo.rollout.generation.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("fastppo.rollout.decoder.PREFILL_TOKENS", 4)
+    monkeypatch.setattr("fastppo.rollout.decoder.CHUNK_TOKENS", 7)
     found = _generate(model, ragged_prompts((30, 3, 17)), temperature=0, max_new_tokens=5)
     assert found.completions() == expected.completions()
     torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)

@@ -31,10 +31,10 @@ def with_graphs(monkeypatch, capture) -> list[GraphDecoder]:
     made: list[GraphDecoder] = []
 
     def make(engine, parts, cache, switch, *, rows, positions):
-        step = ModuleDecoder(engine.model, cache, switch).step
+        decoder = ModuleDecoder(engine.model, cache, switch)
         parameters = list(engine.model.parameters())
         made.append(
-            GraphDecoder(step, parameters, cache, rows=rows, blocks=2, device=engine.model.device, capture=capture)
+            GraphDecoder(decoder, parameters, cache, rows=rows, blocks=2, device=engine.model.device, capture=capture)
         )
         return made[-1]
 
