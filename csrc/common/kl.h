@@ -9,16 +9,13 @@ namespace fastppo {
 
 constexpr float kMaxLogRatio = 20, kMaxK3 = 10;
 
-// exp(u) - 1 - u; a Taylor series near 0, where the difference would cancel.
+// exp(u) - 1 - u for |u| <= kMaxLogRatio. u = n ln 2 + r, exp(u) - 1 - u = 2^n (exp(r) - 1 - r) + (2^n r + (2^n - 1) - u): near 0, where the difference of exp
+// and 1 + u would cancel, n is 0, r is u and the bracket is exactly 0.
 template <class Number>
 FASTPPO_SHARED Number exp_minus_1_minus(const Number& u) {
-  Number series = Number(1.0f / 40320) * u + 1.0f / 5040;
-  series = series * u + 1.0f / 720;
-  series = series * u + 1.0f / 120;
-  series = series * u + 1.0f / 24;
-  series = series * u + 1.0f / 6;
-  series = series * u + 0.5f;
-  return select((u > -0.35f) & (u < 0.35f), series * (u * u), (vexp(u) - 1.0f) - u);
+  const Number shifted = u * kLog2E + kShifter, n = shifted - kShifter;
+  const Number r = (u - n * kLn2High) - n * kLn2Low, scale = power_of_two(shifted);
+  return scale * (exp_remainder(r) * (r * r)) + ((scale * r + (scale - 1.0f)) - u);
 }
 
 template <class Number>

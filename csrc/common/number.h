@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "../sampling_math.h"
+
 // FASTPPO_CALLS_ANY stands before templates that call what they are given, which may be for the device alone.
 #ifdef __CUDACC__
 #define FASTPPO_SHARED __host__ __device__ __forceinline__
@@ -23,6 +25,19 @@ FASTPPO_SHARED float vmax(float a, float b) { return a > b ? a : b; }
 FASTPPO_SHARED float vmin(float a, float b) { return a < b ? a : b; }
 
 FASTPPO_SHARED float vexp(float x) { return expf(x); }
+
+// 2^n, n in [-126, 127], from n + kShifter, whose last bits are n's.
+FASTPPO_SHARED float power_of_two(float shifted) { return same_bits<float>((same_bits<uint32_t>(shifted) << 23) + same_bits<uint32_t>(1.0f)); }
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2.
+template <class Number>
+FASTPPO_SHARED Number exp_remainder(const Number& r) {
+  Number poly = Number(kExp5) * r + kExp4;
+  poly = poly * r + kExp3;
+  poly = poly * r + kExp2;
+  poly = poly * r + kExp1;
+  return poly * r + kExp0;
+}
 
 // What a comparison of numbers gives: bool, or a lane mask.
 template <class Number>

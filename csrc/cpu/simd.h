@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../common/number.h"
 #include "../ops.h"
 #include "../sampling_math.h"
 
@@ -356,15 +357,13 @@ FASTPPO_INLINE float max_lanes(const vfloat& v) {
   return low > high ? low : high;
 }
 
-// exp(r) for |r| <= ln 2 / 2.
-FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) {
-  vfloat poly = vfloat(kExp5) * r + kExp4;
-  poly = poly * r + kExp3;
-  poly = poly * r + kExp2;
-  poly = poly * r + kExp1;
-  poly = poly * r + kExp0;
-  return (poly * (r * r) + r) + 1.0f;
+// As number.h's for a float.
+FASTPPO_INLINE vfloat power_of_two(const vfloat& shifted) {
+  return bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + bit_cast<int32_t>(vfloat(1.0f)));
 }
+
+// exp(r) for |r| <= ln 2 / 2.
+FASTPPO_INLINE vfloat exp_polynomial(const vfloat& r) { return (exp_remainder(r) * (r * r) + r) + 1.0f; }
 
 // exp(x) within 1.2 ulp: x = n ln 2 + r, exp(x) = 2^n exp(r), with 2^n in two factors so that results reach the denormals.
 // exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
