@@ -144,7 +144,29 @@ def batch_invariant_linear_launches():
             yield "_add_splits_kernel", merged, {"HAS_BIAS": bias, "BLOCK": module.MERGE_BLOCK}, module.NUM_WARPS
 
 
+def decoder_launches():
+    """The same of kernels/decoder.py."""
+    module = importlib.import_module("fastppo.kernels.decoder")
+    for pointer in POINTERS.values():
+        for width in (2048, 3584, 8192):
+            launch = module._norm_launch(width)
+            tensors = dict.fromkeys(("x_ptr", "update_ptr", "weight_ptr", "out_ptr"), pointer + ":16")
+            constants = {"HAS_UPDATE": True, "BLOCK": launch["BLOCK"]}
+            yield "_add_rms_norm_kernel", tensors | {"width": "i32", "eps": "fp32"}, constants, launch["num_warps"]
+        for size, rotary, norms in ((64, 64, False), (128, 128, True), (256, 64, True)):
+            names = ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "out", "k_pages", "v_pages")
+            signature = {f"{name}_ptr": pointer + ":16" for name in names}
+            signature |= {"lengths_ptr": "*i64", "block_table_ptr": "*i32", "heads": "i32", "kv_heads": "i32"}
+            signature |= {"pages": "i32", "capacity": "i32", "q_eps": "fp32", "k_eps": "fp32"}
+            signature |= {f"stride_{name}": "i64" for name in ("table", "k_page", "v_page")}
+            constants = {"HAS_Q_NORM": norms, "HAS_K_NORM": norms, "PAGE_SIZE": 64, "D": size, "ROTARY": rotary}
+            yield "_place_heads_kernel", signature, constants | {"BLOCK_D": size}, module.HEAD_WARPS
+        gate = {"gate_ptr": pointer + ":16", "up_ptr": pointer + ":16", "elements": "i32"}
+        yield "_gate_kernel", gate, {"BLOCK": module.GATE_BLOCK}, module.NUM_WARPS
+
+
 TRITON_LAUNCHES = [
+    *(("decoder", *launch) for launch in decoder_launches()),
     *(("batch_invariant_linear", *launch) for launch in batch_invariant_linear_launches()),
     *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
     *(("token_logprobs", *launch) for launch in linear_head_launches()),

@@ -20,7 +20,10 @@ from tests.calls import CALLS, LARGE, assert_close, assert_equal, bad_inputs, ma
 from tests.rollout.tiny import make_model, ragged_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+KERNEL_TESTS = [
+    *sorted((ROOT / "tests" / "ops").glob("test_*.py")),
+    ROOT / "tests" / "rollout" / "test_fused_decoder.py",
+]
 BUSY_CYCLES = 200_000_000  # a tenth of a second, in which a kernel on another stream would have run too early
 QUIET = ("-p", "no:cacheprovider", "-p", "no:xdist")  # of pytest in another process
 
@@ -30,17 +33,18 @@ pytestmark = [
 ]
 
 
-def backend_of(stem: str) -> str:
-    op = max((op for op in FAST_BACKENDS if stem.startswith(op)), key=len)
-    return FAST_BACKENDS[op][1]
+def backend_of(path: Path) -> str:
+    """Of the op that a file in tests/ops tests; other kernels are Triton's."""
+    op = max((op for op in FAST_BACKENDS if path.stem.startswith(f"test_{op}")), key=len, default=None)
+    return "triton" if op is None else FAST_BACKENDS[op][1]
 
 
-@pytest.mark.parametrize("path", OP_TESTS, ids=lambda path: path.stem)
-def test_ops_agree_with_their_references(path):
-    """The op's whole test file, in a process whose tensors are on the GPU."""
+@pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda path: path.stem)
+def test_kernels_agree_with_their_references(path):
+    """A whole test file, in a process whose tensors are on the GPU."""
     environment = os.environ | {
         "FASTPPO_TEST_DEVICE": "cuda",
-        "FASTPPO_TEST_BACKEND": backend_of(path.stem.removeprefix("test_")),
+        "FASTPPO_TEST_BACKEND": backend_of(path),
     }
     command = [sys.executable, "-m", "pytest", *QUIET, str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -15,19 +15,19 @@ from fastppo.ops._backends import FAST_BACKENDS  # noqa: E402
 from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED_OPS = [op for op, fast in FAST_BACKENDS.items() if "triton" in fast]
+TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast] + ["rollout/test_fused_decoder"]
 # What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
-INTERPRETED = {"linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
+INTERPRETED = {"ops/test_linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", TESTED_OPS)
-def test_interpreter_agrees_with_the_reference(op):
-    """The op's whole test file again, its kernels interpreted: a process of its own, since Triton reads the switch at import."""
+@pytest.mark.parametrize("path", TESTED)
+def test_interpreter_agrees_with_the_reference(path):
+    """A whole test file again, its kernels interpreted: a process of its own, since Triton reads the switch at import."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTPPO_TEST_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-n0"]
     done = subprocess.run(
-        [*command, f"tests/ops/test_{op}.py", "-k", INTERPRETED.get(op, "")],
+        [*command, f"tests/{path}.py", "-k", INTERPRETED.get(path, "")],
         cwd=ROOT,
         env=environment,
         capture_output=True,

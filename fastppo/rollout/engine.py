@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastppo import models
 from fastppo.ops import _checks
 from fastppo.rollout.attention import ShapeContext
-from fastppo.rollout.decoder import Decoder, DecodeSwitch, LlamaLike, ModuleDecoder, UnlikeLlama, decode_linears
+from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder, decode_linears
 from fastppo.rollout.generation import (
     Generation,
     GenerationStats,
@@ -24,7 +24,8 @@ from fastppo.rollout.generation import (
     pages_needed,
 )
 from fastppo.rollout.graphs import GraphDecoder
-from fastppo.rollout.pages import PagedCache, kv_budget, pages_for
+from fastppo.rollout.llama_like import LlamaLike, UnlikeLlama
+from fastppo.rollout.pages import PAGE_SIZE, PagedCache, kv_budget, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
@@ -70,7 +71,7 @@ class Engine:
         self.kv_memory, self.keep_cache = kv_memory, keep_cache
         self.stats = GenerationStats()
         self._seen: dict[tuple[torch.dtype, torch.device], ShapeContext] = {}
-        self._agrees: bool | None = None  # whether native decode steps give what the model's modules give, once known
+        self._agrees: bool | None = None  # whether steps of our own give what the model's modules give, once known
         self._cache: PagedCache | None = None
         self._graphs: GraphDecoder | None = None
 
@@ -171,15 +172,14 @@ class Engine:
     def _make_decoder(
         self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
     ) -> Decoder:
-        if self.model.device.type == "cuda":
-            return self._graph_decoder(ModuleDecoder(self.model, cache, switch), cache, rows, pages_for(positions))
         if parts is not None and self._agrees is None:
             self._agrees = parts.agrees(self.model, switch, self._look())
-        if parts is None or not self._agrees:
-            return ModuleDecoder(self.model, cache, switch)
-        return parts.decoder(cache, self._look(), rows=rows, positions=positions)
+        blocks, decoder = pages_for(positions), ModuleDecoder(self.model, cache, switch)
+        if parts is not None and self._agrees:
+            decoder = parts.decoder(decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
+        return self._graph_decoder(decoder, cache, rows, blocks) if self.model.device.type == "cuda" else decoder
 
-    def _graph_decoder(self, decoder: ModuleDecoder, cache: PagedCache, rows: int, blocks: int) -> GraphDecoder:
+    def _graph_decoder(self, decoder: Decoder, cache: PagedCache, rows: int, blocks: int) -> GraphDecoder:
         """Graphs of `decoder`'s steps: those at hand while they fit, which they do as long as the cache is kept."""
         parameters = list(self.model.parameters())
         if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):

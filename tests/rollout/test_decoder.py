@@ -8,7 +8,8 @@ from torch import nn
 
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine, SamplingParams
-from fastppo.rollout.decoder import LlamaLike, ModuleDecoder, UnlikeLlama
+from fastppo.rollout.decoder import DecodeSwitch, ModuleDecoder
+from fastppo.rollout.llama_like import LlamaLike, UnlikeLlama
 from fastppo.rollout.pages import PagedCache
 from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
 
@@ -67,7 +68,9 @@ def test_prompts_have_the_bits_of_steps(family):
     seen = engine._look()
     hidden = []
     for at_once in (True, False):
-        decoder = LlamaLike(model).decoder(PagedCache(seen.shapes, 3, model.device), seen, rows=1, positions=75)
+        cache = PagedCache(seen.shapes, 3, model.device)
+        modules = ModuleDecoder(model, cache, DecodeSwitch())
+        decoder = LlamaLike(model).decoder(modules, cache, seen, rows=1, positions=75)
         if at_once:
             hidden.append(decoder.prefill([prompt.tolist()], [[2, 0]]))
             continue
