@@ -232,7 +232,9 @@ def summary(record: Record, record_name: str) -> str:
     for row in record.rows:
         if row.provider == OURS and row.speedup is not None:
             baseline = seconds(eager[row.op, row.case].median_s)
-            ratio = f"{row.speedup:.2g}x" + optional(row.memory_share, ", {:.0%} of the memory")
+            ratio = f"{row.speedup:{'.0f' if row.speedup >= 10 else '.2g'}}x" + optional(
+                row.memory_share, ", {:.0%} of the memory"
+            )
             lines.append(f"| `{row.op}` {row.case} | {seconds(row.median_s)} | {baseline} | {ratio} |")
     source = f"{kernels(machine, f'{machine.isa} kernels')}, torch {record.versions['torch']}"
     return "\n".join([*lines, "", f"{source}; record: `{record_name}`."]) + "\n"

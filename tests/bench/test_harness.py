@@ -354,6 +354,13 @@ def test_docs_are_written_between_the_markers(tmp_path):
     assert "- ppo_loss 16 tokens, fastppo: wrong: loss is off" in text
 
 
+@pytest.mark.parametrize(("speedup", "text"), [(0.953, "0.95x"), (9.46, "9.5x"), (99.6, "100x"), (123.4, "123x")])
+def test_ratios_are_plain_numbers(speedup, text):
+    found = a_record()
+    next(row for row in found.rows if row.provider == "fastppo" and row.speedup).speedup = speedup
+    assert f"| {text} |" in report.summary(found, "r.json")
+
+
 def test_docs_refuse_quick_records_and_pages_without_markers(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("nothing to replace")
