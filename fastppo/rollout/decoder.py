@@ -30,7 +30,7 @@ CHUNK_TOKENS = 2048
 
 def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of `values`, for which the host does not wait: a copy from pageable memory would."""
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 
