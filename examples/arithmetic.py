@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -109,6 +110,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/demo", help="run folder (default runs/demo)")
     arguments = parser.parse_args()
+    if Path(arguments.output).exists():
+        parser.error(f"--output is {arguments.output!r}, which is there already: remove it or choose a new folder")
     console, start = Console(highlight=False), time.perf_counter()
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)

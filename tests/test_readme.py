@@ -37,6 +37,9 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     demo.main()
     assert "Curve: runs/demo/curve.png" in capsys.readouterr().out
     assert (tmp_path / "runs" / "demo" / "curve.png").exists()
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "'runs/demo', which is there already" in capsys.readouterr().err, "a second demo says so before it works"
     exec(compile(python_blocks()[0], "README.md", "exec"), {})
     assert [row["step"] for row in read_metrics("runs/short")] == [1, 2, 3, 4, 5]
     names: dict = {}
