@@ -103,7 +103,7 @@ def _place_heads_kernel(
     """One program for one head of one row's query, key or value [B, heads or kv_heads, D], at position length - 1.
 
     Queries go to out [B, heads, D], keys and values to their pages [P, PAGE_SIZE, kv_heads, D]. A position outside of [0, capacity) or a page
-    outside of [0, pages) is not written: `decode_attention` gives NaN for it.
+    outside of [0, pages) is not written: `decode_attention` gives NaN for it, and 0 for a length of 0.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -223,7 +223,7 @@ def place_heads(
     return out
 
 
-def gate(gate: Tensor, up: Tensor) -> Tensor:
+def apply_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up in place of `gate`; both [B, I], contiguous and of one type."""
     if gate.numel():
         with torch.cuda.device_of(gate):

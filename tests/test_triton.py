@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fastppo.ops._backends import FAST_BACKENDS
+
 pytest.importorskip("triton")
 
-from fastppo.ops._backends import FAST_BACKENDS  # noqa: E402
 from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -172,18 +172,17 @@ class Engine:
     def _make_decoder(
         self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
     ) -> Decoder:
-        if parts is not None and self._agrees is None:
-            self._agrees = parts.agrees(self.model, switch, self._look())
-        blocks, decoder = pages_for(positions), ModuleDecoder(self.model, cache, switch)
-        if parts is not None and self._agrees:
-            decoder = parts.decoder(decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
-        return self._graph_decoder(decoder, cache, rows, blocks) if self.model.device.type == "cuda" else decoder
-
-    def _graph_decoder(self, decoder: Decoder, cache: PagedCache, rows: int, blocks: int) -> GraphDecoder:
-        """Graphs of `decoder`'s steps: those at hand while they fit, which they do as long as the cache is kept."""
-        parameters = list(self.model.parameters())
+        """On a GPU graphs of its steps: those at hand while they fit, which they do as long as the cache is kept."""
+        blocks, parameters = pages_for(positions), list(self.model.parameters())
         if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
             return self._graphs
+        if parts is not None and self._agrees is None:
+            self._agrees = parts.agrees(self.model, switch, self._look())
+        decoder = ModuleDecoder(self.model, cache, switch)
+        if parts is not None and self._agrees:
+            decoder = parts.decoder(decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
+        if self.model.device.type != "cuda":
+            return decoder
         graphs = GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
         self._graphs = graphs if self.keep_cache else None
         return graphs

@@ -1,4 +1,4 @@
-"""The same for models that are built as Llama is, with a few calls of our own kernels in place of each module's operations.
+"""Prompts and decode steps of models that are built as Llama is, with a few calls of our own kernels in place of their modules.
 
 On a CPU a decode step is a single native call (`csrc/cpu/decoder.cpp`), so is each part of a prompt: Python between embedding and head would be
 most of a small model's time. On a GPU the operations between matrix products are three Triton kernels (`kernels/decoder.py`). Both read the
@@ -135,7 +135,7 @@ class FusedDecoder:
             options = {"scale": layer.scale, "window": layer.window}
             attended = decode_attention(queries, layer.k_pages, layer.v_pages, block_table, context_lens, **options)
             y = kernels.add_rms_norm(x, F.linear(attended.flatten(1), *o), *post_norm)
-            update = F.linear(kernels.gate(F.linear(y, *gate), F.linear(y, *up)), *down)
+            update = F.linear(kernels.apply_gate(F.linear(y, *gate), F.linear(y, *up)), *down)
         return kernels.add_rms_norm(x, update, *self._norm)
 
 
