@@ -21,7 +21,7 @@ from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
 
 DRAWS_AHEAD = {"cuda": 1}
-"""By device type (0 for others), how many draws are on their way when the host looks at one. A GPU so always has a step to run while
+"""By device type (0 for others), how many draws of decode steps are on their way when the host looks at one. A GPU so always has a step to run while
 the host learns which sequences ended in the step before; those that a stop token ends run one more step, whose token is left out."""
 
 Progress = Callable[[int, int], None]
@@ -238,7 +238,7 @@ class Generation:
         rest = self.prefilled.sequences[len(chosen) :]
         logits = self.prefilled.logits[self._tensor([s // self.sampling.n - first_prompt for s in chosen])]
         self.prefilled = self.prefilled._replace(sequences=rest) if rest else None
-        self._draw(first_row, logits)
+        self._draw(first_row, logits, ahead=0)  # waits for the prompts: their time is not that of the steps after them
 
     def _start(self, count: int) -> list[int]:
         """Rows for the next `count` sequences, all of one prompt."""
@@ -296,9 +296,9 @@ class Generation:
         hidden = self.decoder.step(last, lengths, self.block_table[:active])
         self.stats.decode_steps += 1
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)
-        self._draw(0, self.head.logits(hidden))
+        self._draw(0, self.head.logits(hidden), ahead=DRAWS_AHEAD.get(self.device.type, 0))
 
-    def _draw(self, first_row: int, logits: Tensor) -> None:
+    def _draw(self, first_row: int, logits: Tensor, *, ahead: int) -> None:
         """Sample for rows first_row.. from fp32 [rows, V], look at what is due and retire what has finished."""
         rows = self.rows[first_row:]
         state = {name: tensor[first_row : len(self.rows)] for name, tensor in self.state.items()}
@@ -308,7 +308,7 @@ class Generation:
         for row in rows:
             row.drawn, row.length, row.left = row.drawn + 1, row.length + 1, row.left - 1
         self.draws.append(_Draw.launched(rows, sampled))
-        self._look(ahead=DRAWS_AHEAD.get(self.device.type, 0))
+        self._look(ahead=ahead)
         self._retire()
 
     def _sample(self, first_row: int, logits: Tensor, state: dict[str, Tensor]) -> SampledTokens:
