@@ -26,7 +26,7 @@ from fastppo.bench.rollout import VOCABULARY, make_model, prompts_of
 from fastppo.bench.setting import Setting
 from fastppo.experience import compute_advantages, evaluate_networks
 from fastppo.minibatch import plan_epochs
-from fastppo.models import prepare_model
+from fastppo.model import prepare_model
 from fastppo.optimizer import Optimizer
 from fastppo.rollout import Engine, Rollout, SamplingParams
 from fastppo.update import update

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2Fo
 from fastppo.bench import floors
 from fastppo.bench.harness import Case, Tensors, WrongResult
 from fastppo.bench.setting import Setting
-from fastppo.models import packed_hidden
+from fastppo.model import packed_hidden
 from fastppo.rollout import Engine, Rollout, SamplingParams
 
 VOCABULARY = 4096

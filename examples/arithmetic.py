@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.models import lm_head, packed_hidden, prepare_model
+from fastppo.model import lm_head, packed_hidden, prepare_model
 from fastppo.ops import linear_token_logprobs
 from fastppo.rollout import SamplingParams
 

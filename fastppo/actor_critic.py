@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastppo.models import Critic, ValueHead, lm_head, packed_hidden, shift_right
+from fastppo.model import Critic, ValueHead, lm_head, packed_hidden, shift_right
 from fastppo.ops import linear_token_logprobs
 from fastppo.rollout import Rollout
 

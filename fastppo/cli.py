@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
     reward = resolve_reward(recipe.reward)
 
     from fastppo.data import load_train_and_eval
-    from fastppo.models import load_tokenizer
+    from fastppo.model import load_tokenizer
     from fastppo.trainer import PPOTrainer
 
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
@@ -164,7 +164,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from fastppo.models import load_model, load_tokenizer
+    from fastppo.model import load_model, load_tokenizer
     from fastppo.rollout import Engine, SamplingParams
 
     sampling = SamplingParams(

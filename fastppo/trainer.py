@@ -31,7 +31,7 @@ from fastppo.console import Reporter
 from fastppo.data import PromptDataset, PromptSampler, load_prompts
 from fastppo.experience import compute_advantages, evaluate_networks, penalise_unfinished, rollout_metrics
 from fastppo.minibatch import plan_epochs
-from fastppo.models import context_length, load_model, load_tokenizer, prepare_model
+from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
 from fastppo.optimizer import Optimizer, learning_rate_factor
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner

@@ -358,7 +358,7 @@ def test_a_tokenizer_that_fails(tokenizer):
 
 
 def test_real_tokenizer(stories_model):
-    from fastppo.models import load_tokenizer
+    from fastppo.model import load_tokenizer
 
     tokenizer = load_tokenizer(str(stories_model))
     row = prompts(["Once upon a time"], tokenizer)[0]

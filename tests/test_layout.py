@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,14 @@ STEMS = sorted(path.stem for path in (ROOT / "fastppo" / "ops").glob("[a-z]*.py"
 
 # Floors from the ground up; a module may import from its own floor and those below.
 FLOORS = [
-    ("fastppo._C", "fastppo.native", "fastppo.kernels", "fastppo.reference"),
-    ("fastppo.ops",),
-    ("fastppo.rollout", "fastppo.models", "fastppo.rewards", "fastppo.config", "fastppo.data"),
-    ("fastppo.actor_critic", "fastppo.experience", "fastppo.minibatch", "fastppo.optimizer", "fastppo.update")
-    + (
-        "fastppo.checkpoint",
-        "fastppo.console",
-        "fastppo.run_folder",
-        "fastppo.plot",
-        "fastppo.recipe",
-        "fastppo.trainer",
-    ),
-    ("fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo"),
+    ("fastppo._C", "fastppo.kernels"),
+    ("fastppo.native", "fastppo.reference", "fastppo.ops"),
+    ("fastppo.model",),
+    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data"),
+    ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
+    + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
+    + ("fastppo.plot", "fastppo.trainer"),
+    ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo"),
 ]
 
 
@@ -42,26 +38,58 @@ def floor_of(module: str) -> int:
     return len(FLOORS) - 1
 
 
-def modules() -> list[tuple[str, Path]]:
-    found = []
+def _modules() -> dict[str, Path]:
+    """Every module of the package by its name; a package stands for its `__init__`."""
+    found = {}
     for folder, package in (("fastppo", "fastppo"), ("bench", "fastppo.bench"), ("kernels", "fastppo.kernels")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = [part for part in path.relative_to(ROOT / folder).with_suffix("").parts if part != "__init__"]
-            found.append((".".join([package, *parts]), path))
+            found[".".join([package, *parts])] = path
     return found
 
 
-def imports_of(path: Path) -> set[str]:
-    """Names of our own modules that a file imports, at any depth of its code."""
+MODULES = _modules()
+
+
+def imports_of(module: str) -> set[str]:
+    """Our own modules that a module imports, at any depth of its code, but for what only a type checker reads."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _run_time_nodes(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            package = node.module
-            is_module = (ROOT / package.replace(".", "/")).is_dir()
-            names |= {f"{package}.{alias.name}" for alias in node.names} if is_module else {package}
-    return {name for name in names if name.split(".")[0] == "fastppo"}
+            names |= {alias.name for alias in node.names if alias.name in MODULES}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastppo":
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if name in MODULES or name == "fastppo._C"}
+            names |= modules if modules == inner else modules | {node.module}
+    return names - {module}
+
+
+def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _run_time_nodes(child)
+
+
+def package_of(module: str) -> str:
+    """`fastppo.rollout.engine` -> `fastppo.rollout`; a module of the top package stands for itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    """The nodes of a cycle in order, or None."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return path[path.index(node) :] + [node]
+        if node in done:
+            return None
+        found = next(filter(None, (visit(other, [*path, node]) for other in sorted(graph.get(node, ())))), None)
+        done.add(node)
+        return found
+
+    return next(filter(None, (visit(node, []) for node in sorted(graph))), None)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -79,20 +107,32 @@ def test_every_listed_op_exists():
     assert set(FAST_BACKENDS) == set(STEMS)
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_point_downwards(module, path):
-    level = floor_of(module)
-    for imported in imports_of(path):
-        parent = imported.rsplit(".", 1)[0]
-        names_a_module = imported == "fastppo._C" or any(imported == name for name, _ in modules())
-        target = imported if names_a_module else parent
-        assert floor_of(target) <= level, f"{module} imports {imported} from a floor above"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module):
+    for imported in imports_of(module):
+        assert floor_of(imported) <= floor_of(module), f"{module} imports {imported} from a floor above"
+
+
+def test_no_module_and_no_package_imports_itself_round_a_corner():
+    """A package's `__init__` collects its modules' names for others: its own modules do not import from it."""
+    modules = {module: imports_of(module) for module in MODULES if module != "fastppo"}
+    assert cycle_in(modules) is None
+    packages: dict[str, set[str]] = {}
+    for module, imported in modules.items():
+        packages.setdefault(package_of(module), set()).update(map(package_of, imported))
+    assert cycle_in({package: others - {package} for package, others in packages.items()}) is None
+
+
+def test_a_cycle_would_be_found():
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
 def test_references_stand_alone():
-    for path in (ROOT / "fastppo" / "reference").glob("*.py"):
-        foreign = {name for name in imports_of(path) if not name.startswith("fastppo.reference")}
-        assert not foreign, f"{path.name} imports {foreign}"
+    for module in MODULES:
+        if module.startswith("fastppo.reference"):
+            foreign = {name for name in imports_of(module) if not name.startswith("fastppo.reference")}
+            assert not foreign, f"{module} imports {foreign}"
 
 
 def test_public_names_are_documented():

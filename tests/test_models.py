@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fastppo.models import (
+from fastppo.model import (
     Critic,
     ValueHead,
     context_length,

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
-from fastppo import models
+from fastppo.model.packed import run_trunk
 from fastppo.native.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops._backends import FAST_DTYPES, choose
-from fastppo.rollout.attention import ChunkContext, DecodeContext, PrefillContext
+from fastppo.rollout.contexts import ChunkContext, DecodeContext, PrefillContext
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache
 
 PREFILL_TOKENS = 8192
@@ -60,7 +59,7 @@ class ModuleDecoder:
         slots = torch.cat([self._slots(*pair) for pair in zip(prompts, pages, strict=True)])
         tokens = on_device([token for prompt in prompts for token in prompt], device)
         positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-        hidden = models.run_trunk(self._model, tokens, positions, PrefillContext(bounds, self._cache, slots))
+        hidden = run_trunk(self._model, tokens, positions, PrefillContext(bounds, self._cache, slots))
         return hidden[on_device(bounds[1:], device) - 1]
 
     def _run_in_chunks(self, prompt: list[int], pages: list[int]) -> Tensor:
@@ -70,7 +69,7 @@ class ModuleDecoder:
             end = min(start + CHUNK_TOKENS, len(tokens))
             context = ChunkContext(start, self._cache, slots[:end])
             positions = torch.arange(start, end, device=device)
-            hidden = models.run_trunk(self._model, tokens[start:end], positions, context)
+            hidden = run_trunk(self._model, tokens[start:end], positions, context)
         return hidden[-1:]
 
     def _slots(self, prompt: list[int], pages: list[int]) -> Tensor:
@@ -82,7 +81,7 @@ class ModuleDecoder:
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         context = DecodeContext(self._cache, block_table, lengths)
         self._switch.decoding = True
-        hidden = models.run_trunk(self._model, tokens, lengths - 1, context)
+        hidden = run_trunk(self._model, tokens, lengths - 1, context)
         self._switch.decoding = False
         return hidden
 

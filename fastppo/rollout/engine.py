@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
-from fastppo import models
+from fastppo.model.attention import ObservingContext
+from fastppo.model.packed import context_length, evaluating, require_prepared, run_trunk
+from fastppo.model.parts import LlamaParts, UnlikeLlama
+from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
-from fastppo.rollout.attention import ShapeContext
 from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder, decode_linears
 from fastppo.rollout.generation import (
     Generation,
@@ -24,8 +25,8 @@ from fastppo.rollout.generation import (
     pages_needed,
 )
 from fastppo.rollout.graphs import GraphDecoder
-from fastppo.rollout.llama_like import LlamaLike, UnlikeLlama
-from fastppo.rollout.pages import PAGE_SIZE, PagedCache, kv_budget, pages_for
+from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, kv_budget, pages_for
+from fastppo.rollout.parts_decoder import parts_agree, parts_decoder
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
@@ -65,12 +66,12 @@ class Engine:
             raise ValueError(f"max_batch_size is {max_batch_size!r}, expected an integer >= 1")
         if kv_memory != "auto":
             _checks.number("kv_memory", kv_memory, above=0)
-        self.model = models.prepare_model(model)
+        self.model = prepare_model(model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.kv_memory, self.keep_cache = kv_memory, keep_cache
         self.stats = GenerationStats()
-        self._seen: dict[tuple[torch.dtype, torch.device], ShapeContext] = {}
+        self._seen: dict[tuple[torch.dtype, torch.device], ObservingContext] = {}
         self._agrees: bool | None = None  # whether steps of our own give what the model's modules give, once known
         self._cache: PagedCache | None = None
         self._graphs: GraphDecoder | None = None
@@ -99,14 +100,14 @@ class Engine:
             TypeError, ValueError: no prompt, an empty prompt or one that leaves no room in the model's context, an id outside the
             vocabulary, text or stop strings without a tokenizer, a sequence that alone needs more than `kv_memory`.
         """
-        models.require_prepared(self.model)
+        require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
         token_lists = self._encode(prompts)
         self._check_stop_ids(sampling)
         slots = min(self.max_batch_size, len(token_lists) * sampling.n)
-        parts = self._llama_like()  # the model as it is, before its layers are swapped
-        with models.evaluating(self.model), decode_linears(self.model) as switch:
+        parts = self._parts()  # the model as it is, before its layers are swapped
+        with evaluating(self.model), decode_linears(self.model) as switch:
             cache = self._make_cache(token_lists, sampling)
             limits = new_token_limits(self.model, token_lists, sampling)
             longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
@@ -134,16 +135,16 @@ class Engine:
         shapes = self._look().shapes
         if self._cache is not None and self._cache.shapes != shapes:
             self._cache = None
-        bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
-        budget = kv_budget(self.kv_memory, self.model.device) // bytes_per_page
+        page_bytes = bytes_per_page(shapes)
+        budget = kv_budget(self.kv_memory, self.model.device) // page_bytes
         if self.kv_memory == "auto" and self._cache is not None:
             budget += self._cache.pages
         pages = min(useful, budget)
         if max(least) > pages:
             i = least.index(max(least))
             raise ValueError(
-                f"prompts[{i}] with {len(prompts[i])} tokens and {limits[i]} new ones needs {least[i] * bytes_per_page / 2**30:.3g} GiB "
-                f"of keys and values, expected at most {budget * bytes_per_page / 2**30:.3g} GiB (kv_memory)"
+                f"prompts[{i}] with {len(prompts[i])} tokens and {limits[i]} new ones needs {least[i] * page_bytes / 2**30:.3g} GiB "
+                f"of keys and values, expected at most {budget * page_bytes / 2**30:.3g} GiB (kv_memory)"
             )
         if self._cache is None or self._cache.pages < pages:
             self._cache = self._graphs = None  # their memory is free before the new one takes some
@@ -153,34 +154,34 @@ class Engine:
             self._cache = None
         return cache
 
-    def _look(self) -> ShapeContext:
+    def _look(self) -> ObservingContext:
         """What each layer keeps of a token and how it attends, seen in a forward of one token and remembered while type and device stay."""
         key = (self.model.dtype, self.model.device)
         if key not in self._seen:
-            context = ShapeContext([0, 1], self.model.device)
+            context = ObservingContext([0, 1], self.model.device)
             zero = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-            models.run_trunk(self.model, zero, zero, context)
+            run_trunk(self.model, zero, zero, context)
             self._seen, self._agrees = {key: context}, None
         return self._seen[key]
 
-    def _llama_like(self) -> LlamaLike | None:
+    def _parts(self) -> LlamaParts | None:
         try:
-            return LlamaLike(self.model)
+            return LlamaParts(self.model)
         except UnlikeLlama:
             return None
 
     def _make_decoder(
-        self, parts: LlamaLike | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
+        self, parts: LlamaParts | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
     ) -> Decoder:
         """On a GPU graphs of its steps: those at hand while they fit, which they do as long as the cache is kept."""
         blocks, parameters = pages_for(positions), list(self.model.parameters())
         if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
             return self._graphs
         if parts is not None and self._agrees is None:
-            self._agrees = parts.agrees(self.model, switch, self._look())
+            self._agrees = parts_agree(parts, self.model, switch, self._look())
         decoder = ModuleDecoder(self.model, cache, switch)
         if parts is not None and self._agrees:
-            decoder = parts.decoder(decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
+            decoder = parts_decoder(parts, decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
         if self.model.device.type != "cuda":
             return decoder
         graphs = GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
@@ -224,7 +225,7 @@ class Engine:
         return prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
 
     def _check_prompt(self, index: int, tokens: list[int]) -> list[int]:
-        limit, vocab_size = models.context_length(self.model), self.model.get_input_embeddings().weight.shape[0]
+        limit, vocab_size = context_length(self.model), self.model.get_input_embeddings().weight.shape[0]
         if not tokens:
             raise ValueError(f"prompts[{index}] is empty, expected at least one token")
         if limit is not None and len(tokens) >= limit:

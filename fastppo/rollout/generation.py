@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# As a module: fastppo.models imports this package for its attention, and may be only half loaded here.
-from fastppo import models
+from fastppo.model.packed import context_length, lm_head
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
 from fastppo.rollout.decoder import PREFILL_TOKENS, Decoder, on_device
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
@@ -169,7 +168,7 @@ class Generation:
         self.model, self.cache, self.decoder, self.sampling = model, cache, decoder, sampling
         self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
         self.progress, self.on_tokens = progress, on_tokens
-        self.head = models.lm_head(model)
+        self.head = lm_head(model)
         self.device = self.head.weight.device
         self.prompts = [
             _Prompt(p, limit) for p, limit in zip(prompts, new_token_limits(model, prompts, sampling), strict=True)
@@ -426,7 +425,7 @@ def _bytes_read_a_step(model: PreTrainedModel) -> int:
 
 def new_token_limits(model: PreTrainedModel, prompts: list[list[int]], sampling: SamplingParams) -> list[int]:
     """How many tokens each prompt's completions may get: `max_new_tokens`, or what the model's context leaves."""
-    context = models.context_length(model)
+    context = context_length(model)
     return [min(sampling.max_new_tokens, (context or 2**62) - len(prompt)) for prompt in prompts]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor
 
+from fastppo.model.attention import LayerShape
 from fastppo.ops import write_kv
 
 PAGE_SIZE = 64
@@ -15,6 +16,11 @@ PAGE_SIZE = 64
 
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE)
+
+
+def bytes_per_page(shapes: dict[int, LayerShape]) -> int:
+    """Over all layers."""
+    return PAGE_SIZE * sum(shape.bytes_per_token for shape in shapes.values())
 
 
 class PagePool:
@@ -50,19 +56,6 @@ class PagePool:
                 self._free.append(page)
 
 
-class LayerShape(NamedTuple):
-    """What one token of a layer keeps: keys [heads, key_size] and values [heads, value_size]."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_page(self) -> int:
-        return PAGE_SIZE * self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
-
-
 class PagedCache:
     """Keys and values of every layer, [pages + 1, 64, Hkv, D] each. Memory that was never written is never read.
 
@@ -71,7 +64,7 @@ class PagedCache:
 
     def __init__(self, shapes: dict[int, LayerShape], pages: int, device: torch.device) -> None:
         self.shapes, self.pages, self.spare_page = shapes, pages, pages
-        self.bytes_per_page = sum(shape.bytes_per_page for shape in shapes.values())
+        self.bytes_per_page = bytes_per_page(shapes)
         self.layers = {
             layer: tuple(
                 torch.empty(pages + 1, PAGE_SIZE, shape.heads, size, dtype=shape.dtype, device=device)

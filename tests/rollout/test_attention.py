@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.rollout.attention import (
+from fastppo.model.attention import (
     AttentionOptions,
-    ChunkContext,
-    DecodeContext,
+    LayerShape,
     MissingContextError,
     PackedContext,
-    PrefillContext,
     attention_forward,
 )
-from fastppo.rollout.pages import PAGE_SIZE, LayerShape, PagedCache, PagePool
+from fastppo.rollout.contexts import ChunkContext, DecodeContext, PrefillContext
+from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool
 
 HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 6
 

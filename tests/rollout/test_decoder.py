@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.rollout.decoder import DecodeSwitch, ModuleDecoder
-from fastppo.rollout.llama_like import LlamaLike, UnlikeLlama
 from fastppo.rollout.pages import PagedCache
+from fastppo.rollout.parts_decoder import parts_decoder
 from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
 
 NATIVE = {"llama", "mistral-window", "qwen2", "qwen3", "granite"}
@@ -40,7 +41,7 @@ def test_which_families_are_native(family, monkeypatch):
 def test_samples_as_the_modules_do(family, changes, monkeypatch):
     """The same tokens (shared prompts, refilled rows, windows, biases, heads that fill no vector), log-probabilities up to rounding."""
     native = generate(make_model(family, **changes), max_batch_size=4)
-    monkeypatch.setattr(LlamaLike, "agrees", lambda *_: False)
+    monkeypatch.setattr("fastppo.rollout.engine.parts_agree", lambda *_: False)
     modules = generate(make_model(family, **changes), max_batch_size=4)
     assert torch.equal(native.tokens, modules.tokens)
     torch.testing.assert_close(native.logprobs, modules.logprobs, rtol=1e-5, atol=1e-5)
@@ -70,7 +71,7 @@ def test_prompts_have_the_bits_of_steps(family):
     for at_once in (True, False):
         cache = PagedCache(seen.shapes, 3, model.device)
         modules = ModuleDecoder(model, cache, DecodeSwitch())
-        decoder = LlamaLike(model).decoder(modules, cache, seen, rows=1, positions=75)
+        decoder = parts_decoder(LlamaParts(model), modules, cache, seen, rows=1, positions=75)
         if at_once:
             hidden.append(decoder.prefill([prompt.tolist()], [[2, 0]]))
             continue
@@ -127,7 +128,7 @@ def test_changed_models_run_their_modules(change, monkeypatch):
     model = make_model("llama")
     change(model)
     with pytest.raises(UnlikeLlama):
-        LlamaLike(model)
+        LlamaParts(model)
     assert decoder_of(Engine(model), monkeypatch) is ModuleDecoder
 
 
@@ -135,7 +136,7 @@ def test_changed_models_run_their_modules(change, monkeypatch):
 def test_numbers_tell_what_names_do_not(multiplier, monkeypatch):
     """Granite with a multiplier has Llama's modules and another sum."""
     model = make_model("granite", **{multiplier: 0.5})
-    LlamaLike(model)
+    LlamaParts(model)
     assert decoder_of(Engine(model), monkeypatch) is ModuleDecoder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo import use_backend
-from fastppo.models import lm_head, prepare_model
+from fastppo.model import lm_head, prepare_model
 from fastppo.rollout import Engine, FinishReason, SamplingParams
 from fastppo.rollout.generation import DRAWS_AHEAD
 from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, make_chain, make_model, ragged_prompts
@@ -119,7 +119,7 @@ def test_each_prompt_is_run_once_for_all_its_samples(llama, n, max_batch_size):
 def test_many_prompts_are_prefilled_in_several_forwards(llama, monkeypatch):
     expected = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions()
     monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 20)
-    monkeypatch.setattr(Engine, "_llama_like", lambda _: None)
+    monkeypatch.setattr(Engine, "_parts", lambda _: None)
     assert _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions() == expected
 
 
@@ -128,7 +128,7 @@ def test_long_prompts_are_prefilled_in_chunks(family, monkeypatch):
     """Windows, soft-capping and sinks reach back over a chunk's first token, where the model's modules run."""
     model = make_model(family)
     expected = _generate(model, ragged_prompts((30, 3, 17)), temperature=0, max_new_tokens=5)
-    monkeypatch.setattr(Engine, "_llama_like", lambda _: None)
+    monkeypatch.setattr(Engine, "_parts", lambda _: None)
     monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 4)
     monkeypatch.setattr("fastppo.rollout.decoder.PREFILL_TOKENS", 4)
     monkeypatch.setattr("fastppo.rollout.decoder.CHUNK_TOKENS", 7)
@@ -444,7 +444,7 @@ class TestSampling:
 
 
 def test_real_model_tells_a_story(stories_model):
-    from fastppo.models import load_model, load_tokenizer
+    from fastppo.model import load_model, load_tokenizer
 
     model, tokenizer = load_model(stories_model, dtype="float32", device="cpu"), load_tokenizer(stories_model)
     params = SamplingParams(temperature=0, max_new_tokens=60, stop_strings=(".",))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fastppo.models import lm_head, packed_hidden, prepare_model
+from fastppo.model import lm_head, packed_hidden, prepare_model
 from fastppo.rollout import Engine, SamplingParams
 from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
 

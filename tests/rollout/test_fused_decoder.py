@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine
 from fastppo.rollout.decoder import DecodeSwitch, ModuleDecoder
 from fastppo.rollout.graphs import GraphDecoder
-from fastppo.rollout.llama_like import FusedDecoder, LlamaLike, UnlikeLlama
 from fastppo.rollout.pages import PagedCache
+from fastppo.rollout.parts_decoder import FusedDecoder, parts_agree, parts_decoder
 from tests.conftest import FAST_BACKEND
 from tests.rollout import tiny
 from tests.rollout.test_decoder import NATIVE
@@ -45,7 +46,7 @@ def empty_cache(model) -> PagedCache:
 
 def fused(model, cache: PagedCache) -> FusedDecoder:
     modules, seen = ModuleDecoder(model, cache, DecodeSwitch()), Engine(model)._look()
-    return LlamaLike(model).decoder(modules, cache, seen, rows=3, positions=128)
+    return parts_decoder(LlamaParts(model), modules, cache, seen, rows=3, positions=128)
 
 
 def run(decoder, cache: PagedCache) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def test_steps_as_the_modules_do(family, changes, dtype):
 def test_the_engine_takes_it():
     model = make_model("qwen3")
     engine, cache = Engine(model), empty_cache(model)
-    decoder = engine._make_decoder(engine._llama_like(), cache, DecodeSwitch(), rows=2, positions=70)
+    decoder = engine._make_decoder(engine._parts(), cache, DecodeSwitch(), rows=2, positions=70)
     assert type(decoder._decoder if isinstance(decoder, GraphDecoder) else decoder) is FusedDecoder
 
 
@@ -95,14 +96,14 @@ def test_numbers_tell_what_names_do_not():
         ):
             model = make_model("granite", dtype=dtype, **multiplier)
             seen = Engine(model)._look()
-            assert LlamaLike(model).agrees(model, DecodeSwitch(), seen) == agrees
+            assert parts_agree(LlamaParts(model), model, DecodeSwitch(), seen) == agrees
 
 
 def test_mixed_types_run_their_modules():
     model = make_model("llama", dtype=torch.bfloat16)
     model.model.norm.float()
     with pytest.raises(UnlikeLlama, match="one type"):
-        LlamaLike(model)
+        LlamaParts(model)
 
 
 @pytest.mark.parametrize(("length", "page"), [(0, 0), (129, 0), (70, 9), (70, -1)])

@@ -13,7 +13,7 @@ from fastppo.actor_critic import ActorCritic
 from fastppo.config import PPOConfig
 from fastppo.experience import compute_advantages, evaluate_networks
 from fastppo.minibatch import plan_epochs
-from fastppo.models import prepare_model
+from fastppo.model import prepare_model
 from fastppo.optimizer import Optimizer
 from fastppo.rollout import Engine, Rollout, SamplingParams
 from fastppo.update import accumulate_gradients, action_cu_seqlens, update

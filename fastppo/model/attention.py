@@ -1,4 +1,4 @@
-"""The attention that fastppo gives to a Transformers model: packed sequences for training and prefill, a paged cache for decoding.
+"""The attention that fastppo gives to a Transformers model: packed sequences, for training and for whatever a context adds to it.
 
 `register()` adds `attention_forward` to Transformers' attention interface. Every model call passes a *context* in the keyword
 `fastppo`; the context knows where the sequences of the packed [1, T] input lie and does the work of each layer. It travels with the
@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-
-from fastppo.ops import decode_attention
-from fastppo.rollout.pages import PAGE_SIZE, LayerShape, PagedCache
 
 IMPLEMENTATION = "fastppo"
 
@@ -41,6 +38,19 @@ class AttentionOptions(NamedTuple):
     def needs_scores(self) -> bool:
         """Scaled-dot-product attention has neither soft-capping nor sinks."""
         return self.softcap is not None or self.sinks is not None
+
+
+class LayerShape(NamedTuple):
+    """What one token of a layer keeps: keys [heads, key_size] and values [heads, value_size]."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
 class AttentionContext(Protocol):
@@ -106,7 +116,7 @@ class PackedContext:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        padded = [_causal_attention(*group.pad(q, k, v), options, self._mask(group, options)) for group in self._groups]
+        padded = [causal_attention(*group.pad(q, k, v), options, self._mask(group, options)) for group in self._groups]
         flat = [out.transpose(1, 2).flatten(0, 1) for out in padded]
         out = flat[0] if len(flat) == 1 else torch.cat(flat)
         return out if self._unpad is None else out.index_select(0, self._unpad)
@@ -138,7 +148,7 @@ class PackedContext:
             return None
         key = (group.length, window)
         if key not in self._masks:
-            self._masks[key] = _causal_mask(group.length, window, self._device)
+            self._masks[key] = causal_mask(group.length, window, self._device)
         return self._masks[key]
 
 
@@ -161,78 +171,42 @@ class _Group:
         return [t.unflatten(1, (len(self.members), self.length)).transpose(0, 1) for t in tensors]
 
 
-class PrefillContext(PackedContext):
-    """Packed attention that also stores each layer's keys and values in the cache."""
+class LayerCall(NamedTuple):
+    """One layer's call of the attention: what it keeps of a token, and how it attends."""
 
-    def __init__(self, bounds: list[int], cache: PagedCache, slots: Tensor) -> None:
-        """slots: int64 [T], the place of each token in the cache."""
-        super().__init__(bounds, slots.device)
-        self._cache, self._slots = cache, slots
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self._cache.write(layer, self._slots, k, v)
-        return super().attend(layer, q, k, v, options)
+    layer: int
+    shape: LayerShape
+    options: AttentionOptions
 
 
-class ChunkContext:
-    """A part of one long prompt, whose earlier tokens are in the cache."""
-
-    def __init__(self, past: int, cache: PagedCache, slots: Tensor) -> None:
-        """past: earlier tokens. slots: int64 [past + T], the places of those and of the chunk's."""
-        self._cache, self._slots, self._past = cache, slots, past
-        self._masks: dict[int | None, Tensor] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self._cache.write(layer, self._slots[self._past :], k, v)
-        keys, values = (x[None] for x in self._cache.gather(layer, self._slots))
-        return _causal_attention(q[None], keys, values, options, self._mask(options.window))[0].transpose(0, 1)
-
-    def _mask(self, window: int | None) -> Tensor:
-        """bool [T, past + T]"""
-        if window not in self._masks:
-            self._masks[window] = _causal_mask(len(self._slots), window, self._slots.device, first=self._past)
-        return self._masks[window]
-
-
-class DecodeContext:
-    """One new token for each of B sequences: T = B."""
-
-    def __init__(self, cache: PagedCache, block_table: Tensor, lengths: Tensor) -> None:
-        """block_table: int32 [B, blocks], each sequence's pages. lengths: int64 [B] tokens, the new one included."""
-        self._cache, self._block_table, self._lengths = cache, block_table, lengths.int()
-        block, offset = (lengths - 1) // PAGE_SIZE, (lengths - 1) % PAGE_SIZE
-        self._slots = block_table.gather(1, block[:, None]).squeeze(1) * PAGE_SIZE + offset
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        k_pages, v_pages = self._cache.write(layer, self._slots, k, v)
-        return decode_attention(
-            q.transpose(0, 1), k_pages, v_pages, self._block_table, self._lengths,
-            scale=options.scale, softcap=options.softcap, window=options.window, sinks=options.sinks,
-        )  # fmt: skip
-
-
-class ShapeContext(PackedContext):
-    """Notes what each layer keeps of a token, and how it attends."""
+class ObservingContext(PackedContext):
+    """Notes how each layer calls the attention."""
 
     def __init__(self, bounds: list[int], device: torch.device) -> None:
         super().__init__(bounds, device)
-        self.shapes: dict[int, LayerShape] = {}
-        self.options: dict[int, AttentionOptions] = {}
+        self.calls: list[LayerCall] = []
+
+    @property
+    def shapes(self) -> dict[int, LayerShape]:
+        return {call.layer: call.shape for call in self.calls}
+
+    @property
+    def options(self) -> dict[int, AttentionOptions]:
+        return {call.layer: call.options for call in self.calls}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1], k.dtype)
-        self.options[layer] = options
+        self.calls.append(LayerCall(layer, LayerShape(k.shape[0], k.shape[-1], v.shape[-1], k.dtype), options))
         return super().attend(layer, q, k, v, options)
 
 
-def _causal_mask(length: int, window: int | None, device: torch.device, first: int = 0) -> Tensor:
+def causal_mask(length: int, window: int | None, device: torch.device, first: int = 0) -> Tensor:
     """bool [length - first, length]: which keys the queries from position `first` on see."""
     key = torch.arange(length, device=device)
     query = key[first:, None]
     return (key <= query) if window is None else (key <= query) & (key > query - window)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, mask: Tensor | None) -> Tensor:
     """q [B, Hq, L, D], k and v [B, Hkv, L, D], mask bool [L, L] or None for plain causal -> [B, Hq, L, Dv]."""
     if options.needs_scores:
         return _attention_from_scores(q, k, v, options, mask)

@@ -1,0 +1,21 @@
+"""Transformers models as fastppo uses them: loaded, checked once, run packed, as trunk and head or, where they are built as Llama is, as parts."""
+
+from fastppo.model.critic import Critic, ValueHead
+from fastppo.model.loading import load_model, load_tokenizer
+from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk, shift_right
+from fastppo.model.prepare import prepare_model
+
+__all__ = [
+    "Critic",
+    "LMHead",
+    "ValueHead",
+    "context_length",
+    "evaluating",
+    "lm_head",
+    "load_model",
+    "load_tokenizer",
+    "packed_hidden",
+    "prepare_model",
+    "run_trunk",
+    "shift_right",
+]

@@ -1,0 +1,46 @@
+"""The critic: a trunk of its own with a value head, or a value head alone on the policy's trunk."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastppo.model.packed import lm_head, packed_hidden, require_prepared
+
+
+class ValueHead(nn.Module):
+    """Linear(H, 1) in fp32, zero at the start: the first values are 0, whatever the trunk says."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [T, H] -> values fp32 [T] (fp64 for an fp64 head)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(hidden.to(wide), self.weight.to(wide), self.bias.to(wide)).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """A trunk of its own and a value head."""
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> Critic:
+        """A critic that starts from a copy of a prepared model's trunk; nothing is shared with the model."""
+        require_prepared(model)
+        trunk = copy.deepcopy(model.base_model)
+        hidden_size = lm_head(model).weight.shape[1]
+        return cls(trunk, ValueHead(hidden_size, device=model.device)).train(model.training)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed tokens and position_ids [T] -> values fp32 [T]: out[t] = V(state after token t)."""
+        return self.head(packed_hidden(self.trunk, tokens, position_ids, cu_seqlens))

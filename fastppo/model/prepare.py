@@ -1,0 +1,163 @@
+"""One check that packed forwards of a Transformers model are right, after which it runs under fastppo's attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastppo.model import attention
+from fastppo.model.attention import LayerCall, ObservingContext
+from fastppo.model.packed import context_length, evaluating, lm_head, run_trunk
+
+# Relative error (Frobenius norm) between packed and plain logits above which a model is refused. Far above the rounding noise (in fp64
+# too norms and softmax are fp32 in most models), far below what a wrong mask, position or scale does.
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+PROBE_LENGTHS = (23, 14)
+
+NOISE_NAMES = ("dropout", "pdrop", "layerdrop", "jitter")
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the model fastppo's attention and switch off all dropout, after one check that nothing else changes. In place.
+
+    The check runs two short sequences packed and in training mode through our attention and `lm_head`, and one at a time through the
+    model's own forward: the logits must be equal up to rounding. A prepared model runs under fastppo only; `save_pretrained` and
+    weights are untouched, and `model.set_attn_implementation("sdpa")` gives plain Transformers back.
+
+    Returns the same object. Raises TypeError for anything but a PreTrainedModel, and ValueError naming the architecture and the
+    reason where the model cannot be supported; the model is then as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is {type(model).__name__}, expected a transformers.PreTrainedModel")
+    if model.config._attn_implementation == attention.IMPLEMENTATION:
+        _disable_noise(model)
+        return model
+    attention.register()
+    implementations = _implementations(model)
+    noise = _disable_noise(model)
+    try:
+        with evaluating(model), torch.no_grad():
+            _require_supported_config(model)
+            _probe(model)
+    except BaseException as error:
+        model.config._attn_implementation = implementations
+        for owner, name, value in noise:
+            setattr(owner, name, value)
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"{type(model).__name__} is not supported: {error}") from error
+    return model
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Attention implementation of the model ("") and of each of its sub-configurations."""
+    config = model.config
+    found = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            found[name] = getattr(config, name)._attn_implementation
+    return found
+
+
+def _disable_noise(model: PreTrainedModel) -> list[tuple[object, str, float]]:
+    """Set every dropout, layer-drop and router-jitter rate to 0; returns (owner, attribute, former value) of those changed.
+
+    A policy that samples without dropout and trains with it has a ratio other than 1 on the first step.
+    """
+    changed = []
+    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    changed += [(module, "p", module.p) for module in dropouts if module.p]
+    for owner in (model.config, model.config.get_text_config(), *model.modules()):
+        for name, value in vars(owner).items():
+            is_rate = isinstance(value, float) and value != 0
+            if is_rate and any(word in name for word in NOISE_NAMES):
+                changed.append((owner, name, value))
+    for owner, name, _ in changed:
+        setattr(owner, name, 0.0)
+    return changed
+
+
+def _require_supported_config(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError("encoder-decoder models cannot be packed")
+    if getattr(model, "_is_stateful", False):
+        raise ValueError("it carries a recurrent state besides the key-value cache")
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise ValueError(f"it has layers of type {', '.join(odd)}, expected full_attention or sliding_attention only")
+    lm_head(model)
+
+
+def _probe(model: PreTrainedModel) -> None:
+    """Leaves the model with fastppo's attention, or raises ValueError with the reason."""
+    sequences = _probe_sequences(model)
+    model.set_attn_implementation("eager")  # the one implementation that has soft-capping and sinks in every model
+    expected = torch.cat([_own_logits(model, ids) for ids in sequences])
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    if model.config._attn_implementation != attention.IMPLEMENTATION:
+        raise ValueError("it does not use Transformers' attention interface")
+    bounds = [0, len(sequences[0]), len(expected)]
+    context = ObservingContext(bounds, model.device)
+    positions = torch.cat([torch.arange(len(ids), device=model.device) for ids in sequences])
+    model.train()  # whatever noise training adds must show here
+    try:
+        hidden = run_trunk(model, torch.cat(sequences), positions, context)
+    except attention.MissingContextError as error:
+        raise ValueError("it drops keyword arguments on the way from its forward to its attention") from error
+    _check_windows(model.config.get_text_config(), context.calls)
+    _check_logits(lm_head(model).logits(hidden), expected, hidden.dtype)
+
+
+def _own_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """tokens [T] -> logits [T, V]"""
+    try:
+        return model(input_ids=tokens[None], use_cache=False).logits[0]
+    except Exception as error:
+        raise ValueError(f"its own forward failed: {type(error).__name__}: {error}") from error
+
+
+def _probe_sequences(model: PreTrainedModel) -> list[Tensor]:
+    """Two fixed sequences of ordinary tokens: padding and image tokens get special treatment in some models."""
+    config = model.config.get_text_config()
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    named = [v for c in (model.config, config) for k, v in vars(c).items() if k.endswith(("token_id", "token_index"))]
+    special = {i for value in named for i in (value if isinstance(value, list | tuple) else [value])}
+    ordinary = [i for i in range(min(vocab_size, 4096)) if i not in special] or list(range(vocab_size))
+    limit = context_length(model) or max(PROBE_LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randint(len(ordinary), (min(n, limit),), generator=generator) for n in PROBE_LENGTHS]
+    return [torch.tensor([ordinary[i] for i in draw.tolist()], device=model.device) for draw in draws]
+
+
+def _check_windows(config: PreTrainedConfig, calls: list[LayerCall]) -> None:
+    """Each layer asked our attention once, with the window that the configuration gives it."""
+    layers = [call.layer for call in calls]
+    if sorted(layers) != list(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"layers {layers} use the attention interface, expected 0 to {config.num_hidden_layers - 1}, once each"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+    for layer, _, options in calls:
+        expected = window if types[layer] == "sliding_attention" else None
+        if options.window != expected:
+            raise ValueError(
+                f"layer {layer} gives its attention the window {options.window}, expected {expected} from the configuration"
+            )
+
+
+def _check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"hidden states and head give logits of shape {list(found.shape)}, its forward {list(expected.shape)}"
+        )
+    found, expected = found.double(), expected.double()
+    if not expected.isfinite().all():
+        raise ValueError("its own logits hold NaN or infinities: are the weights intact?")
+    error = ((found - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-30)).item()
+    if not error <= PROBE_TOLERANCE[dtype]:
+        raise ValueError(
+            f"packed logits differ from its own forward by {error:.1e} (relative), expected at most {PROBE_TOLERANCE[dtype]:.0e}"
+        )

@@ -1,0 +1,102 @@
+"""Prompts and decode steps of models that are built as Llama is, with a few calls of our own kernels in place of their modules.
+
+On a CPU a decode step is a single native call (`csrc/cpu/decoder.cpp`), so is each part of a prompt: Python between embedding and head would be
+most of a small model's time. On a GPU the operations between matrix products are three Triton kernels (`kernels/decoder.py`). Both read the
+live parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastppo.model.attention import LayerShape, ObservingContext
+from fastppo.model.parts import LlamaParts
+from fastppo.native import decoder as native
+from fastppo.ops import decode_attention
+from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder
+from fastppo.rollout.pages import PagedCache
+
+# Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: rounding, of whose kinds a few differ.
+ALLOWED_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LARGEST_HEAD = 256
+
+
+def parts_decoder(
+    parts: LlamaParts, modules: ModuleDecoder, cache: PagedCache, seen: ObservingContext, *, rows: int, positions: int
+) -> Decoder:
+    """For at most `rows` sequences side by side, of at most `positions` tokens each. `modules` run a GPU's prompts."""
+    places = torch.arange(positions, device=parts.embedding.device)
+    cos, sin = (x[0].contiguous() for x in parts.rotary(parts.embedding.new_zeros(1, 1, 1), places[None]))
+    layers = [
+        native.Layer(norms, linears, *cache.layers[i], seen.options[i].scale, seen.options[i].window)
+        for i, (norms, linears) in enumerate(parts.layers)
+    ]
+    if parts.backend == "triton":
+        return FusedDecoder(modules, layers, parts.embedding, parts.norm, cos, sin)
+    return native.Decoder(layers, parts.embedding, parts.norm, cos, sin, rows=rows)
+
+
+def parts_agree(parts: LlamaParts, model: PreTrainedModel, switch: DecodeSwitch, seen: ObservingContext) -> bool:
+    """Whether our step gives what the model's modules give, for two sequences at their second token."""
+    if any(options.needs_scores for options in seen.options.values()) or any(map(_odd_heads, seen.shapes.values())):
+        return False
+    device, found = parts.embedding.device, []
+    block_table = torch.tensor([[1], [0]], dtype=torch.int32, device=device)
+    for own in (False, True):
+        cache = PagedCache(seen.shapes, 2, device)
+        modules = ModuleDecoder(model, cache, switch)
+        decoder = parts_decoder(parts, modules, cache, seen, rows=2, positions=2) if own else modules
+        for length in (1, 2):
+            tokens = torch.tensor([length, len(parts.embedding) - length], device=device)
+            hidden = decoder.step(tokens, torch.full((2,), length, device=device), block_table)
+        found.append(hidden.double())
+    error = (found[1] - found[0]).norm() / found[0].norm().clamp_min(1e-30)
+    return bool(error <= ALLOWED_ERROR[parts.embedding.dtype])
+
+
+class FusedDecoder:
+    """A GPU's decode steps: PyTorch's matrix products, and Triton kernels between them."""
+
+    def __init__(
+        self,
+        modules: ModuleDecoder,
+        layers: Sequence[native.Layer],
+        embedding: Tensor,
+        norm: native.Norm,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """embedding [V, H]. cos, sin [positions, rotary size]."""
+        self._modules, self._layers, self._embedding, self._norm = modules, layers, embedding, norm
+        self._cos, self._sin = cos, sin
+
+    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+        return self._modules.prefill(prompts, pages)
+
+    def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
+        from fastppo.kernels import decoder as kernels
+
+        x, update, context_lens = F.embedding(tokens, self._embedding), None, lengths.int()
+        for layer in self._layers:
+            input_norm, q_norm, k_norm, post_norm = layer.norms
+            q, k, v, o, gate, up, down = layer.linears
+            y = kernels.add_rms_norm(x, update, *input_norm)
+            heads = [F.linear(y, *linear) for linear in (q, k, v)]
+            rotary = self._cos, self._sin
+            queries = kernels.place_heads(
+                *heads, q_norm, k_norm, *rotary, lengths, block_table, layer.k_pages, layer.v_pages
+            )
+            options = {"scale": layer.scale, "window": layer.window}
+            attended = decode_attention(queries, layer.k_pages, layer.v_pages, block_table, context_lens, **options)
+            y = kernels.add_rms_norm(x, F.linear(attended.flatten(1), *o), *post_norm)
+            update = F.linear(kernels.apply_gate(F.linear(y, *gate), F.linear(y, *up)), *down)
+        return kernels.add_rms_norm(x, update, *self._norm)
+
+
+def _odd_heads(shape: LayerShape) -> bool:
+    return shape.key_size != shape.value_size or shape.key_size > LARGEST_HEAD
