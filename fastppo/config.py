@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
+
+from fastppo.rollout.sampling import SamplingParams
 
 Count = Annotated[int, Field(ge=1)]
 OptionalCount = Annotated[int, Field(ge=0)]
@@ -19,24 +22,9 @@ STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT)
-class PPOConfig:
-    """Settings of one PPO run.
+class RolloutConfig:
+    """How completions are sampled."""
 
-    Defaults suit a small instruct model on one device. Symbols follow Schulman et al. 2017 (PPO) and 2016 (GAE).
-    A *step* is one rollout of `prompts_per_step * samples_per_prompt` completions and the updates made from it.
-    """
-
-    # Run
-    output_dir: str = "runs/ppo"
-    """Folder that receives config, metrics, samples, curve and checkpoints."""
-    total_steps: Count = 100
-    """Number of rollout-and-update steps."""
-    seed: OptionalCount = 0
-    """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
-    device: str = "auto"
-    """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
-
-    # Rollout
     prompts_per_step: Count = 32
     """Prompts drawn for each step."""
     samples_per_prompt: Count = 1
@@ -57,15 +45,32 @@ class PPOConfig:
     """Token ids that end a completion besides the model's own end-of-sequence ids."""
     stop_strings: tuple[str, ...] = ()
     """Strings that end a completion as soon as its text contains one of them."""
-    rollout_batch_size: Count = 64
+    batch_size: Count = 64
     """Sequences that are decoded side by side."""
 
-    # Reward
-    reward_timeout: Positive | None = 60.0
+    @model_validator(mode="after")
+    def _check_lengths(self) -> RolloutConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
+
+    def sampling(self, seed: int) -> SamplingParams:
+        """What the sampler is asked for."""
+        shared = {field.name for field in fields(SamplingParams)} & {field.name for field in fields(self)}
+        return SamplingParams(n=self.samples_per_prompt, seed=seed, **{name: getattr(self, name) for name in shared})
+
+
+@dataclass(config=STRICT)
+class RewardConfig:
+    """How rewards are called, and what is added to them."""
+
+    timeout: Positive | None = 60.0
     """Seconds a reward function may take for one batch before its process is killed; `None` calls it in-process."""
-    reward_retries: OptionalCount = 1
+    retries: OptionalCount = 1
     """Further attempts after a reward function failed."""
-    max_reward_failure_rate: Share = 0.5
+    max_failure_rate: Share = 0.5
     """The run stops when more than this share of a step's scores is invalid. Invalid samples are never trained on."""
     missing_eos_penalty: NonNegative = 0.0
     """Subtracted from the score of a completion that did not finish by itself."""
@@ -73,87 +78,151 @@ class PPOConfig:
     """Coefficient of the KL penalty to the frozen reference inside the reward; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Per-token KL estimator of the penalty (Schulman, "Approximating KL divergence")."""
-    whiten_rewards: bool = False
+    whiten: bool = False
     """Divide the shaped rewards by their standard deviation (the mean is kept)."""
 
-    # Advantages
+
+@dataclass(config=STRICT)
+class AdvantageConfig:
+    """From rewards and values to advantages."""
+
     gamma: Share = 1.0
     """Discount factor."""
     gae_lambda: Share = 0.95
     """GAE's λ for the policy's advantages."""
     bootstrap_truncated: bool = False
     """Bootstrap a truncated completion with the critic's value of its last state (instead of 0)."""
-    whiten_advantages: bool = True
+    whiten: bool = True
     """Normalise the advantages to mean 0, variance 1 over the whole batch."""
 
-    # Update
-    ppo_epochs: Count = 2
-    """Passes over a rollout."""
-    num_minibatches: Count = 4
-    """Optimizer steps in each pass."""
-    tokens_per_microbatch: Count = 8192
-    """Most tokens in one forward/backward; gradients accumulate over the micro-batches of a minibatch and do not depend on
-    the split. A single longer sequence makes a micro-batch of its own."""
+
+@dataclass(config=STRICT)
+class LossConfig:
+    """The policy's loss."""
+
     clip_low: Share = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegative = 0.2
     """The ratio is clipped above at 1 + clip_high ("clip-higher": a larger value than `clip_low`)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound c > 1 on the loss of a negative advantage (Ye et al. 2020); `None` is off."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    """How token losses become one number; denominators are those of the whole minibatch."""
+
+
+@dataclass(config=STRICT)
+class CriticConfig:
+    """The critic and its loss."""
+
+    kind: Literal["separate", "shared"] = "separate"
+    """A critic with its own trunk, or a value head on the policy's trunk."""
+    lr: NonNegative = 5e-6
+    """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
+    warmup_steps: OptionalCount = 0
+    """First steps in which only the critic learns."""
     value_clip: Positive | None = 0.2
     """Clip range of the value around the rollout's value; `None` is off."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss. With a separate critic it only scales that critic's gradient before clipping."""
-    entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus."""
-    loss_aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
-    """How token losses become one number; denominators are those of the whole minibatch."""
-    critic: Literal["separate", "shared"] = "separate"
-    """A critic with its own trunk, or a value head on the policy's trunk."""
-    critic_warmup_steps: OptionalCount = 0
-    """First steps in which only the critic learns."""
 
-    # Optimizer
+
+@dataclass(config=STRICT)
+class OptimizerConfig:
+    """AdamW and the schedule of the learning rates, policy's and critic's alike."""
+
     lr: NonNegative = 1e-6
     """Peak learning rate of the policy."""
-    critic_lr: NonNegative = 5e-6
-    """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; `linear` and `cosine` end at `min_lr_ratio`."""
-    lr_warmup_steps: OptionalCount = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` reach `min_lr_ratio` in the last step."""
+    warmup_steps: OptionalCount = 0
     """Steps in which the learning rates rise linearly from 0."""
     min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak."""
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's moment decays."""
-    adam_eps: Positive = 1e-8
+    eps: Positive = 1e-8
     """AdamW's denominator offset."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay (matrices only)."""
     max_grad_norm: Positive = 1.0
     """Gradients of actor and critic are clipped, each for itself, to this norm."""
+
+
+@dataclass(config=STRICT)
+class LearnerConfig:
+    """How a rollout is learned from."""
+
+    epochs: Count = 2
+    """Passes over a rollout."""
+    num_minibatches: Count = 4
+    """Optimizer steps in each pass."""
+    tokens_per_microbatch: Count = 8192
+    """Most tokens in one forward/backward; gradients accumulate over the micro-batches of a minibatch and do not depend on
+    the split. A single longer sequence makes a micro-batch of its own."""
     max_skipped_updates: Count = 5
     """The run stops after this many non-finite updates in a row; each is skipped and counted."""
+    gradient_checkpointing: bool = False
+    """Keep one hidden state a layer and compute the rest again in the backward pass: less memory, about a third more time."""
 
-    # Evaluation, records
-    eval_every: OptionalCount = 0
-    """Steps between evaluations on the held-out prompts; 0 evaluates only before and after training."""
-    eval_temperature: NonNegative = 0.0
+
+@dataclass(config=STRICT)
+class EvaluationConfig:
+    """Held-out prompts."""
+
+    every: OptionalCount = 0
+    """Steps between evaluations; 0 evaluates only before and after training."""
+    temperature: NonNegative = 0.0
     """Sampling temperature of the evaluation; 0 is greedy."""
-    save_every: OptionalCount = 0
+
+
+@dataclass(config=STRICT)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: OptionalCount = 0
     """Steps between checkpoints; 0 saves only at the end."""
-    keep_checkpoints: Count = 2
+    keep: Count = 2
     """Newest checkpoints kept."""
+
+
+@dataclass(config=STRICT)
+class PPOConfig:
+    """Settings of one PPO run, by component; a component may be given as a dict: `PPOConfig(optimizer={"lr": 1e-5})`.
+
+    Defaults suit a small instruct model on one device. Symbols follow Schulman et al. 2017 (PPO) and 2016 (GAE).
+    A *step* is one rollout of `rollout.prompts_per_step * rollout.samples_per_prompt` completions and the updates made from it.
+    """
+
+    output_dir: str = "runs/ppo"
+    """Folder that receives config, metrics, samples, curve and checkpoints."""
+    total_steps: Count = 100
+    """Number of rollout-and-update steps."""
+    seed: OptionalCount = 0
+    """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
+    device: str = "auto"
+    """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
     num_logged_samples: OptionalCount = 4
     """Completions written to `samples.jsonl` at each step."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> PPOConfig:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _name_moved_keys(cls, values: Any) -> Any:
+        given = values.kwargs if isinstance(values, ArgsKwargs) else values
+        for key in given or ():
+            if key not in {spec.name for spec in fields(cls)} and (target := moved_to(key)):
+                raise ValueError(f"{key} is not known; {target} is")
+        return values
 
 
 @dataclass(config=STRICT)
@@ -193,8 +262,8 @@ class DataConfig:
 
 
 @dataclass(config=STRICT)
-class RewardConfig:
-    """Which reward a recipe maximises."""
+class RecipeRewardConfig(RewardConfig):
+    """Which reward a recipe maximises, and how it is called."""
 
     function: str = ""
     """`package.module:function`, or `path/to/file.py:function` (relative to the recipe)."""
@@ -203,10 +272,43 @@ class RewardConfig:
 
 
 @dataclass(config=STRICT)
-class Recipe:
-    """A whole run: `fastppo train RECIPE.yaml section.key=value ...`."""
+class Recipe(PPOConfig):
+    """A whole run: `fastppo train RECIPE.yaml section.key=value ...`. PPO's settings, and which model, prompts and reward they are for."""
 
+    reward: RecipeRewardConfig = field(default_factory=RecipeRewardConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+# Where the settings of recipes with one section `ppo` have gone.
+MOVED = {
+    "rollout_batch_size": "rollout.batch_size",
+    "reward_timeout": "reward.timeout",
+    "reward_retries": "reward.retries",
+    "max_reward_failure_rate": "reward.max_failure_rate",
+    "whiten_rewards": "reward.whiten",
+    "whiten_advantages": "advantage.whiten",
+    "loss_aggregation": "loss.aggregation",
+    "critic": "critic.kind",
+    "critic_lr": "critic.lr",
+    "critic_warmup_steps": "critic.warmup_steps",
+    "lr": "optimizer.lr",
+    "lr_schedule": "optimizer.schedule",
+    "lr_warmup_steps": "optimizer.warmup_steps",
+    "adam_betas": "optimizer.betas",
+    "adam_eps": "optimizer.eps",
+    "ppo_epochs": "learner.epochs",
+    "eval_every": "evaluation.every",
+    "eval_temperature": "evaluation.temperature",
+    "save_every": "checkpoint.every",
+    "keep_checkpoints": "checkpoint.keep",
+}
+
+
+def moved_to(key: str) -> str | None:
+    """Where a setting stands that recipes used to have under `ppo`: "section.key", or None where there is none of that name."""
+    if key in MOVED:
+        return MOVED[key]
+    sections = {spec.name: spec.default_factory for spec in fields(PPOConfig) if isinstance(spec.default_factory, type)}
+    owners = [name for name, section in sections.items() if key in {spec.name for spec in fields(section)}]
+    return f"{owners[0]}.{key}" if len(owners) == 1 else None
