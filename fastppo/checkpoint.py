@@ -28,6 +28,10 @@ _REPLACED = ".replaced-"
 _NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{6,}})")
 
 
+Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]
+"""(tensors by file, state, step)"""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or cannot be read; the message names the path and what to do."""
 
@@ -77,7 +81,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """(tensors, state, step) of a checkpoint on the CPU. Raises CheckpointError when a file is missing or is not what was written."""
     path = Path(path)
     manifest = _verify(path)
@@ -88,12 +92,14 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
     return tensors, saved["state"], saved["step"]
 
 
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The newest checkpoint under `root` that is whole; damaged ones are passed over with a warning. None when there is none."""
+def load_latest_checkpoint(root: str | Path) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint under `root` that is whole, and what it holds, read and hashed once.
+
+    Damaged ones are passed over with a warning. None when there is none.
+    """
     for _, path in reversed(list_checkpoints(root).items()):
         try:
-            _verify(path)
-            return path
+            return path, load_checkpoint(path)
         except CheckpointError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
     return None

@@ -186,7 +186,11 @@ def _generate(options: argparse.Namespace) -> int:
     if len(prompts) * options.n == 1:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         engine.generate(
-            prompts, sampling, on_tokens=lambda new: streamer.put(torch.tensor([new[0][1]])) if new else None
+            prompts,
+            sampling,
+            on_tokens=lambda new: (
+                streamer.put(torch.tensor([new[0][1]], dtype=torch.int64, device="cpu")) if new else None
+            ),
         )
         streamer.end()
     else:

@@ -21,12 +21,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import DataConfig
+from fastppo.rewards.function import OWN_ARGUMENTS
 
 Row = dict[str, Any]
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
-RESERVED_COLUMNS = ("prompt_ids", "prompts", "completions", "completion_ids")
+PROMPT_COLUMNS = ("prompt", "prompt_ids")
+"""What a row gets here: not among the columns that reward functions are given."""
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +370,7 @@ def _check_rows(rows: Sequence[Row]) -> list[str]:
                 f"row {number} is {type(row).__name__}, expected a text, a conversation or a dict with names of columns"
             )
         columns |= dict.fromkeys(row)
-    for name in RESERVED_COLUMNS:
+    for name in ("prompt_ids", *OWN_ARGUMENTS):
         if name in columns:
             raise ValueError(
                 f"the data has a column {name!r}, a name that fastppo gives away itself: rename or remove it"

@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastppo.config import PPOConfig
+from fastppo.checkpoint import flatten_optimizer, restore_optimizer
+from fastppo.config import OptimizerConfig
 
 
-def learning_rate_factor(config: PPOConfig, step: int) -> float:
-    """Share of the peak learning rate at `step` (0-based): linear warm-up, then constant, linear or cosine decay to `min_lr_ratio`."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    if config.lr_schedule == "constant":
+def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then constant, or linear or cosine decay from the peak in the
+    first step after it to `min_lr_ratio` in the last of `total_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
         return 1.0
-    decay_steps = max(1, config.total_steps - config.lr_warmup_steps)
-    progress = min(1.0, (step - config.lr_warmup_steps) / decay_steps)
-    shape = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    decay_steps = max(1, total_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decay_steps)
+    shape = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class LossScale:
+    """What the loss is multiplied by before its backward pass, so that small gradients do not vanish in fp16; else always 1.
+
+    It falls when gradients overflow, and rises again after many that did not (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+    """
+
+    LARGEST, GROWTH_INTERVAL = 2.0**16, 200
+
+    def __init__(self, value: float) -> None:
+        self.value, self._fits = value, 0
+
+    @classmethod
+    def for_parameters(cls, parameters: Iterable[nn.Parameter]) -> LossScale:
+        return cls(cls.LARGEST if any(p.dtype == torch.float16 for p in parameters) else 1.0)
+
+    def keep(self, finite: bool) -> bool:
+        """Whether the gradients made with this scale are kept; if not, the scale has fallen and they are to be made again."""
+        if not finite and self.value > 1:
+            self.value, self._fits = self.value / 4, 0
+            return False
+        self._fits += finite
+        if self.value > 1 and self._fits % self.GROWTH_INTERVAL == 0:
+            self.value = min(self.value * 2, self.LARGEST)
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "fits": self._fits}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.value, self._fits = state["value"], int(state["fits"])
 
 
 class Optimizer:
@@ -30,15 +65,18 @@ class Optimizer:
     the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, config: PPOConfig) -> None:
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, config: OptimizerConfig
+    ) -> None:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         self.peak_lr, self.max_grad_norm = lr, config.max_grad_norm
-        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        self.loss_scale = LossScale(1.0)
+        self.masters = {name: self._master(parameter) for name, parameter in self.parameters.items()}
         decayed = [master for master in self.masters.values() if master.dim() > 1]
         rest = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.adam_betas, eps=config.adam_eps)
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
 
     def set_learning_rate(self, factor: float) -> float:
         """Set every group to `factor` times the peak and return that rate."""
@@ -71,25 +109,28 @@ class Optimizer:
         """The master weights that are not the parameters themselves: what a checkpoint must hold besides the model."""
         return {name: master for name, master in self.masters.items() if master is not self.parameters[name]}
 
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """AdamW's (tensors, JSON state), by parameter name."""
+        return flatten_optimizer(self.adamw, self.masters)
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        restore_optimizer(self.adamw, self.masters, tensors, state)
+
     @torch.no_grad()
     def restore_masters(self, saved: dict[str, Tensor]) -> None:
         for name, master in self.separate_masters().items():
             master.copy_(saved[name])
 
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """`parameter` itself when it is fp32, else an fp32 copy that its gradients flow into as they are made."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """`parameter` itself when it is fp32, else an fp32 copy that its gradients flow into as they are made."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
-    parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
-    return master
+        def move_gradient(parameter: Tensor) -> None:
+            gradient = parameter.grad.float() / self.loss_scale.value
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
 
-
-def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    def move_gradient(parameter: Tensor) -> None:
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return move_gradient
+        parameter.register_post_accumulate_grad_hook(move_gradient)
+        return master

@@ -1,11 +1,8 @@
-"""The PPO loop: sample, score, estimate advantages, update, record."""
+"""The PPO loop: collect, score, evaluate, credit, update, record."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,29 +14,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fastppo.actor_critic import ActorCritic, weights_sha256
-from fastppo.checkpoint import (
-    CheckpointError,
-    flatten_optimizer,
-    latest_checkpoint,
-    load_checkpoint,
-    restore_optimizer,
-    save_checkpoint,
-)
+from fastppo.algorithms.ppo import PPO
+from fastppo.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
 from fastppo.config import DataConfig, PPOConfig
 from fastppo.console import Reporter
-from fastppo.data import PromptDataset, PromptSampler, load_prompts
-from fastppo.experience import compute_advantages, evaluate_networks, penalise_unfinished, rollout_metrics
-from fastppo.minibatch import plan_epochs
+from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
+from fastppo.learner import Learner, NonFiniteUpdates
+from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
-from fastppo.optimizer import Optimizer, learning_rate_factor
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
-from fastppo.rollout import Engine, GenerationStats, Rollout, SamplingParams
+from fastppo.rewards.scores import Scores
+from fastppo.roles import Roles
+from fastppo.rollout import Engine, FinishReason, Rollout
 from fastppo.run_folder import RunFolder
-from fastppo.update import update
 
 EVALUATION_SEED_OFFSET = 0x5EED
+SEEDS = 2**63  # of the sampler
 
 
 class TrainingError(RuntimeError):
@@ -78,11 +69,11 @@ class PPOTrainer:
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        self.recipe = recipe or {"ppo": dataclasses.asdict(config)}
+        self.recipe = recipe or dataclasses.asdict(config)
         device = _resolve_device(config.device)
         # First, so that the processes which run rewards hold no copy of the model.
         with _naming("reward"):
-            self.rewards = RewardRunner(reward, timeout=config.reward_timeout, retries=config.reward_retries)
+            self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
@@ -91,18 +82,23 @@ class PPOTrainer:
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
-        # The critic's head is initialised to zero, so building the networks draws no random numbers.
-        self.networks = ActorCritic(
-            self.model, shared_trunk=config.critic == "shared", with_reference=config.kl_coef > 0
+        self.algorithm = PPO(config)
+        self.roles = Roles(
+            self.model,
+            critic=config.critic.kind,
+            with_reference="reference" in self.algorithm.needs,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
         )
-        self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout_batch_size)
-        self.optimizers = {
-            "policy": Optimizer(self.model.named_parameters(), config.lr, config),
-            "critic": Optimizer(self.networks.critic_parameters(), config.critic_lr, config),
-        }
-        self.sampler = PromptSampler(len(self.prompts), config.prompts_per_step, config.seed)
+        self.learner = Learner(
+            self.roles,
+            optimizer=config.optimizer,
+            critic=config.critic,
+            config=config.learner,
+            total_steps=config.total_steps,
+        )
+        self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size)
+        self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed)
         self.step = 0
-        self.skipped_in_a_row = 0
 
     # Public
 
@@ -122,30 +118,26 @@ class PPOTrainer:
                 metrics = self._train_step(folder)
                 self.step += 1
                 last = self.step == config.total_steps
-                if self.eval_prompts is not None and (last or self._due(config.eval_every)):
+                if self.eval_prompts is not None and (last or self._due(config.evaluation.every)):
                     metrics |= self.evaluate()
                 folder.log_metrics(self.step, metrics)
                 self.reporter.step(self.step, metrics)
-                if last or self._due(config.save_every):
+                if last or self._due(config.checkpoint.every):
                     self._save(folder)
         self.save_pretrained(folder.path / "model")
         self._plot(folder)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward and length on the held-out prompts at `eval_temperature`; a function of the weights and the seed alone."""
+        """Mean reward and length on the held-out prompts at `evaluation.temperature`; a function of the weights and the seed alone."""
         if self.eval_prompts is None:
             raise ValueError("eval_prompts is None, expected held-out prompts to evaluate on")
-        rows = [self.eval_prompts[i] for i in range(len(self.eval_prompts))]
-        sampling = self._sampling(self.config.seed + EVALUATION_SEED_OFFSET)
-        sampling = dataclasses.replace(sampling, n=1, temperature=self.config.eval_temperature)
+        rows = list(self.eval_prompts)
+        sampling = self.config.rollout.sampling((self.config.seed + EVALUATION_SEED_OFFSET) % SEEDS)
+        sampling = dataclasses.replace(sampling, n=1, temperature=self.config.evaluation.temperature)
         rollout = self.engine.generate([row["prompt_ids"] for row in rows], sampling)
-        result, _ = self._score(rollout, rows)
-        valid = [score for score in result.scores if not math.isnan(score)]
-        return {
-            "eval/scores": sum(valid) / len(valid) if valid else math.nan,
-            "eval/mean_length": rollout.completion_lengths.float().mean().item(),
-        }
+        result, _ = self._call_rewards(rollout, rows)
+        return evaluation_metrics(rollout, result)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the policy and the tokenizer in Transformers' format."""
@@ -156,98 +148,77 @@ class PPOTrainer:
     # One step
 
     def _train_step(self, folder: RunFolder) -> dict[str, float]:
-        config, clock = self.config, _Clock()
-        rows = [self.prompts[index] for index in self.sampler.next()]
+        clock, seed = Clock(self.model.device), _mix(self.config.seed, self.step)
+        metrics = self.learner.start_step(self.step)
         with clock("time/rollout"):
-            rollout = self.engine.generate(
-                [row["prompt_ids"] for row in rows],
-                self._sampling(_mix(config.seed, self.step)),
-                progress=self._show_rollout,
-            )
-        sampled_tokens = int(rollout.action_mask.sum())
+            rollout, rows = self._collect(seed)
+        sampled_tokens = rollout.num_actions
+        metrics |= engine_metrics(self.engine.stats)
         with clock("time/reward"):
-            self.reporter.phase("reward", 0, 1)
-            result, texts = self._score(rollout, rows)
-            self._log_samples(folder, rollout, rows, texts, result)
-            rollout = self._keep_valid(rollout, result)
-        plan = plan_epochs(
-            rollout.lengths.cpu(),
-            epochs=config.ppo_epochs,
-            num_minibatches=config.num_minibatches,
-            max_tokens=config.tokens_per_microbatch,
-            seed=_mix(config.seed, self.step),
-        )
+            rollout, scores, reward = self._score(rollout, rows, folder)
         with clock("time/score"):
-            first_epoch = [indices for minibatch in plan[0] for indices in minibatch]
-            final_values = evaluate_networks(self.networks, rollout, first_epoch)
-            penalise_unfinished(rollout, config.missing_eos_penalty)
-            compute_advantages(rollout, final_values, config)
-        metrics = rollout_metrics(rollout, config) | _engine_metrics(self.engine.stats) | _reward_metrics(result)
+            plan = self.learner.plan(rollout, seed)
+            evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
+            targets = self.algorithm.credit(rollout, evaluation, scores)
+        metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config.reward)
         with clock("time/update"):
-            metrics |= self._update(folder, rollout, plan)
-        return metrics | clock.metrics(sampled_tokens, self.model.device)
+            try:
+                metrics |= self.algorithm.update(
+                    self.learner, rollout, evaluation, targets, plan, lambda *done: self.reporter.phase("update", *done)
+                )
+            except NonFiniteUpdates as error:
+                where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
+                _dump_batch(where, rollout, evaluation, targets)
+                raise TrainingError(f"{error}; the batch is in {where}") from error
+        return metrics | clock.metrics(sampled_tokens)
+
+    def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
+        """Completions of the next prompts, and the rows that these stand in."""
+        rows = [self.prompts[index] for index in self.sampler.next()]
+        prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
+        return self.engine.generate(prompts, sampling, progress=self._show_rollout), rows
 
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
-    def _sampling(self, seed: int) -> SamplingParams:
-        config = self.config
-        return SamplingParams(
-            n=config.samples_per_prompt,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            max_new_tokens=config.max_new_tokens,
-            min_new_tokens=config.min_new_tokens,
-            stop_token_ids=config.stop_token_ids,
-            stop_strings=config.stop_strings,
-            seed=seed,
-        )
+    def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder) -> tuple[Rollout, Scores, dict[str, float]]:
+        """The samples that have a valid reward, their scores, and what the rewards said of all of them."""
+        self.reporter.phase("reward", 0, 1)
+        result, texts = self._call_rewards(rollout, rows)
+        self._log_samples(folder, rollout, rows, texts, result)
+        kept, scores = self._keep_valid(rollout, result)
+        scores = scores.penalised(kept, self.config.reward.missing_eos_penalty)
+        return kept, scores, reward_metrics(result)
 
-    def _score(self, rollout: Rollout, rows: list[dict]) -> tuple[RewardResult, list[str]]:
+    def _call_rewards(self, rollout: Rollout, rows: list[Row]) -> tuple[RewardResult, list[str]]:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
         owners = [rows[index] for index in rollout.prompt_index.tolist()]
         completion_ids = rollout.completions()
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        reserved = {"prompt", "prompt_ids"}
-        columns = {name: [row[name] for row in owners] for name in owners[0] if name not in reserved}
+        columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts
 
-    def _keep_valid(self, rollout: Rollout, result: RewardResult) -> Rollout:
-        """Attach the scores and drop the samples that have none: a failed reward is never a silent 0."""
-        rollout.scores = torch.tensor(result.scores, dtype=torch.float32, device=rollout.tokens.device)
-        trainable = rollout.scores.isfinite() & (rollout.completion_lengths > 0)
-        failure_rate = 1 - trainable.float().mean().item()
-        if failure_rate > self.config.max_reward_failure_rate or not trainable.any():
-            reasons = "; ".join(dict.fromkeys(result.errors)) or "the scores are NaN or None"
+    def _keep_valid(self, rollout: Rollout, result: RewardResult) -> tuple[Rollout, Scores]:
+        """Drop the samples that have no valid score (a failed reward is never a silent 0), that broke off because their logits were not
+        finite, or that hold no action."""
+        scores, count = Scores.of(result, rollout.tokens.device), rollout.num_sequences
+        counts, reasons = rollout.action_counts, rollout.finish_reasons.tolist()
+        broken = sum(reason == FinishReason.ERROR for reason in reasons)
+        valid = [
+            index
+            for index, finite in enumerate(scores.values.isfinite().tolist())
+            if finite and counts[index] > 0 and reasons[index] != FinishReason.ERROR
+        ]
+        failure_rate = 1 - len(valid) / count
+        if failure_rate > self.config.reward.max_failure_rate or not valid:
+            errors = [f"the model's logits were NaN or infinite in {broken} of {count}"] if broken else []
+            why = "; ".join(dict.fromkeys([*errors, *result.errors])) or "the scores are NaN or None"
             raise TrainingError(
                 f"{failure_rate:.0%} of the samples of step {self.step} have no valid reward, more than "
-                f"max_reward_failure_rate = {self.config.max_reward_failure_rate:.0%}: {reasons}"
+                f"reward.max_failure_rate = {self.config.reward.max_failure_rate:.0%}: {why}"
             )
-        return rollout.select(trainable.nonzero().squeeze(1).tolist())
-
-    def _update(self, folder: RunFolder, rollout: Rollout, plan: list) -> dict[str, float]:
-        factor = learning_rate_factor(self.config, self.step)
-        rates = {name: optimizer.set_learning_rate(factor) for name, optimizer in self.optimizers.items()}
-        metrics = update(
-            self.networks,
-            self.optimizers,
-            rollout,
-            plan,
-            self.config,
-            train_policy=self.step >= self.config.critic_warmup_steps,
-            progress=lambda done, total: self.reporter.phase("update", done, total),
-        )
-        skipped = int(metrics["update/skipped"])
-        all_skipped = skipped == sum(len(epoch) for epoch in plan)
-        self.skipped_in_a_row = self.skipped_in_a_row + skipped if all_skipped else 0
-        if self.skipped_in_a_row >= self.config.max_skipped_updates:
-            where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
-            _dump_batch(rollout, where)
-            raise TrainingError(f"{self.skipped_in_a_row} updates in a row were not finite; the batch is in {where}")
-        return metrics | {"lr": rates["policy"], "critic_lr": rates["critic"]}
+        return rollout.select(valid), scores.select(valid)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -269,56 +240,37 @@ class PPOTrainer:
 
     def _load(self, source: Any, name: str) -> PromptDataset:
         context = context_length(self.model)
-        if context is not None and context <= self.config.max_new_tokens:
+        if context is not None and context <= self.config.rollout.max_new_tokens:
             raise ValueError(
-                f"max_new_tokens is {self.config.max_new_tokens}, expected less than the model's context of {context} tokens"
+                f"max_new_tokens is {self.config.rollout.max_new_tokens}, expected less than the model's context of {context} tokens"
             )
-        limit = None if context is None else context - self.config.max_new_tokens
+        limit = None if context is None else context - self.config.rollout.max_new_tokens
         with _naming(name):
             if isinstance(source, PromptDataset):
                 return source.limited(limit)
             return load_prompts(source, self.tokenizer, DataConfig(), limit)
 
     def _save(self, folder: RunFolder) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {}
-        state: dict[str, Any] = {"sampler": self.sampler.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
-        for name, module in self.networks.trained_modules().items():
-            optimizer = self.optimizers[name]
-            tensors[name] = module.state_dict()
-            tensors[f"{name}_optimizer"], state[f"{name}_optimizer"] = flatten_optimizer(
-                optimizer.adamw, optimizer.masters
-            )
-            if masters := optimizer.separate_masters():
-                tensors[f"{name}_masters"] = masters
-        state["reference_sha256"] = self._reference_sha256()
-        save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=self.config.keep_checkpoints)
+        tensors, state = self.learner.state_dict()
+        state |= {"sampler": self.sampler.state_dict(), "reference_sha256": self.roles.reference_sha256}
+        save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=self.config.checkpoint.keep)
 
     def _resume(self, folder: RunFolder) -> None:
-        path = latest_checkpoint(folder.checkpoints)
-        if path is None:
+        found = load_latest_checkpoint(folder.checkpoints)
+        if found is None:
             self.reporter.note(f"no checkpoint in {folder.checkpoints}: starting from step 0")
             folder.rewind(-1)
             return
-        tensors, state, self.step = load_checkpoint(path)
-        if state["reference_sha256"] != self._reference_sha256():
+        path, (tensors, state, step) = found
+        if state["reference_sha256"] != self.roles.reference_sha256:
             raise CheckpointError(
                 f"{path} was written with another reference model: resume with the model that the run started from"
             )
-        for name, module in self.networks.trained_modules().items():
-            module.load_state_dict(tensors[name])
-            optimizer = self.optimizers[name]
-            optimizer.restore_masters(tensors.get(f"{name}_masters", {}))
-            restore_optimizer(
-                optimizer.adamw, optimizer.masters, tensors[f"{name}_optimizer"], state[f"{name}_optimizer"]
-            )
+        self.learner.load_state_dict(tensors, state)
         self.sampler.load_state_dict(state["sampler"])
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.step = step
         folder.rewind(self.step)
         self.reporter.note(f"resumed from {path}")
-
-    def _reference_sha256(self) -> str | None:
-        reference = self.networks.reference
-        return None if reference is None else weights_sha256(reference)
 
 
 @contextmanager
@@ -342,45 +294,6 @@ def _naming(argument: str) -> Iterator[None]:
         raise type(error)(f"{argument}: {error}") from error
 
 
-def _engine_metrics(stats: GenerationStats) -> dict[str, float]:
-    return {
-        "perf/rollout_tokens_per_second": stats.tokens_per_second,
-        "perf/prefill_tokens_per_second": stats.prefill_tokens_per_second,
-        "perf/decode_tokens_per_second": stats.decode_tokens_per_second,
-        "perf/decode_gb_per_second": stats.decode_bytes_per_second / 1e9,
-        "rollout/occupancy": stats.occupancy,
-        "rollout/shared_prompt_share": stats.shared_prompt_share,
-    }
-
-
-class _Clock:
-    """Wall-clock seconds of the parts of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def metrics(self, sampled_tokens: int, device: torch.device) -> dict[str, float]:
-        """Times, sampled tokens per second of the whole step, peak memory in GB (of the process on a CPU)."""
-        total = sum(self.seconds.values())
-        on_gpu = device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_process_bytes()
-        return self.seconds | {
-            "time/step": total,
-            "perf/tokens_per_second": sampled_tokens / total,
-            "perf/max_memory_gb": memory / 1e9,
-        }
-
-
-def _peak_process_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -395,19 +308,9 @@ def _resolve_device(name: str) -> torch.device:
 
 def _mix(seed: int, step: int) -> int:
     """A seed for each step of a run; runs whose seeds differ share none of the first billion steps' seeds."""
-    return (seed * 1_000_000_007 + step) % 2**63
+    return (seed * 1_000_000_007 + step) % SEEDS
 
 
-def _reward_metrics(result: RewardResult) -> dict[str, float]:
-    metrics = {"rewards/failures": float(result.failures)}
-    for name, scores in result.by_name.items():
-        valid = torch.tensor([score for score in scores if not math.isnan(score)])
-        if len(valid):
-            metrics[f"rewards/{name}/mean"] = valid.mean().item()
-            metrics[f"rewards/{name}/std"] = valid.std(correction=0).item()
-    return metrics
-
-
-def _dump_batch(rollout: Rollout, path: Path) -> None:
-    fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(rollout)}
+def _dump_batch(path: Path, *records: object) -> None:
+    fields = {f.name: getattr(record, f.name) for record in records for f in dataclasses.fields(record)}
     save_file({name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}, path)

@@ -16,8 +16,8 @@ from fastppo import checkpoint
 from fastppo.checkpoint import (
     CheckpointError,
     flatten_optimizer,
-    latest_checkpoint,
     load_checkpoint,
+    load_latest_checkpoint,
     restore_optimizer,
     save_checkpoint,
 )
@@ -42,11 +42,11 @@ def test_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 1_000_000):
         save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-1000000"]
-    assert latest_checkpoint(tmp_path).name == "step-1000000"
+    assert load_latest_checkpoint(tmp_path)[0].name == "step-1000000"
 
 
 def test_no_checkpoint(tmp_path):
-    assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "absent") is None
+    assert load_latest_checkpoint(tmp_path) is None and load_latest_checkpoint(tmp_path / "absent") is None
 
 
 def test_damaged_later_checkpoints_push_no_whole_one_out(tmp_path):
@@ -55,7 +55,7 @@ def test_damaged_later_checkpoints_push_no_whole_one_out(tmp_path):
         flip(save(tmp_path, step, keep=9) / "state.json")
     save(tmp_path, 2, keep=1)
     with pytest.warns(UserWarning, match="step-000005"), pytest.warns(UserWarning, match="step-000006"):
-        assert latest_checkpoint(tmp_path).name == "step-000002"
+        assert load_latest_checkpoint(tmp_path)[0].name == "step-000002"
 
 
 def test_state_may_hold_any_key(tmp_path):
@@ -76,9 +76,9 @@ def test_replacing_a_checkpoint_keeps_the_old_one_until_the_new_is_there(tmp_pat
     with pytest.raises((SystemExit, CheckpointError)):
         save(tmp_path, 1, keep=1, value=2)
     monkeypatch.undo()
-    assert (load_checkpoint(latest_checkpoint(tmp_path))[0]["policy"]["w"] == 1).all()
+    assert (load_latest_checkpoint(tmp_path)[1][0]["policy"]["w"] == 1).all()
     save(tmp_path, 1, keep=1, value=3)
-    assert (load_checkpoint(latest_checkpoint(tmp_path))[0]["policy"]["w"] == 3).all()
+    assert (load_latest_checkpoint(tmp_path)[1][0]["policy"]["w"] == 3).all()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"], "nothing is left over"
 
 
@@ -115,7 +115,7 @@ def test_damage_is_noticed_and_named(tmp_path, name, damage):
     with pytest.raises(CheckpointError, match=name):
         load_checkpoint(damaged)
     with pytest.warns(UserWarning, match="step-000002"):
-        assert latest_checkpoint(tmp_path).name == "step-000001"
+        assert load_latest_checkpoint(tmp_path)[0].name == "step-000001"
 
 
 def test_a_lost_manifest_is_noticed(tmp_path):
@@ -141,7 +141,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, function):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    load_checkpoint(latest_checkpoint(tmp_path))
+    load_latest_checkpoint(tmp_path)
 
 
 def test_a_real_limit_on_file_size_loses_nothing(tmp_path):
@@ -161,7 +161,7 @@ def test_a_real_limit_on_file_size_loses_nothing(tmp_path):
 
 KILLS = """
 import os, random, signal, sys, time, torch
-from fastppo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fastppo.checkpoint import load_latest_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 root, rng, reached = sys.argv[1], random.Random(0), 0
@@ -176,9 +176,9 @@ for kill in range(30):
     time.sleep(0.02 + rng.random() / 10)
     os.kill(victim, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(victim, 0)[1]), "the victim failed by itself"
-    newest = latest_checkpoint(root)
+    newest = load_latest_checkpoint(root)
     if newest is not None:
-        tensors, state, step = load_checkpoint(newest)
+        tensors, state, step = newest[1]
         assert (tensors["m"]["w"] == state["step"]).all() and step == state["step"] - state["step"] % 2
         assert state["step"] >= reached, (state, reached)
         reached = state["step"]

@@ -1,4 +1,4 @@
-"""A tiny random Llama and a tokenizer of single letters."""
+"""A tiny random Llama, a tokenizer of single letters, settings in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastppo import PPOConfig
+
 LETTERS = "abcdefghijklmnop"
+
+
+def ppo_config(**changes) -> PPOConfig:
+    """`ppo_config(total_steps=3, critic__lr=1e-3)`: a setting of a section is written section__key."""
+    settings: dict = {}
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (settings.setdefault(section, {}) if section else settings)[key] = value
+    return PPOConfig(**settings)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

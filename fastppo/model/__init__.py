@@ -2,7 +2,7 @@
 
 from fastppo.model.critic import Critic, ValueHead
 from fastppo.model.loading import load_model, load_tokenizer
-from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk, shift_right
+from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk
 from fastppo.model.prepare import prepare_model
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "packed_hidden",
     "prepare_model",
     "run_trunk",
-    "shift_right",
 ]

@@ -133,11 +133,13 @@ class PackedContext:
         """[T] row of each token in the groups' padded outputs laid end to end; None where they lie in place already."""
         if len(self._groups) == 1 and self._groups[0].index is None:
             return None
-        rows, offset = torch.empty(self._bounds[-1], dtype=torch.int64), 0
+        rows, offset = torch.empty(self._bounds[-1], dtype=torch.int64, device="cpu"), 0
         for group in self._groups:
             for i, sequence in enumerate(group.members):
                 start, end = self._bounds[sequence], self._bounds[sequence + 1]
-                rows[start:end] = torch.arange(end - start) + (offset + i * group.length)
+                rows[start:end] = torch.arange(end - start, dtype=torch.int64, device="cpu") + (
+                    offset + i * group.length
+                )
             offset += len(group.members) * group.length
         return rows.to(self._device)
 
@@ -156,11 +158,13 @@ class _Group:
     """Sequences padded to the length of the longest of them."""
 
     def __init__(self, bounds: list[int], members: list[int], device: torch.device) -> None:
-        first = torch.tensor([bounds[i] for i in members])
-        lengths = torch.tensor([bounds[i + 1] - bounds[i] for i in members])
+        first = torch.tensor([bounds[i] for i in members], dtype=torch.int64, device="cpu")
+        lengths = torch.tensor([bounds[i + 1] - bounds[i] for i in members], dtype=torch.int64, device="cpu")
         self.members = members
         self.length = int(lengths.max())
-        index = first[:, None] + torch.minimum(torch.arange(self.length), lengths[:, None] - 1)
+        index = first[:, None] + torch.minimum(
+            torch.arange(self.length, dtype=torch.int64, device="cpu"), lengths[:, None] - 1
+        )
         in_place = index.numel() == bounds[-1] and bool((lengths == self.length).all())
         self.index: Tensor | None = None if in_place else index.flatten().to(device)
 
@@ -201,7 +205,7 @@ class ObservingContext(PackedContext):
 
 def causal_mask(length: int, window: int | None, device: torch.device, first: int = 0) -> Tensor:
     """bool [length - first, length]: which keys the queries from position `first` on see."""
-    key = torch.arange(length, device=device)
+    key = torch.arange(length, dtype=torch.int64, device=device)
     query = key[first:, None]
     return (key <= query) if window is None else (key <= query) & (key > query - window)
 

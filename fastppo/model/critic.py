@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,6 @@ class Critic(nn.Module):
         hidden_size = lm_head(model).weight.shape[1]
         return cls(trunk, ValueHead(hidden_size, device=model.device)).train(model.training)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
         """Packed tokens and position_ids [T] -> values fp32 [T]: out[t] = V(state after token t)."""
         return self.head(packed_hidden(self.trunk, tokens, position_ids, cu_seqlens))

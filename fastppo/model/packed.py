@@ -6,7 +6,7 @@ again at 0 with each. H hidden size, V vocabulary size. No function here returns
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -57,12 +57,14 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(layer.weight, getattr(layer, "bias", None), softcap, float(scale))
 
 
-def packed_hidden(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def packed_hidden(
+    model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor | Sequence[int]
+) -> Tensor:
     """Last hidden states (what the head reads) of packed sequences, as if each had been run alone; differentiable.
 
     Args:
         model: a causal LM that `prepare_model` accepted, or its trunk.
-        tokens: int64 [T]. position_ids: int64 [T]. cu_seqlens: int32 [B + 1].
+        tokens: int64 [T]. position_ids: int64 [T]. cu_seqlens: int32 [B + 1], or the same numbers on the host.
 
     Returns:
         hidden [T, H] in the model's type; hidden[t] has seen the tokens of its sequence up to and with t.
@@ -75,7 +77,7 @@ def packed_hidden(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, 
         raise ValueError(
             f"tokens and position_ids have shapes {list(tokens.shape)} and {list(position_ids.shape)}, expected [T] and T >= 1"
         )
-    bounds = cu_seqlens.tolist()
+    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     _check_bounds(bounds, len(tokens), context_length(model))
     return run_trunk(model, tokens, position_ids, PackedContext(bounds, tokens.device))
 
@@ -110,13 +112,6 @@ def context_length(model: PreTrainedModel) -> int | None:
         if parameters.get("rope_type") == "longrope":
             limits.append(parameters.get("original_max_position_embeddings"))
     return min((limit for limit in limits if limit), default=None)
-
-
-def shift_right(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """y[t] = x[t - 1] inside each sequence and 0 at its first token; x [T, ...], cu_seqlens int32 [B + 1]."""
-    first = torch.zeros(len(x) + 1, dtype=torch.bool, device=x.device).index_fill_(0, cu_seqlens.long(), True)[: len(x)]
-    shifted = torch.cat([x.new_zeros(1, *x.shape[1:]), x])[: len(x)]
-    return torch.where(first.view(-1, *[1] * (x.dim() - 1)), 0, shifted)
 
 
 def _check_bounds(bounds: list[int], total: int, limit: int | None) -> None:

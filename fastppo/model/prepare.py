@@ -100,7 +100,7 @@ def _probe(model: PreTrainedModel) -> None:
         raise ValueError("it does not use Transformers' attention interface")
     bounds = [0, len(sequences[0]), len(expected)]
     context = ObservingContext(bounds, model.device)
-    positions = torch.cat([torch.arange(len(ids), device=model.device) for ids in sequences])
+    positions = torch.cat([torch.arange(len(ids), dtype=torch.int64, device=model.device) for ids in sequences])
     model.train()  # whatever noise training adds must show here
     try:
         hidden = run_trunk(model, torch.cat(sequences), positions, context)
@@ -127,8 +127,13 @@ def _probe_sequences(model: PreTrainedModel) -> list[Tensor]:
     ordinary = [i for i in range(min(vocab_size, 4096)) if i not in special] or list(range(vocab_size))
     limit = context_length(model) or max(PROBE_LENGTHS)
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(len(ordinary), (min(n, limit),), generator=generator) for n in PROBE_LENGTHS]
-    return [torch.tensor([ordinary[i] for i in draw.tolist()], device=model.device) for draw in draws]
+    draws = [
+        torch.randint(len(ordinary), (min(n, limit),), generator=generator, dtype=torch.int64, device="cpu")
+        for n in PROBE_LENGTHS
+    ]
+    return [
+        torch.tensor([ordinary[i] for i in draw.tolist()], dtype=torch.int64, device=model.device) for draw in draws
+    ]
 
 
 def _check_windows(config: PreTrainedConfig, calls: list[LayerCall]) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 Scores = list[float | None]
 
+OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every reward function is offered; the data's columns have other names."""
+
 TRACEBACK_FRAMES = 3
 MESSAGE_CHARACTERS = 2000
 

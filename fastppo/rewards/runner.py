@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastppo.rewards import process
-from fastppo.rewards.function import BadScores, RewardFunction, Scores, to_scores
+from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, to_scores
 from fastppo.rewards.keeper import ProcessFailure
 from fastppo.rewards.process import KillableProcess
 
 Conversation = list[dict[str, Any]]
-RESERVED = ("prompts", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def _arguments(
     completion_ids: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
     """Everything a function may ask for, by keyword."""
-    for name in RESERVED:
+    for name in OWN_ARGUMENTS:
         if name in columns:
             raise ValueError(
                 f"columns has {name!r}, which is the name of a reward function's own argument: rename the column"

@@ -19,18 +19,13 @@ from fastppo.native.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops._backends import FAST_DTYPES, choose
 from fastppo.rollout.contexts import ChunkContext, DecodeContext, PrefillContext
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache
+from fastppo.rollout.record import on_device
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens in one forward of the modules; a longer prompt is run in chunks."""
 
 CHUNK_TOKENS = 2048
 """Tokens of a chunk. It depends on nothing, so that a prompt's keys do not either."""
-
-
-def on_device(values: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of `values`, for which the host does not wait: a copy from pageable memory would."""
-    on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
 
 
 class Decoder(Protocol):
@@ -58,7 +53,7 @@ class ModuleDecoder:
         device = self._model.device
         slots = torch.cat([self._slots(*pair) for pair in zip(prompts, pages, strict=True)])
         tokens = on_device([token for prompt in prompts for token in prompt], device)
-        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        positions = torch.cat([torch.arange(len(prompt), dtype=torch.int64, device=device) for prompt in prompts])
         hidden = run_trunk(self._model, tokens, positions, PrefillContext(bounds, self._cache, slots))
         return hidden[on_device(bounds[1:], device) - 1]
 
@@ -68,14 +63,16 @@ class ModuleDecoder:
         for start in range(0, len(tokens), CHUNK_TOKENS):
             end = min(start + CHUNK_TOKENS, len(tokens))
             context = ChunkContext(start, self._cache, slots[:end])
-            positions = torch.arange(start, end, device=device)
+            positions = torch.arange(start, end, dtype=torch.int64, device=device)
             hidden = run_trunk(self._model, tokens[start:end], positions, context)
         return hidden[-1:]
 
     def _slots(self, prompt: list[int], pages: list[int]) -> Tensor:
         """int64 [tokens]: the place of each of the prompt's tokens in the cache."""
         device = self._model.device
-        places = on_device(pages, device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
+        places = on_device(pages, device)[:, None] * PAGE_SIZE + torch.arange(
+            PAGE_SIZE, dtype=torch.int64, device=device
+        )
         return places.flatten()[: len(prompt)]
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from fastppo.model.packed import context_length, lm_head
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
-from fastppo.rollout.decoder import PREFILL_TOKENS, Decoder, on_device
+from fastppo.rollout.decoder import PREFILL_TOKENS, Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
+from fastppo.rollout.record import on_device
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.stopping import StopStrings
@@ -385,28 +386,31 @@ class Generation:
         sampled = SampledTokens(*fields)
         new_lengths, order = self._tensor(self.kept), owners.argsort(stable=True)
         draws = torch.bincount(owners, minlength=self.total)
-        numbers = torch.arange(len(order), device=self.device) - (draws.cumsum(0) - draws).repeat_interleave(draws)
+        numbers = torch.arange(len(order), dtype=torch.int64, device=self.device) - (
+            draws.cumsum(0) - draws
+        ).repeat_interleave(draws)
         order = order[numbers < new_lengths.repeat_interleave(draws)]
-        prompt_index = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.n)
+        prompt_index = torch.arange(len(self.prompts), dtype=torch.int64, device=self.device).repeat_interleave(
+            self.sampling.n
+        )
         prompt_lengths = self._tensor([len(prompt.tokens) for prompt in self.prompts])[prompt_index]
         lengths = prompt_lengths + new_lengths
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         total = int(bounds[-1])
-        position_ids = torch.arange(total, device=self.device) - bounds[:-1].repeat_interleave(lengths)
+        position_ids = torch.arange(total, dtype=torch.int64, device=self.device) - bounds[:-1].repeat_interleave(
+            lengths
+        )
         action_mask = position_ids >= prompt_lengths.repeat_interleave(lengths)
         tokens = torch.zeros(total, dtype=torch.int64, device=self.device)
         tokens[~action_mask] = self._tensor([t for p in self.prompts for _ in range(self.sampling.n) for t in p.tokens])
         tokens[action_mask] = sampled.tokens[order]
-        logprobs, processed = tokens.new_zeros(2, total, dtype=torch.float32)
-        logprobs[action_mask] = sampled.logprobs[order].float()  # a model in fp64 gives fp64
-        processed[action_mask] = sampled.processed_logprobs[order].float()
         return Rollout(
             tokens=tokens,
             cu_seqlens=bounds.int(),
             position_ids=position_ids,
             action_mask=action_mask,
-            logprobs=logprobs,
-            processed_logprobs=processed,
+            logprobs=sampled.logprobs[order].float(),  # a model in fp64 gives fp64
+            processed_logprobs=sampled.processed_logprobs[order].float(),
             finish_reasons=self._tensor([self.reasons[sequence] for sequence in range(self.total)], torch.int8),
             prompt_index=prompt_index,
             temperature=float(self.sampling.temperature),

@@ -30,7 +30,7 @@ def parts_decoder(
     parts: LlamaParts, modules: ModuleDecoder, cache: PagedCache, seen: ObservingContext, *, rows: int, positions: int
 ) -> Decoder:
     """For at most `rows` sequences side by side, of at most `positions` tokens each. `modules` run a GPU's prompts."""
-    places = torch.arange(positions, device=parts.embedding.device)
+    places = torch.arange(positions, dtype=torch.int64, device=parts.embedding.device)
     cos, sin = (x[0].contiguous() for x in parts.rotary(parts.embedding.new_zeros(1, 1, 1), places[None]))
     layers = [
         native.Layer(norms, linears, *cache.layers[i], seen.options[i].scale, seen.options[i].window)
@@ -52,8 +52,8 @@ def parts_agree(parts: LlamaParts, model: PreTrainedModel, switch: DecodeSwitch,
         modules = ModuleDecoder(model, cache, switch)
         decoder = parts_decoder(parts, modules, cache, seen, rows=2, positions=2) if own else modules
         for length in (1, 2):
-            tokens = torch.tensor([length, len(parts.embedding) - length], device=device)
-            hidden = decoder.step(tokens, torch.full((2,), length, device=device), block_table)
+            tokens = torch.tensor([length, len(parts.embedding) - length], dtype=torch.int64, device=device)
+            hidden = decoder.step(tokens, torch.full((2,), length, dtype=torch.int64, device=device), block_table)
         found.append(hidden.double())
     error = (found[1] - found[0]).norm() / found[0].norm().clamp_min(1e-30)
     return bool(error <= ALLOWED_ERROR[parts.embedding.dtype])

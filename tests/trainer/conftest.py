@@ -6,7 +6,7 @@ import pytest
 
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.console import Reporter
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer, ppo_config
 
 
 def count_a(prompts, completions, **_):
@@ -18,16 +18,16 @@ def tiny_config(output_dir, **changes) -> PPOConfig:
     settings = {
         "output_dir": str(output_dir),
         "total_steps": 2,
-        "prompts_per_step": 8,
-        "max_new_tokens": 6,
-        "num_minibatches": 2,
-        "ppo_epochs": 1,
-        "lr": 1e-3,
-        "critic_lr": 1e-3,
-        "reward_timeout": None,
+        "rollout__prompts_per_step": 8,
+        "rollout__max_new_tokens": 6,
+        "learner__num_minibatches": 2,
+        "learner__epochs": 1,
+        "optimizer__lr": 1e-3,
+        "critic__lr": 1e-3,
+        "reward__timeout": None,
         "device": "cpu",
     }
-    return PPOConfig(**settings | changes)
+    return ppo_config(**settings | changes)
 
 
 PROMPTS = ["ab", "cde", "f", "ghijk", "lm", "nop", "ba", "dc"]

@@ -11,17 +11,17 @@ from fastppo.run_folder import read_metrics
 LENGTH = 6
 SETTINGS = {
     "total_steps": 20,
-    "prompts_per_step": 32,
-    "samples_per_prompt": 4,
-    "rollout_batch_size": 128,
-    "max_new_tokens": LENGTH,
-    "min_new_tokens": LENGTH,
-    "lr": 3e-3,
-    "critic_lr": 3e-3,
-    "num_minibatches": 4,
-    "ppo_epochs": 2,
-    "gae_lambda": 1.0,
-    "lr_schedule": "linear",
+    "rollout__prompts_per_step": 32,
+    "rollout__samples_per_prompt": 4,
+    "rollout__batch_size": 128,
+    "rollout__max_new_tokens": LENGTH,
+    "rollout__min_new_tokens": LENGTH,
+    "optimizer__lr": 3e-3,
+    "critic__lr": 3e-3,
+    "learner__num_minibatches": 4,
+    "learner__epochs": 2,
+    "advantage__gae_lambda": 1.0,
+    "optimizer__schedule": "linear",
 }
 PROMPTS = ["a", "b"]  # what is right depends on the prompt
 
@@ -54,7 +54,7 @@ def learn(make_trainer, tmp_path, reward=copies_of_first, **changes) -> tuple[fl
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_ppo_learns_from_chance_to_mastery(make_trainer, tmp_path, critic):
-    first, last = learn(make_trainer, tmp_path, critic=critic)
+    first, last = learn(make_trainer, tmp_path, critic__kind=critic)
     assert first < 0.15
     assert last > 0.9
     variances = [row["val/explained_var"] for row in read_metrics(tmp_path / "run") if "val/explained_var" in row]
@@ -63,7 +63,7 @@ def test_ppo_learns_from_chance_to_mastery(make_trainer, tmp_path, critic):
 
 @pytest.mark.slow
 def test_nothing_is_learned_at_learning_rate_zero(make_trainer, tmp_path):
-    first, last = learn(make_trainer, tmp_path, lr=0.0, critic_lr=0.0)
+    first, last = learn(make_trainer, tmp_path, optimizer__lr=0.0, critic__lr=0.0)
     assert first < 0.15 and last < 0.15
 
 

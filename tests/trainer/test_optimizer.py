@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from fastppo.config import PPOConfig
-from fastppo.optimizer import Optimizer, learning_rate_factor
+from fastppo.config import OptimizerConfig
+from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
 
 
-def test_schedule_warms_up_then_decays():
-    config = PPOConfig(total_steps=12, lr_warmup_steps=2, lr_schedule="linear", min_lr_ratio=0.1)
-    factors = [learning_rate_factor(config, step) for step in range(12)]
+def test_schedule_warms_up_then_decays_to_its_end():
+    """The last step has the least rate: a schedule that would reach it one step later never does."""
+    config = OptimizerConfig(warmup_steps=2, schedule="linear", min_lr_ratio=0.1)
+    factors = [learning_rate_factor(config, step, 12) for step in range(12)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors == sorted(factors[:2]) + sorted(factors[2:], reverse=True)
-    assert factors[-1] == pytest.approx(0.1 + 0.9 * 0.1)
-    cosine = PPOConfig(total_steps=10, lr_schedule="cosine")
-    assert learning_rate_factor(cosine, 5) == pytest.approx(0.5)
-    assert learning_rate_factor(PPOConfig(), 10**6) == 1.0
+    assert factors[-1] == 0.1
+    cosine = OptimizerConfig(schedule="cosine")
+    assert [learning_rate_factor(cosine, step, 11) for step in (0, 10)] == [1.0, 0.0]
+    assert learning_rate_factor(cosine, 5, 11) == 0.5 * (1 + math.cos(math.pi / 2))
+    assert learning_rate_factor(OptimizerConfig(), 10**6, 100) == 1.0
+
+
+def test_loss_scale_falls_on_overflow_and_rises_again():
+    scale = LossScale.for_parameters([nn.Parameter(torch.zeros(1, dtype=torch.float16))])
+    highest = scale.value
+    assert highest > 1 and not scale.keep(False) and scale.value < highest
+    for _ in range(2 * LossScale.GROWTH_INTERVAL):
+        assert scale.keep(True)
+    assert scale.value == highest
+    while not scale.keep(False):
+        pass
+    assert scale.value == 1, "what is not finite at scale 1 is no overflow"
+
+
+def test_small_fp16_gradients_survive():
+    """1e-9 is below fp16's smallest number; multiplied by the loss scale it is not."""
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    optimizer = Optimizer([("w", parameter)], 0.0, OptimizerConfig())
+    optimizer.loss_scale = LossScale.for_parameters([parameter])
+    (parameter.float().sum() * 1e-9 * optimizer.loss_scale.value).backward()
+    assert 0.9e-9 < optimizer.masters["w"].grad.item() < 1.1e-9
 
 
 def one_step(optimizer: Optimizer) -> float:
@@ -33,7 +58,7 @@ def test_masters_keep_updates_that_bf16_cannot_hold():
     layer = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(1.0)
-    optimizer = Optimizer(layer.named_parameters(), 1e-4, PPOConfig())
+    optimizer = Optimizer(layer.named_parameters(), 1e-4, OptimizerConfig())
     for _ in range(100):
         layer.weight.sum().backward()
         one_step(optimizer)
@@ -44,7 +69,7 @@ def test_masters_keep_updates_that_bf16_cannot_hold():
 
 def test_masters_accumulate_micro_batches_in_fp32():
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    optimizer = Optimizer([("w", parameter)], 0.0, PPOConfig())
+    optimizer = Optimizer([("w", parameter)], 0.0, OptimizerConfig())
     for _ in range(300):  # bf16 accumulation would stop at 256
         parameter.sum().backward()
     assert optimizer.gradient_norm().item() == 300
@@ -56,7 +81,7 @@ def test_updates_stay_in_the_same_storage():
     for dtype in (torch.float32, torch.bfloat16):
         layer = nn.Linear(3, 3, dtype=dtype)
         address = layer.weight.data_ptr()
-        optimizer = Optimizer(layer.named_parameters(), 0.1, PPOConfig())
+        optimizer = Optimizer(layer.named_parameters(), 0.1, OptimizerConfig())
         layer.weight.sum().backward()
         one_step(optimizer)
         assert layer.weight.data_ptr() == address
@@ -64,7 +89,7 @@ def test_updates_stay_in_the_same_storage():
 
 def test_gradients_are_clipped_to_the_norm():
     parameter = nn.Parameter(torch.zeros(4))
-    optimizer = Optimizer([("w", parameter)], 1.0, PPOConfig(max_grad_norm=0.5))
+    optimizer = Optimizer([("w", parameter)], 1.0, OptimizerConfig(max_grad_norm=0.5))
     parameter.grad = torch.full((4,), 3.0)
     norm = optimizer.gradient_norm()
     assert norm == 6
@@ -74,7 +99,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 def test_weight_decay_spares_vectors():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = Optimizer([("m", matrix), ("v", vector)], 0.1, PPOConfig(weight_decay=0.5))
+    optimizer = Optimizer([("m", matrix), ("v", vector)], 0.1, OptimizerConfig(weight_decay=0.5))
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     one_step(optimizer)
     assert (matrix < 1).all() and (vector == 1).all()

@@ -37,7 +37,7 @@ if nth:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
     setattr(owner, name, dying)
-config = tiny_config(output, total_steps=4, save_every=1, kl_coef=0.05, eval_every=2, ppo_epochs=2)
+config = tiny_config(output, total_steps=4, checkpoint__every=1, reward__kl_coef=0.05, evaluation__every=2, learner__epochs=2)
 trainer = PPOTrainer(make_model(), reward=count_a, prompts=PROMPTS, eval_prompts=["ab"], config=config,
                      tokenizer=make_tokenizer(), reporter=Reporter(4, quiet=True))
 trainer.train(resume=resume)
@@ -59,8 +59,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 KILLS = {
-    "middle of the update of step 3": ("fastppo.update", "microbatch_loss", 10),
-    "middle of the rollout scoring of step 2": ("fastppo.trainer", "compute_advantages", 2),
+    "middle of the update of step 3": ("fastppo.algorithms.ppo", "ppo_loss", 10),
+    "middle of the rollout scoring of step 2": ("fastppo.algorithms.ppo", "gae", 2),
     "first write of a checkpoint": ("fastppo.checkpoint", "save_file", 1),
     "middle of a later checkpoint": ("fastppo.checkpoint", "save_file", 7),
     "between a checkpoint's rename and the clean-up": ("shutil", "rmtree", 1),
@@ -95,8 +95,8 @@ def test_resume_refuses_another_reference(make_trainer):
     from fastppo.checkpoint import CheckpointError
     from tests.tiny import make_model
 
-    make_trainer(total_steps=1, kl_coef=0.1).train()
-    other = make_trainer(model=make_model(seed=5), total_steps=2, kl_coef=0.1)
+    make_trainer(total_steps=1, reward__kl_coef=0.1).train()
+    other = make_trainer(model=make_model(seed=5), total_steps=2, reward__kl_coef=0.1)
     with pytest.raises(CheckpointError, match="another reference"):
         other.train(resume=True)
 
@@ -108,7 +108,7 @@ def test_a_resumed_run_can_be_lengthened(make_trainer, tmp_path):
 
 
 def test_a_corrupted_checkpoint_falls_back_to_the_one_before(make_trainer, tmp_path):
-    make_trainer(total_steps=2, save_every=1).train()
+    make_trainer(total_steps=2, checkpoint__every=1).train()
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     weights = newest / "policy.safetensors"
     data = bytearray(weights.read_bytes())

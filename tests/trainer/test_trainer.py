@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastppo import PPOConfig, PPOTrainer
+from fastppo.rewards.scores import Scores
 from fastppo.rollout import FinishReason
 from fastppo.run_folder import read_metrics
 from fastppo.trainer import TrainingError
@@ -17,7 +18,9 @@ from tests.trainer.conftest import PROMPTS, count_a
 
 
 def test_a_run_writes_its_records(make_trainer, tmp_path):
-    trainer = make_trainer(eval_prompts=["ab", "cd"], total_steps=3, save_every=1, eval_every=2, kl_coef=0.05)
+    trainer = make_trainer(
+        eval_prompts=["ab", "cd"], total_steps=3, checkpoint__every=1, evaluation__every=2, reward__kl_coef=0.05
+    )
     trainer.train()
     folder = tmp_path / "run"
     rows = read_metrics(folder)
@@ -36,7 +39,7 @@ def test_a_run_writes_its_records(make_trainer, tmp_path):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * trainer.config.num_logged_samples
     assert (folder / "config.yaml").exists() and (folder / "curve.png").exists()
-    assert len(list(folder.glob("checkpoints/step-*"))) == 2, "keep_checkpoints"
+    assert len(list(folder.glob("checkpoints/step-*"))) == 2, "checkpoint.keep"
 
 
 def test_the_exported_model_loads_in_transformers(make_trainer, tmp_path):
@@ -70,7 +73,9 @@ def test_several_samples_and_columns(make_trainer):
         return [float(t in c) for t, c in zip(target, completions, strict=True)]
 
     rows = [{"prompt": "ab", "target": "c"}, {"prompt": "de", "target": "f"}]
-    make_trainer(reward, prompts=rows, prompts_per_step=2, samples_per_prompt=3, total_steps=1).train()
+    make_trainer(
+        reward, prompts=rows, rollout__prompts_per_step=2, rollout__samples_per_prompt=3, total_steps=1
+    ).train()
     assert sorted(seen["prompts"]) == ["ab"] * 3 + ["de"] * 3
     assert all(
         target == {"ab": "c", "de": "f"}[prompt] for prompt, target in zip(seen["prompts"], seen["target"], strict=True)
@@ -105,7 +110,7 @@ def never_returning(prompts, completions, **_):
     ],
 )
 def test_a_broken_reward_stops_the_run_and_says_why(make_trainer, tmp_path, reward, message):
-    trainer = make_trainer(reward, reward_timeout=0.5 if reward is never_returning else 20.0, reward_retries=0)
+    trainer = make_trainer(reward, reward__timeout=0.5 if reward is never_returning else 20.0, reward__retries=0)
     with pytest.raises(TrainingError, match=message):
         trainer.train()
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
@@ -125,35 +130,32 @@ def test_invalid_samples_are_left_out_never_scored_zero(make_trainer):
 
 def test_missing_eos_penalty_follows_the_finish_reason(make_trainer):
     """Not the length: an end-of-sequence as the last allowed token is an ending (trl#1536)."""
-    from fastppo.experience import penalise_unfinished
-
     trainer = make_trainer()
-    rollout = trainer.engine.generate([[2, 3]] * 64, trainer._sampling(0))
-    rollout.scores = torch.zeros(64)
-    penalise_unfinished(rollout, 2.0)
-    assert torch.equal(rollout.scores == -2, rollout.finish_reasons == FinishReason.LENGTH)
-    full = rollout.completion_lengths == trainer.config.max_new_tokens
-    assert (full & (rollout.scores == 0)).any(), "the case this test is about occurs"
+    rollout = trainer.engine.generate([[2, 3]] * 64, trainer.config.rollout.sampling(0))
+    scores = Scores(torch.zeros(64), {}).penalised(rollout, 2.0).values
+    assert torch.equal(scores == -2, rollout.finish_reasons == FinishReason.LENGTH)
+    full = torch.tensor(rollout.action_counts) == trainer.config.rollout.max_new_tokens
+    assert (full & (scores == 0)).any(), "the case this test is about occurs"
 
 
 def test_learning_rate_zero_changes_nothing(make_trainer):
-    trainer = make_trainer(lr=0.0, critic_lr=0.0)
-    before = {name: value.clone() for name, value in trainer.networks.state_dict().items()}
+    trainer = make_trainer(optimizer__lr=0.0, critic__lr=0.0)
+    before = {name: value.clone() for name, value in trainer.roles.state_dict().items()}
     trainer.train()
-    assert all(torch.equal(value, before[name]) for name, value in trainer.networks.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.roles.state_dict().items())
 
 
 def test_shared_trunk_trains(make_trainer):
     metrics = make_trainer(
-        critic="shared", whiten_rewards=True, bootstrap_truncated=True, missing_eos_penalty=0.5
+        critic__kind="shared", reward__whiten=True, advantage__bootstrap_truncated=True, reward__missing_eos_penalty=0.5
     ).train()
     assert math.isfinite(metrics["loss/value_avg"])
 
 
 def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path):
-    trainer = make_trainer(max_skipped_updates=2)
+    trainer = make_trainer(learner__max_skipped_updates=2)
     with torch.no_grad():
-        trainer.networks.critic_parameters()[-1][1].fill_(torch.nan)
+        trainer.roles.trained()["critic"].head.bias.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite.*offending-batch"):
         trainer.train()
     assert list((tmp_path / "run").glob("offending-batch-*.safetensors"))
@@ -168,7 +170,7 @@ def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path):
         ({"prompts": ["ab", 3]}, "prompts"),
         ({"reward": "count_a"}, "reward"),
         ({"device": "abacus"}, "device is 'abacus'"),
-        ({"max_new_tokens": 64}, "max_new_tokens is 64"),
+        ({"rollout__max_new_tokens": 64}, "max_new_tokens is 64"),
         ({"eval_prompts": []}, "eval_prompts"),
     ],
 )

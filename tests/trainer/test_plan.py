@@ -6,12 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.minibatch import plan_epochs, split_microbatches
+from fastppo.plan import plan_epochs, split_microbatches
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 60), st.integers(0, 3))
 def test_every_sequence_once_and_within_budget(lengths, num_minibatches, max_tokens, seed):
-    lengths = torch.tensor(lengths)
     plan = plan_epochs(lengths, epochs=2, num_minibatches=num_minibatches, max_tokens=max_tokens, seed=seed)
     for epoch in plan:
         assert sorted(i for minibatch in epoch for micro in minibatch for i in micro) == list(range(len(lengths)))
@@ -19,11 +18,11 @@ def test_every_sequence_once_and_within_budget(lengths, num_minibatches, max_tok
         sizes = [sum(map(len, minibatch)) for minibatch in epoch]
         assert max(sizes) - min(sizes) <= 1
         for micro in (micro for minibatch in epoch for micro in minibatch):
-            assert lengths[micro].sum() <= max_tokens or len(micro) == 1
+            assert sum(lengths[i] for i in micro) <= max_tokens or len(micro) == 1
 
 
 def test_plan_depends_on_its_arguments_alone():
-    lengths = torch.arange(1, 20)
+    lengths = list(range(1, 20))
     arguments = {"epochs": 2, "num_minibatches": 3, "max_tokens": 30}
     torch.manual_seed(1)
     first = plan_epochs(lengths, seed=5, **arguments)
@@ -34,4 +33,4 @@ def test_plan_depends_on_its_arguments_alone():
 
 
 def test_a_sequence_longer_than_the_budget_stands_alone():
-    assert split_microbatches([0, 1, 2], torch.tensor([5, 100, 6]), 12) == [[1], [2, 0]]
+    assert split_microbatches([0, 1, 2], [5, 100, 6], 12) == [[1], [2, 0]]

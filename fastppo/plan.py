@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+
+Microbatch = list[int]
+Minibatch = list[Microbatch]
+Plan = list[list[Minibatch]]
+"""plan[epoch][minibatch][microbatch] = sequence indices."""
 
 
 def split_minibatches(num_sequences: int, num_minibatches: int, generator: torch.Generator) -> list[list[int]]:
     """A random partition into at most `num_minibatches` parts whose sizes differ by at most one; none is empty."""
-    order = torch.randperm(num_sequences, generator=generator).tolist()
+    order = torch.randperm(num_sequences, generator=generator, dtype=torch.int64, device="cpu").tolist()
     parts = min(num_minibatches, num_sequences)
     return [order[num_sequences * i // parts : num_sequences * (i + 1) // parts] for i in range(parts)]
 
 
-def split_microbatches(indices: list[int], lengths: Tensor, max_tokens: int) -> list[list[int]]:
+def split_microbatches(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Minibatch:
     """Group `indices` into micro-batches of at most `max_tokens` tokens; a longer sequence stands alone.
 
     Sorted by length, so that a micro-batch holds sequences of similar length and attention wastes little on padding.
     """
-    groups: list[list[int]] = []
+    groups: Minibatch = []
     room = 0
-    for index in sorted(indices, key=lambda i: (-int(lengths[i]), i)):
-        length = int(lengths[index])
-        if not groups or length > room:
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if not groups or lengths[index] > room:
             groups.append([])
             room = max_tokens
         groups[-1].append(index)
-        room -= length
+        room -= lengths[index]
     return groups
 
 
-def plan_epochs(
-    lengths: Tensor, *, epochs: int, num_minibatches: int, max_tokens: int, seed: int
-) -> list[list[list[list[int]]]]:
-    """plan[epoch][minibatch][microbatch] = sequence indices; a function of its arguments alone, so that a resumed run repeats it.
-
-    lengths: int64 [B], tokens of each sequence.
-    """
+def plan_epochs(lengths: Sequence[int], *, epochs: int, num_minibatches: int, max_tokens: int, seed: int) -> Plan:
+    """A function of its arguments alone, so that a resumed run repeats it. lengths: [B] tokens of each sequence."""
     generator = torch.Generator().manual_seed(seed)
     return [
         [
@@ -45,3 +45,8 @@ def plan_epochs(
         ]
         for _ in range(epochs)
     ]
+
+
+def first_epoch(plan: Plan) -> list[Microbatch]:
+    """The micro-batches in which a first pass sees every sequence once."""
+    return [microbatch for minibatch in plan[0] for microbatch in minibatch]

@@ -1,0 +1,158 @@
+"""Turns losses into new weights: accumulated gradients, one vote on whether they are finite, optimizer steps. The one place with optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
+from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
+from fastppo.plan import Minibatch, Plan, plan_epochs
+from fastppo.roles import Roles
+from fastppo.rollout.rollout import Rollout
+
+Losses = Iterator[tuple[Tensor, Mapping[str, Tensor]]]
+"""(loss, metrics) of each micro-batch of a minibatch, which add up."""
+
+
+class NonFiniteUpdates(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+class Learner:
+    """Minimises losses of policy and critic over the minibatches of a plan.
+
+    Args:
+        roles: whose weights learn.
+        optimizer, critic: rates and AdamW's settings. config: how a rollout is cut up.
+        total_steps: where the schedule of the learning rates ends.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        *,
+        optimizer: OptimizerConfig,
+        critic: CriticConfig,
+        config: LearnerConfig,
+        total_steps: int,
+    ) -> None:
+        self.roles, self.config, self.total_steps = roles, config, total_steps
+        self._schedule = optimizer
+        peaks = {"policy": optimizer.lr, "critic": critic.lr}
+        self.optimizers = {
+            name: Optimizer(module.named_parameters(), peaks[name], optimizer)
+            for name, module in roles.trained().items()
+        }
+        self.loss_scale = LossScale.for_parameters(roles.parameters())
+        for trained in self.optimizers.values():
+            trained.loss_scale = self.loss_scale
+        self.step = 0
+        self.skipped_in_a_row = 0
+
+    def plan(self, rollout: Rollout, seed: int) -> Plan:
+        """Minibatches and micro-batches of a rollout."""
+        return plan_epochs(
+            rollout.lengths,
+            epochs=self.config.epochs,
+            num_minibatches=self.config.num_minibatches,
+            max_tokens=self.config.tokens_per_microbatch,
+            seed=seed,
+        )
+
+    def start_step(self, step: int) -> dict[str, float]:
+        """Set the learning rates of `step` (0-based) and return them."""
+        self.step = step
+        factor = learning_rate_factor(self._schedule, step, self.total_steps)
+        policy, critic = (self.optimizers[name].set_learning_rate(factor) for name in ("policy", "critic"))
+        return {"lr": policy, "critic_lr": critic}
+
+    def minimise(
+        self,
+        losses: Callable[[Roles, Minibatch], Losses],
+        plan: Plan,
+        *,
+        learned: Collection[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step for each minibatch of the plan, for the `learned` of "policy" and "critic"; returns metrics.
+
+        A minibatch whose gradient norm is not finite updates nothing; `update/skipped` counts them. The averages are over the applied
+        ones. Raises NonFiniteUpdates after `max_skipped_updates` of them in a row, also over the borders of steps.
+        """
+        applied: list[dict[str, float]] = []
+        minibatches = [minibatch for epoch in plan for minibatch in epoch]
+        for done, minibatch in enumerate(minibatches, start=1):
+            metrics, norms = self._gradients(losses, minibatch)
+            if all(map(math.isfinite, norms.values())):
+                for name in learned:
+                    self.optimizers[name].step(norms[name])
+                applied.append(metrics | {f"grad_norm/{name}": norm.item() for name, norm in norms.items()})
+                self.skipped_in_a_row = 0
+            else:
+                self.skipped_in_a_row += 1
+            self._clear_gradients()
+            if self.skipped_in_a_row >= self.config.max_skipped_updates:
+                raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row were not finite")
+            if progress:
+                progress(done, len(minibatches))
+        return _means(applied) | {"update/skipped": float(len(minibatches) - len(applied))}
+
+    def _gradients(
+        self, losses: Callable[[Roles, Minibatch], Losses], minibatch: Minibatch
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The minibatch's metrics and gradient norms. Where fp16 gradients have overflowed, again at a smaller scale."""
+        while True:
+            metrics = accumulate_gradients(losses(self.roles, minibatch), self.loss_scale.value)
+            norms = {name: optimizer.gradient_norm() for name, optimizer in self.optimizers.items()}
+            if self.loss_scale.keep(all(map(math.isfinite, norms.values()))):
+                return metrics, norms
+            self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.clear_gradients()
+
+    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """(file name -> named tensors, what JSON can hold): weights, optimizers and counts."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Any] = {"skipped_in_a_row": self.skipped_in_a_row, "loss_scale": self.loss_scale.state_dict()}
+        for name, module in self.roles.trained().items():
+            tensors[name] = module.state_dict()
+            tensors[f"{name}_optimizer"], state[f"{name}_optimizer"] = self.optimizers[name].state_dict()
+            if masters := self.optimizers[name].separate_masters():
+                tensors[f"{name}_masters"] = masters
+        return tensors, state
+
+    def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, bit for bit."""
+        for name, module in self.roles.trained().items():
+            module.load_state_dict(tensors[name])
+            self.optimizers[name].restore_masters(tensors.get(f"{name}_masters", {}))
+            self.optimizers[name].load_state_dict(tensors[f"{name}_optimizer"], state[f"{name}_optimizer"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.loss_scale.load_state_dict(state["loss_scale"])
+
+
+def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, float]:
+    """Add the gradients of all micro-batches, times `scale`, to the parameters, and return the sums of their metrics."""
+    totals: Tensor | None = None
+    names: list[str] = []
+    for loss, metrics in losses:
+        (loss if scale == 1 else loss * scale).backward()
+        names, found = list(metrics), torch.stack(list(metrics.values()))
+        totals = found if totals is None else totals + found
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for metrics in rows:
+        for name, value in metrics.items():
+            sums[name] += value / len(rows)
+    return dict(sums)

@@ -1,0 +1,115 @@
+"""What a step says of itself, under the field's usual names."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastppo.config import RewardConfig
+from fastppo.evaluation import Evaluation
+from fastppo.ops import approx_kl
+from fastppo.rewards import RewardResult
+from fastppo.rewards.scores import Scores
+from fastppo.rollout.generation import GenerationStats
+from fastppo.rollout.rollout import FinishReason, Rollout
+from fastppo.targets import Targets
+
+
+def rollout_metrics(
+    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: RewardConfig
+) -> dict[str, float]:
+    """What the rollout says about policy, critic and reward before the update."""
+    difference = (evaluation.logprobs - rollout.logprobs).abs()
+    sequences = rollout.num_sequences
+    metrics = {
+        "objective/scores": scores.values.mean().item(),
+        "objective/scores_std": scores.values.std(correction=0).item(),
+        "objective/entropy": -evaluation.logprobs.sum().item() / sequences,
+        "completions/mean_length": rollout.num_actions / sequences,
+        "completions/clipped_ratio": (rollout.finish_reasons == FinishReason.LENGTH).sum().item() / sequences,
+        "rollout/logprob_diff_mean": difference.mean().item(),
+        "rollout/logprob_diff_max": difference.max().item(),
+    }
+    if evaluation.values is not None:
+        metrics["val/explained_var"] = explained_variance(evaluation.values, targets.returns)
+    kl_sum = 0.0
+    if evaluation.ref_logprobs is not None:
+        kl = approx_kl(evaluation.logprobs, evaluation.ref_logprobs, kind=config.kl_estimator)
+        kl_sum = kl.sum().item() / sequences
+        metrics["objective/kl"] = kl_sum
+    metrics["objective/rlhf_reward"] = metrics["objective/scores"] - config.kl_coef * kl_sum
+    return metrics
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); 0 where the returns do not vary beyond rounding."""
+    variance = returns.var(correction=0)
+    return (1 - (returns - values).var(correction=0) / variance).item() if variance > 1e-8 else 0.0
+
+
+def reward_metrics(result: RewardResult) -> dict[str, float]:
+    """Of all samples, also those that are left out of the update."""
+    metrics = {"rewards/failures": float(result.failures)}
+    for name, scores in result.by_name.items():
+        valid = torch.tensor([x for x in scores if not math.isnan(x)], dtype=torch.float32, device="cpu")
+        if len(valid):
+            metrics[f"rewards/{name}/mean"] = valid.mean().item()
+            metrics[f"rewards/{name}/std"] = valid.std(correction=0).item()
+    return metrics
+
+
+def evaluation_metrics(rollout: Rollout, result: RewardResult) -> dict[str, float]:
+    """Of held-out prompts."""
+    valid = [score for score in result.scores if not math.isnan(score)]
+    return {
+        "eval/scores": sum(valid) / len(valid) if valid else math.nan,
+        "eval/mean_length": rollout.num_actions / rollout.num_sequences,
+    }
+
+
+def engine_metrics(stats: GenerationStats) -> dict[str, float]:
+    return {
+        "perf/rollout_tokens_per_second": stats.tokens_per_second,
+        "perf/prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "perf/decode_tokens_per_second": stats.decode_tokens_per_second,
+        "perf/decode_gb_per_second": stats.decode_bytes_per_second / 1e9,
+        "rollout/occupancy": stats.occupancy,
+        "rollout/shared_prompt_share": stats.shared_prompt_share,
+    }
+
+
+class Clock:
+    """Wall-clock seconds of the parts of one step. On a GPU a part ends when its kernels have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - start
+
+    def metrics(self, sampled_tokens: int) -> dict[str, float]:
+        """Times, sampled tokens per second of the whole step, peak memory in GB (of the process on a CPU)."""
+        total = sum(self.seconds.values())
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else _peak_process_bytes()
+        return self.seconds | {
+            "time/step": total,
+            "perf/tokens_per_second": sampled_tokens / total,
+            "perf/max_memory_gb": memory / 1e9,
+        }
+
+
+def _peak_process_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

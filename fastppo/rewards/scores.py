@@ -1,0 +1,38 @@
+"""What the rewards of a step come to: one number a sequence, by name too, with the invalid ones marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastppo.rewards.runner import RewardResult
+from fastppo.rollout.record import on_device
+from fastppo.rollout.rollout import FinishReason, Rollout
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Of B sequences. NaN is the only mark of an invalid score: it is never a silent 0, and never trained on."""
+
+    values: Tensor
+    """fp32 [B], what is maximised."""
+    parts: Mapping[str, Tensor]
+    """fp32 [B] of each reward function, by its name."""
+
+    @classmethod
+    def of(cls, result: RewardResult, device: torch.device) -> Scores:
+        parts = {name: on_device(scores, device, torch.float32) for name, scores in result.by_name.items()}
+        return cls(on_device(result.scores, device, torch.float32), parts)
+
+    def penalised(self, rollout: Rollout, penalty: float) -> Scores:
+        """Less `penalty` for every completion that was cut off; decided by the finish reason, not by its length."""
+        cut_off = rollout.finish_reasons == FinishReason.LENGTH
+        return replace(self, values=torch.where(cut_off, self.values - penalty, self.values))
+
+    def select(self, indices: Sequence[int]) -> Scores:
+        """The sequences at `indices`, in that order."""
+        chosen = on_device(list(indices), self.values.device)
+        return Scores(self.values[chosen], {name: part[chosen] for name, part in self.parts.items()})

@@ -1,0 +1,156 @@
+"""Policy, critic and reference over packed batches: the one place that knows who shares which weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastppo.evaluation import Evaluation
+from fastppo.model import Critic, ValueHead, lm_head, packed_hidden
+from fastppo.ops import linear_token_logprobs
+from fastppo.plan import Plan, first_epoch
+from fastppo.rollout.record import on_device, places_in
+from fastppo.rollout.rollout import Rollout
+
+
+class Outputs(NamedTuple):
+    """For the N actions of a batch, in packed order; None where it was not asked for."""
+
+    logprobs: Tensor | None  # fp32 [N]
+    entropy: Tensor | None  # fp32 [N]
+    values: Tensor | None  # fp32 [N], value of the state before each action
+    final_values: Tensor | None  # fp32 [B], value of the state after each sequence's last token
+
+
+class Roles(nn.Module):
+    """Policy and critic that learn, and the reference that does not (None where no KL term needs it).
+
+    Args:
+        policy: a prepared model, trained in place.
+        critic: "separate", a copy of the policy's trunk with a value head, or "shared", a value head on the policy's trunk.
+        with_reference: keep a frozen copy of the policy as it is now.
+        gradient_checkpointing: keep one hidden state a layer for the backward pass and compute the rest again.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        *,
+        critic: Literal["separate", "shared"] = "separate",
+        with_reference: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        # Transformers checkpoints gradients in training mode only; all that is random in it is off in a prepared model.
+        policy.train()
+        if gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = policy
+        # The critic's head is initialised to zero, so building the networks draws no random numbers.
+        self.critic = Critic.from_model(policy) if critic == "separate" else None
+        self.value_head = (
+            ValueHead(lm_head(policy).weight.shape[1], device=policy.device) if critic == "shared" else None
+        )
+        reference = copy.deepcopy(policy).requires_grad_(False) if with_reference else None
+        # Not a submodule: neither optimizers nor checkpoints touch the reference.
+        object.__setattr__(self, "reference", reference)
+
+    def forward(self, rollout: Rollout, *, policy: bool = True, values: bool = True, entropy: bool = True) -> Outputs:
+        """Log-probabilities, entropy and values of the batch's actions; differentiable. `policy=False`: values alone, and of
+        a shared trunk nothing learns but the value head."""
+        hidden = None
+        if policy or (values and self.critic is None):
+            with nullcontext() if policy else torch.no_grad():
+                hidden = _hidden(self.policy, rollout)
+        logprobs = token_entropy = None
+        if policy:
+            out = _head_logprobs(self.policy, hidden, rollout, with_entropy=entropy)
+            logprobs, token_entropy = out if entropy else (out, None)
+        if not values:
+            return Outputs(logprobs, token_entropy, None, None)
+        state_values = self._state_values(rollout, hidden)
+        ends = on_device(rollout.bounds[1:], state_values.device) - 1
+        return Outputs(logprobs, token_entropy, state_values[rollout.actions - 1], state_values[ends])
+
+    def _state_values(self, rollout: Rollout, hidden: Tensor | None) -> Tensor:
+        """fp32 [T]: value of the state after each token."""
+        if self.critic is None:
+            return self.value_head(hidden)
+        return self.critic(rollout.tokens, rollout.position_ids, rollout.bounds)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """fp32 [N]: the reference's log-probabilities of the actions, at the sampling temperature."""
+        return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
+
+    @torch.no_grad()
+    def evaluate(self, rollout: Rollout, want: Collection[str], plan: Plan) -> Evaluation:
+        """What `want` names of "logprobs", "values" and "reference".
+
+        The micro-batches are those of the plan's first epoch: the same sequences side by side give the same bits there, so that the
+        ratio of the first minibatch is exactly 1.
+        """
+        names = {"logprobs": ("logprobs",), "values": ("values", "final_values"), "reference": ("ref_logprobs",)}
+        sizes = {"final_values": rollout.num_sequences}
+        device = rollout.tokens.device
+        found = {
+            name: torch.zeros(sizes.get(name, rollout.num_actions), dtype=torch.float32, device=device)
+            for wanted in names
+            if wanted in want
+            for name in names[wanted]
+        }
+        for indices in first_epoch(plan):
+            batch = rollout.select(indices)
+            actions = on_device(places_in(rollout.action_bounds, indices), device)
+            places = {"final_values": on_device(indices, device)}
+            outputs = self(batch, policy="logprobs" in want, values="values" in want, entropy=False)._asdict()
+            if "reference" in want:
+                outputs["ref_logprobs"] = self.reference_logprobs(batch)
+            for name, tensor in found.items():
+                tensor[places.get(name, actions)] = outputs[name].float()
+        return Evaluation(rollout.action_bounds, **found)
+
+    def trained(self) -> dict[str, nn.Module]:
+        """What learns, each with an optimizer and in a checkpoint's file of its own."""
+        return {"policy": self.policy, "critic": self.critic if self.critic is not None else self.value_head}
+
+    @cached_property
+    def reference_sha256(self) -> str | None:
+        """Fingerprint of the reference, to notice that a resumed run was given another one. It never changes."""
+        return None if self.reference is None else weights_sha256(self.reference)
+
+
+def _hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    return packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.bounds)
+
+
+def _head_logprobs(model: PreTrainedModel, hidden: Tensor, rollout: Rollout, with_entropy: bool):
+    """The state before token t is hidden[t - 1]: only the rows that score an action go through the head."""
+    head = lm_head(model)
+    return linear_token_logprobs(
+        hidden[rollout.actions - 1],
+        head.weight,
+        rollout.tokens[rollout.actions],
+        head.bias,
+        temperature=rollout.temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        return_entropy=with_entropy,
+    )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of a model's parameters, by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
