@@ -57,13 +57,15 @@ def kl_shaped_rewards(
         rewards = torch.where(mask, -coef * approx_kl(policy, other, kind), rewards)
     flat_mask = mask.reshape(-1)
     if cu_seqlens is None:
-        sequence = torch.arange(flat_mask.numel(), device=mask.device) // max(mask.shape[-1], 1)
+        sequence = torch.arange(flat_mask.numel(), dtype=torch.int64, device=mask.device) // max(mask.shape[-1], 1)
     else:
         lengths = cu_seqlens.long().diff()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device=mask.device), lengths)
     # The set position of a sequence that no other set position of it follows.
-    position = torch.where(flat_mask, torch.arange(flat_mask.numel(), device=mask.device), -1)
-    last = torch.full((len(scores),), -1, device=mask.device).scatter_reduce(0, sequence, position, "amax")
+    position = torch.where(flat_mask, torch.arange(flat_mask.numel(), dtype=torch.int64, device=mask.device), -1)
+    last = torch.full((len(scores),), -1, dtype=torch.int64, device=mask.device).scatter_reduce(
+        0, sequence, position, "amax"
+    )
     is_last = flat_mask & (position == last[sequence])
     score = scores.to(dtype)[sequence].view(rewards.shape)
     return torch.where(is_last.view(rewards.shape), rewards + score, rewards)

@@ -31,7 +31,7 @@ def decode_attention(
         k_pages[table].flatten(1, 2).to(wide).repeat_interleave(heads // kv_heads, dim=2)
     )  # [B, blocks * page, Hq, D]
     values = v_pages[table].flatten(1, 2).to(wide).repeat_interleave(heads // kv_heads, dim=2)
-    position = torch.arange(keys.shape[1], device=q.device)
+    position = torch.arange(keys.shape[1], dtype=torch.int64, device=q.device)
     lens = context_lens.long()[:, None]
     visible = position < lens
     if window is not None:

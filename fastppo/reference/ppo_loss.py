@@ -85,10 +85,10 @@ class Sequences:
     def __init__(self, mask: Tensor, cu_seqlens: Tensor | None) -> None:
         if cu_seqlens is None:
             self.count = mask.shape[0]
-            self.ids = torch.arange(self.count, device=mask.device).unsqueeze(1).expand(mask.shape)
+            self.ids = torch.arange(self.count, dtype=torch.int64, device=mask.device).unsqueeze(1).expand(mask.shape)
         else:
             self.count = cu_seqlens.numel() - 1
-            positions = torch.arange(mask.shape[0], device=mask.device)
+            positions = torch.arange(mask.shape[0], dtype=torch.int64, device=mask.device)
             self.ids = torch.bucketize(positions, cu_seqlens[1:].long(), right=True)
         self.mask = mask
         self.tokens = self.sum(torch.ones_like(mask, dtype=torch.float64))

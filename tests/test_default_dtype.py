@@ -1,0 +1,102 @@
+"""Nothing depends on torch's default dtype or device, which belong to whoever uses fastppo: a thread that loads a model in bf16 changes them
+for all others meanwhile, and what a kernel then reads or writes must not become another size."""
+
+from __future__ import annotations
+
+import ast
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo import native
+from fastppo.native import decoder
+from fastppo.ops import use_backend
+from tests.calls import CALLS, assert_equal, make_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("fastppo/native", "fastppo/ops", "fastppo/reference", "kernels")
+FACTORIES = {
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+def careless_allocations(source: str) -> list[int]:
+    """Lines that make a tensor from nothing without saying of which dtype and on which device."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        package, _, name = ast.unparse(node.func).rpartition(".")
+        named = {keyword.arg for keyword in node.keywords}
+        if package == "torch" and name in FACTORIES and not {"dtype", "device"} <= named:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_careless_allocations_are_seen():
+    source = (
+        "torch.empty(3)\ntorch.arange(3, device=d)\nx.new_empty(3)\ntorch.zeros(3, dtype=a, device=b)\ntl.arange(0, 3)"
+    )
+    assert careless_allocations(source) == [1, 2]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_allocation_names_its_dtype_and_device(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    careless = [f"{path.name}:{line}" for path in files for line in careless_allocations(path.read_text())]
+    assert not careless, f"without dtype and device: {', '.join(careless)}"
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str):
+    """torch's default dtype and device are these inside."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("call", CALLS)
+def test_ops_ignore_the_defaults(call, backend):
+    inputs = make_inputs("cpu")
+    with use_backend(backend):
+        expected = CALLS[call](inputs)
+        with defaults(torch.bfloat16, "meta"):
+            found = CALLS[call](inputs)
+    assert [x.dtype for x in found] == [x.dtype for x in expected]
+    assert_equal(found, expected)
+
+
+def tiny_layer() -> decoder.Layer:
+    """Of hidden size 8, with two heads of size 4."""
+    norm, none = decoder.Norm(torch.ones(8), 1e-6), decoder.Norm(None, 0.0)
+    shapes = [(8, 8)] * 4 + [(16, 8), (16, 8), (8, 16)]  # q, k, v, o, gate, up, down
+    linears = tuple(decoder.Linear(torch.randn(shape), None) for shape in shapes)
+    pages = [torch.zeros(4, 16, 2, 4) for _ in range(2)]
+    return decoder.Layer((norm, none, none, norm), linears, *pages, scale=0.5, window=None)
+
+
+def test_the_native_decoder_ignores_the_defaults():
+    """Its memory was once as large as the default dtype made it: the kernels wrote behind its end."""
+    if native.unavailable_reason:
+        pytest.skip(native.unavailable_reason)
+    layer, embedding, cos, sin = tiny_layer(), torch.randn(11, 8), torch.randn(64, 4), torch.randn(64, 4)
+    lengths, table = torch.tensor([4, 6]), torch.tensor([[2], [3]], dtype=torch.int32)
+
+    def run() -> list[torch.Tensor]:
+        made = decoder.Decoder([layer], embedding, layer.norms[0], cos, sin, rows=2)
+        assert made._hidden.dtype == made._scratch.dtype == torch.float32
+        prefilled = made.prefill([[1, 2, 3], [4, 5, 6, 7, 8]], [[2], [3]])
+        return [prefilled, made.step(torch.tensor([9, 10], dtype=torch.int64, device="cpu"), lengths, table).clone()]
+
+    expected = run()
+    with defaults(torch.bfloat16, "meta"):
+        assert_equal(run(), expected)
