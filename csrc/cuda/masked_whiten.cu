@@ -12,24 +12,26 @@ constexpr int kPerThread = 8;  // loads in flight
 constexpr int64_t kTile = kThreads * kPerThread;
 constexpr double kVarianceFloor = 1e-8;
 
-// Of both sets together. Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits.
+// Of both sets together. Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits. Infinite means have no difference
+// to go by: their own sum has the infinity, or the NaN, of all elements' sum.
 struct Merge {
   __device__ __forceinline__ Moments operator()(const Moments& a, const Moments& b) const {
     if (b.count == 0) return a;
     if (a.count == 0) return b;
     const double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
-    return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * (a.count * share)};
+    const double mean = isfinite(delta) ? a.mean + delta * share : a.mean + b.mean;
+    return {count, mean, a.squares + b.squares + delta * delta * (a.count * share)};
   }
 };
 
 // Sums of d = x - pivot and of d^2, where the pivot is the first element: its own square bounds what the difference of the sums can lose, and equal
-// elements give exactly 0.
+// elements give exactly 0. An infinite one is no pivot: 0 is.
 struct PivotedSums {
   double pivot = 0, sum = 0, squares = 0;
   int64_t count = 0;
 
   __device__ __forceinline__ void add(float x) {
-    if (count++ == 0) pivot = x;
+    if (count++ == 0) pivot = isinf(x) ? 0.0 : x;
     const double d = x - pivot;
     sum += d;
     squares += d * d;
