@@ -1,5 +1,8 @@
-"""Nothing depends on torch's default dtype or device, which belong to whoever uses fastppo: a thread that loads a model in bf16 changes them
-for all others meanwhile, and what a kernel then reads or writes must not become another size."""
+"""Nothing depends on what is set for torch as a whole, which belongs to whoever uses fastppo.
+
+The default dtype and device: a thread that loads a model in bf16 changes the one for all others meanwhile, and what a kernel reads or writes
+must not become another size. Autocast: ops promise fp32 arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import native
+from fastppo import native, ops
 from fastppo.native import decoder
 from fastppo.ops import use_backend
 from tests.calls import CALLS, assert_equal, make_inputs
@@ -63,16 +66,32 @@ def defaults(dtype: torch.dtype, device: str):
         torch.set_default_dtype(previous)
 
 
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("around", [lambda: defaults(torch.bfloat16, "meta"), autocast], ids=["defaults", "autocast"])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("call", CALLS)
-def test_ops_ignore_the_defaults(call, backend):
+def test_ops_ignore_what_is_set_around_them(call, backend, around):
+    if around is autocast and backend == "reference" and call.startswith("linear_"):
+        pytest.skip("its backward pass is autograd's own, which PyTorch asks to be run outside of autocast")
     inputs = make_inputs("cpu")
     with use_backend(backend):
         expected = CALLS[call](inputs)
-        with defaults(torch.bfloat16, "meta"):
+        with around():
             found = CALLS[call](inputs)
     assert [x.dtype for x in found] == [x.dtype for x in expected]
     assert_equal(found, expected)
+
+
+def test_large_heads_ignore_autocast():
+    """Attention over more than the kernels' largest head goes to the reference."""
+    q, pages = torch.randn(2, 4, 320), torch.randn(2, 4, 16, 2, 320)
+    table, lens = torch.tensor([[0, 1], [2, 3]]), torch.tensor([32, 20])
+    expected = ops.decode_attention(q, *pages, table, lens)
+    with autocast():
+        assert torch.equal(ops.decode_attention(q, *pages, table, lens), expected)
 
 
 def tiny_layer() -> decoder.Layer:
