@@ -16,6 +16,7 @@ import torch
 from fastppo import native, ops
 from fastppo.native import decoder
 from fastppo.ops import use_backend
+from fastppo.ops._precision import FullPrecision
 from tests.calls import CALLS, assert_equal, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,65 @@ def test_ops_ignore_what_is_set_around_them(call, backend, around):
             found = CALLS[call](inputs)
     assert [x.dtype for x in found] == [x.dtype for x in expected]
     assert_equal(found, expected)
+
+
+def reset_precision() -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.fp32_precision = "none"
+
+
+@pytest.fixture
+def full_precision_around():
+    reset_precision()
+    yield
+    reset_precision()
+
+
+# Ways to ask for products of rounded factors, and how to read what was asked for.
+REDUCED = {
+    "set_float32_matmul_precision": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        torch.get_float32_matmul_precision,
+    ),
+    "oneDNN": (
+        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+    ),
+    "all": (lambda: setattr(torch.backends, "fp32_precision", "bf16"), lambda: torch.backends.fp32_precision),
+}
+
+
+@pytest.mark.parametrize("way", REDUCED)
+@pytest.mark.parametrize("call", ["linear_token_logprobs", "linear_ppo_loss"])
+def test_heads_ignore_a_reduced_precision(cpu_backend, full_precision_around, call, way):
+    """Which changes products on processors with bf16 instructions."""
+    reduce, asked = REDUCED[way]
+    inputs = make_inputs("cpu")
+    expected = CALLS[call](inputs)
+    reduce()
+    before = asked(), torch.backends.mkldnn.matmul.fp32_precision
+    assert_equal(CALLS[call](inputs), expected)
+    assert (asked(), torch.backends.mkldnn.matmul.fp32_precision) == before
+
+
+class Precision:
+    fp32_precision = "bf16"
+
+
+def test_the_last_thread_gives_the_precision_back():
+    matmul = Precision()
+    section = FullPrecision(matmul)
+    with section:
+        with section:
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "ieee", "the other is still inside"
+        matmul.fp32_precision = "tf32"  # somebody else, meanwhile
+        with section:
+            assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "tf32"
+    with section:
+        matmul.fp32_precision = "bf16"
+    assert matmul.fp32_precision == "bf16", "what was set meanwhile stays"
 
 
 def test_large_heads_ignore_autocast():
