@@ -1,9 +1,9 @@
 // Mean and variance of the masked elements in one read, and the whitened tensor in one more. Sums are doubles over blocks of fixed size, added in
 // order: the bits depend neither on threads nor on the instruction set.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "../common/moments.h"
 #include "masks.h"
 #include "parallel.h"
 
@@ -12,16 +12,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kBlocksWorthAThread = 16;
-constexpr double kVarianceFloor = 1e-8;
-
-// Of both sets together. Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits. Infinite means have no difference
-// to go by: their own sum has the infinity, or the NaN, of all elements' sum.
-Moments merge(const Moments& a, const Moments& b) {
-  if (b.count == 0) return a;
-  const double count = a.count + b.count, delta = b.mean - a.mean;
-  const double mean = std::isfinite(delta) ? a.mean + delta * (b.count / count) : a.mean + b.mean;
-  return {count, mean, a.squares + b.squares + delta * delta * (a.count * b.count / count)};
-}
 
 // Sixteen doubles, as four registers of AVX: of all widths the one that GCC converts from and to floats without detours.
 struct Doubles {
@@ -59,13 +49,12 @@ FASTPPO_INLINE Kept load_kept(const float* x, const uint8_t* mask, int count, fl
   return {keep, select(keep, load(x, count), vfloat(absent))};
 }
 
-// Sums of d = x - pivot and of d^2, where the pivot is one of the elements: its own square bounds what the difference of the sums can lose to about
-// 1024 roundings of fp64, and equal elements give exactly 0. Elements left out are set to the pivot, which is 0 where that element is infinite.
+// Elements left out are set to the pivot.
 Moments block_moments(const float* x, const uint8_t* mask, int size) {
   int first = 0;
   while (mask && first < size && !mask[first]) ++first;
   if (first == size) return {};
-  const float pivot = std::isinf(x[first]) ? 0.0f : x[first];
+  const float pivot = pivot_of(x[first]);
   vfloat counts = 0.0f;
   Doubles sums, squares;
   for_vectors(0, size, [&](int64_t i, int lanes) {
@@ -78,8 +67,7 @@ Moments block_moments(const float* x, const uint8_t* mask, int size) {
       squares.part[j] += d * d;
     }
   });
-  const double count = sum_lanes(counts), sum = sums.total();
-  return {count, pivot + sum / count, squares.total() - sum * (sum / count)};
+  return moments_around(pivot, sum_lanes(counts), sums.total(), squares.total());
 }
 
 void whiten_range(const float* x, const uint8_t* mask, double mean, double scale, double shift, float* out, int64_t first, int64_t last) {
@@ -108,8 +96,7 @@ Moments masked_moments(const float* x, const uint8_t* mask, int64_t count, int t
 }
 
 void masked_whiten(const float* x, const uint8_t* mask, int64_t count, Moments moments, bool keep_mean, float* out, int threads) {
-  const double variance = moments.count > 1 ? moments.squares / (moments.count - 1) : 0;
-  const double scale = 1 / std::sqrt(variance + kVarianceFloor), shift = keep_mean ? moments.mean : 0;
+  const double scale = whitening_scale(moments), shift = keep_mean ? moments.mean : 0;
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   parallel_ranges(blocks, threads, kBlocksWorthAThread, [&](int64_t first, int64_t last) {
     whiten_range(x, mask, moments.mean, scale, shift, out, first * kBlock, std::min(last * kBlock, count));
