@@ -54,3 +54,12 @@ def online_update(z, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
         weighted = factor * (weighted + moved * total) + tl.sum(tl.where(e == 0.0, 0.0, e * shifted), axis=0)
     total = factor * total + tl.sum(e, axis=0)
     return new_max, total, weighted
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) = -expm1(x) for x <= 0, to fp32's last digits also where the difference cancels: there x (1 + x/2 (1 + x/3 ...))."""
+    series = 1.0 + x / 8.0
+    for k in tl.static_range(7, 1, -1):
+        series = 1.0 + x / k * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._online_softmax import online_update, transform_logits, transform_slope
+from ._online_softmax import one_minus_exp, online_update, transform_logits, transform_slope
 
 BLOCK_V = 4096  # elements of a row that one program holds at once
 NUM_WARPS = 8
@@ -142,7 +142,8 @@ def _token_logprobs_backward_kernel(
 ):
     """One program for BLOCK_V elements of one row; each element is read before it is written, so grad may be the logits."""
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_v = tl.program_id(1) * BLOCK_V
+    offs_v = first_v + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
     grad_row_ptr = grad_ptr + (row // inner) * grad_stride_outer + (row % inner) * grad_stride_inner
     label = tl.load(labels_ptr + row)
@@ -157,7 +158,9 @@ def _token_logprobs_backward_kernel(
     log_p = (transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP) - row_max) - log_sum
     p = tl.exp(log_p)
     # d logprob / dz = onehot - p
-    dz = d_logprob * tl.where(offs_v == label, 1.0 - p, -p)
+    dz = -d_logprob * p
+    if (label >= first_v) & (label < first_v + BLOCK_V):
+        dz = tl.where(offs_v == label, d_logprob * one_minus_exp(log_p), dz)
     if WITH_ENTROPY:
         # d H / dz = -p (log p + H); p = 0 contributes 0 though log p is -inf
         entropy = tl.load(entropy_ptr + row)

@@ -9,25 +9,12 @@ namespace {
 
 constexpr int64_t kTokensWorthAThread = 16384;
 
-// Calls body(first, count) on sixteen elements at a time, fewer at the end.
-template <class Body>
-FASTPPO_INLINE void for_each_vector(int64_t first, int64_t last, const Body& body) {
-  for (int64_t i = first; i < last; i += kLanes) body(i, static_cast<int>(last - i < kLanes ? last - i : kLanes));
-}
-
-FASTPPO_INLINE vfloat load(const float* p, int count) { return count == kLanes ? F32::load(p) : load_tail<F32>(p, count, 0); }
-
-FASTPPO_INLINE void store(float* p, int count, const vfloat& v) {
-  if (count == kLanes) F32::store(p, v);
-  else store_tail<F32>(p, count, v);
-}
-
 template <class Estimator>
 void shaped_range(const float* scores, const float* logprobs, const float* ref_logprobs, const uint8_t* mask, const Sequences& sequences, float coef,
                   float* rewards, int64_t first, int64_t last) {
-  for_each_vector(sequences.begin(first), sequences.end(last - 1), [&](int64_t i, int count) {
+  for_vectors(sequences.begin(first), sequences.end(last - 1), [&](int64_t i, int count) {
     if (coef == 0) return store(rewards + i, count, vfloat(0.0f));  // no 0 * inf
-    const vint keep = count == kLanes ? load_mask(mask + i) : load_mask_tail(mask + i, count);
+    const vint keep = load_mask(mask + i, count);
     const vfloat kl = Estimator::value(load(logprobs + i, count) - load(ref_logprobs + i, count));
     store(rewards + i, count, select(keep, -coef * kl, vfloat(0.0f)));
   });
@@ -43,7 +30,7 @@ void shaped_range(const float* scores, const float* logprobs, const float* ref_l
 void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, KLKind kind, float* kl, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_ranges(count, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
-      for_each_vector(first, last, [&](int64_t i, int size) {
+      for_vectors(first, last, [&](int64_t i, int size) {
         store(kl + i, size, decltype(estimator)::value(load(logprobs + i, size) - load(ref_logprobs + i, size)));
       });
     });
@@ -53,7 +40,7 @@ void approx_kl(const float* logprobs, const float* ref_logprobs, int64_t count, 
 void approx_kl_backward(const float* logprobs, const float* ref_logprobs, const float* d_kl, int64_t count, KLKind kind, float* grad, int threads) {
   with_kl(kind, [&](auto estimator) {
     parallel_ranges(count, threads, kTokensWorthAThread, [&](int64_t first, int64_t last) {
-      for_each_vector(first, last, [&](int64_t i, int size) {
+      for_vectors(first, last, [&](int64_t i, int size) {
         const vfloat slope = decltype(estimator)::slope(load(logprobs + i, size) - load(ref_logprobs + i, size));
         store(grad + i, size, load(d_kl + i, size) * slope);
       });

@@ -11,40 +11,25 @@ constexpr int64_t kElementsWorthAThread = 1 << 14;
 
 int64_t rows_worth_a_thread(int64_t width) { return (kElementsWorthAThread + width - 1) / width; }
 
-// Calls body(p, count) on a row of floats in vectors of `count` lanes: 16, and fewer for the last.
-template <class Body>
-FASTPPO_INLINE void for_vectors(int64_t width, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) body(i, kLanes);
-  if (i < width) body(i, static_cast<int>(width - i));
-}
-
-FASTPPO_INLINE vfloat load(const float* p, int count) { return count == kLanes ? F32::load(p) : load_tail<F32>(p, count, 0); }
-
-FASTPPO_INLINE void store(float* p, int count, const vfloat& v) {
-  if (count == kLanes) F32::store(p, v);
-  else store_tail<F32>(p, count, v);
-}
-
 // out = x / rms(x) * weight (arXiv:1910.07467, eq. 4); may be in place.
 void normalize(const float* x, const float* weight, float eps, int64_t width, float* out) {
   vfloat squares = 0.0f;
-  for_vectors(width, [&](int64_t i, int count) {
+  for_vectors(0, width, [&](int64_t i, int count) {
     const vfloat v = load(x + i, count);
     squares += v * v;
   });
   const float factor = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps);
-  for_vectors(width, [&](int64_t i, int count) { store(out + i, count, load(weight + i, count) * (load(x + i, count) * factor)); });
+  for_vectors(0, width, [&](int64_t i, int count) { store(out + i, count, load(weight + i, count) * (load(x + i, count) * factor)); });
 }
 
 void add(float* x, const float* y, int64_t width) {
-  for_vectors(width, [&](int64_t i, int count) { store(x + i, count, load(x + i, count) + load(y + i, count)); });
+  for_vectors(0, width, [&](int64_t i, int count) { store(x + i, count, load(x + i, count) + load(y + i, count)); });
 }
 
 // Rotary embedding (arXiv:2104.09864) of the first `width` elements of a head, whose two halves hold the pairs.
 void rotate(float* head, const float* cos, const float* sin, int64_t width) {
   const int64_t half = width / 2;
-  for_vectors(half, [&](int64_t i, int count) {
+  for_vectors(0, half, [&](int64_t i, int count) {
     const vfloat low = load(head + i, count), high = load(head + half + i, count);
     store(head + i, count, low * load(cos + i, count) - high * load(sin + i, count));
     store(head + half + i, count, high * load(cos + half + i, count) + low * load(sin + half + i, count));
@@ -53,7 +38,7 @@ void rotate(float* head, const float* cos, const float* sin, int64_t width) {
 
 // gate = silu(gate) * up, silu(x) = x / (1 + exp(-x)).
 void gate_with(float* gate, const float* up, int64_t width) {
-  for_vectors(width, [&](int64_t i, int count) {
+  for_vectors(0, width, [&](int64_t i, int count) {
     const vfloat x = load(gate + i, count);
     store(gate + i, count, x / (vexp(-x) + 1.0f) * load(up + i, count));
   });

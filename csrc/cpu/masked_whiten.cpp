@@ -1,9 +1,9 @@
 // Mean and variance of the masked elements in one read, and the whitened tensor in one more. Sums are doubles over blocks of fixed size, added in
 // order: the bits depend neither on threads nor on the instruction set.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "../common/moments.h"
 #include "masks.h"
 #include "parallel.h"
 
@@ -12,14 +12,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kBlocksWorthAThread = 16;
-constexpr double kVarianceFloor = 1e-8;
-
-// Of both sets together. Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits.
-Moments merge(const Moments& a, const Moments& b) {
-  if (b.count == 0) return a;
-  const double count = a.count + b.count, delta = b.mean - a.mean;
-  return {count, a.mean + delta * (b.count / count), a.squares + b.squares + delta * delta * (a.count * b.count / count)};
-}
 
 // Sixteen doubles, as four registers of AVX: of all widths the one that GCC converts from and to floats without detours.
 struct Doubles {
@@ -53,22 +45,20 @@ struct Kept {
 };
 
 FASTPPO_INLINE Kept load_kept(const float* x, const uint8_t* mask, int count, float absent) {
-  const bool whole = count == kLanes;
-  const vint keep = whole && mask ? load_mask(mask) : load_mask_tail(mask, count);
-  return {keep, select(keep, whole ? F32::load(x) : load_tail<F32>(x, count, 0), vfloat(absent))};
+  const vint keep = load_mask(mask, count);
+  return {keep, select(keep, load(x, count), vfloat(absent))};
 }
 
-// Sums of d = x - pivot and of d^2, where the pivot is one of the elements: its own square bounds what the difference of the sums can lose to about
-// 1024 roundings of fp64, and equal elements give exactly 0. Elements left out are set to the pivot.
+// Elements left out are set to the pivot.
 Moments block_moments(const float* x, const uint8_t* mask, int size) {
   int first = 0;
   while (mask && first < size && !mask[first]) ++first;
   if (first == size) return {};
-  const float pivot = x[first];
+  const float pivot = pivot_of(x[first]);
   vfloat counts = 0.0f;
   Doubles sums, squares;
-  for (int i = 0; i < size; i += kLanes) {
-    const Kept k = load_kept(x + i, mask ? mask + i : nullptr, size - i < kLanes ? size - i : kLanes, pivot);
+  for_vectors(0, size, [&](int64_t i, int lanes) {
+    const Kept k = load_kept(x + i, mask ? mask + i : nullptr, lanes, pivot);
     counts += select(k.keep, vfloat(1.0f), vfloat(0.0f));
     const Doubles x16 = Doubles::from(k.x);
     for (int j = 0; j < Doubles::kParts; ++j) {
@@ -76,21 +66,17 @@ Moments block_moments(const float* x, const uint8_t* mask, int size) {
       sums.part[j] += d;
       squares.part[j] += d * d;
     }
-  }
-  const double count = sum_lanes(counts), sum = sums.total();
-  return {count, pivot + sum / count, squares.total() - sum * (sum / count)};
+  });
+  return moments_around(pivot, sum_lanes(counts), sums.total(), squares.total());
 }
 
 void whiten_range(const float* x, const uint8_t* mask, double mean, double scale, double shift, float* out, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; i += kLanes) {
-    const int count = static_cast<int>(last - i < kLanes ? last - i : kLanes);
+  for_vectors(first, last, [&](int64_t i, int count) {
     const Kept k = load_kept(x + i, mask ? mask + i : nullptr, count, 0);
     Doubles v = Doubles::from(k.x);
     for (Doubles::Four& part : v.part) part = (part - mean) * scale + shift;
-    const vfloat white = select(k.keep, v.rounded(), vfloat(0.0f));
-    if (count == kLanes) F32::store(out + i, white);
-    else store_tail<F32>(out + i, count, white);
-  }
+    store(out + i, count, select(k.keep, v.rounded(), vfloat(0.0f)));
+  });
 }
 
 }  // namespace
@@ -110,8 +96,7 @@ Moments masked_moments(const float* x, const uint8_t* mask, int64_t count, int t
 }
 
 void masked_whiten(const float* x, const uint8_t* mask, int64_t count, Moments moments, bool keep_mean, float* out, int threads) {
-  const double variance = moments.count > 1 ? moments.squares / (moments.count - 1) : 0;
-  const double scale = 1 / std::sqrt(variance + kVarianceFloor), shift = keep_mean ? moments.mean : 0;
+  const double scale = whitening_scale(moments), shift = keep_mean ? moments.mean : 0;
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   parallel_ranges(blocks, threads, kBlocksWorthAThread, [&](int64_t first, int64_t last) {
     whiten_range(x, mask, moments.mean, scale, shift, out, first * kBlock, std::min(last * kBlock, count));

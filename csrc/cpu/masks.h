@@ -22,8 +22,9 @@ FASTPPO_INLINE vint load_bytes(const uint8_t* p) {
 // All bits of a lane set where its byte is not 0.
 FASTPPO_INLINE vint load_mask(const uint8_t* p) { return load_bytes(p) != 0; }
 
-// The last `count` < 16 bytes of a row; the lanes beyond are false. A null pointer is a mask that leaves nothing out.
-FASTPPO_INLINE vint load_mask_tail(const uint8_t* p, int count) {
+// The first `count` <= 16 bytes at p; the lanes beyond are false. A null pointer is a mask that leaves nothing out.
+FASTPPO_INLINE vint load_mask(const uint8_t* p, int count) {
+  if (p && count == kLanes) return load_mask(p);
   uint8_t bytes[kLanes] = {};
   if (p) std::memcpy(bytes, p, count);
   else std::memset(bytes, 1, count);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../common/ppo_token.h"
+#include "masks.h"
 #include "parallel.h"
 
 namespace fastppo::FASTPPO_ISA {
@@ -44,17 +45,6 @@ struct Block {
     });
     return scratch;
   }
-
-  FASTPPO_MEMBER vint load_mask(int64_t i) const {
-    typedef uint8_t Bytes __attribute__((vector_size(kRegisterBytes / 4)));  // as many elements as one register of int32
-    vint out;
-    for (int part = 0; part < vint::kParts; ++part) {
-      Bytes bytes;
-      std::memcpy(&bytes, mask + i + part * (kRegisterBytes / 4), sizeof bytes);
-      out.part[part] = __builtin_convertvector(bytes, vint::Register);
-    }
-    return out != 0;
-  }
 };
 
 // Sixteen tokens of a block, as ppo_token asks for them.
@@ -72,9 +62,8 @@ struct Lanes {
   FASTPPO_MEMBER void raise(PPOSum s, const vfloat& x) { total[s] = vmax(select(mask, x, vfloat(0.0f)), total[s]); }
   FASTPPO_MEMBER void store(float* gradient, const vfloat& x) const {
     if (!gradient) return;
-    const vfloat kept = select(mask, x, vfloat(0.0f));
-    if (i + kLanes <= block.size) F32::store(gradient + block.first + i, kept);
-    else store_tail<F32>(gradient + block.first + i, static_cast<int>(block.size - i), kept);
+    const int count = static_cast<int>(block.size - i < kLanes ? block.size - i : kLanes);
+    fastppo::FASTPPO_ISA::store(gradient + block.first + i, count, select(mask, x, vfloat(0.0f)));
   }
 };
 
@@ -83,7 +72,7 @@ void token_block(const Block& block, const PPOOptions& options, const PPOGradien
   vfloat total[kNumPPOSums];
   for (vfloat& t : total) t = 0.0f;
   for (int64_t i = 0; i < block.size; i += kLanes) {
-    Lanes lanes{block, total, i, block.load_mask(i)};
+    Lanes lanes{block, total, i, load_mask(block.mask + i)};
     total[kTokens] += indicator(lanes.mask);
     ppo_token(lanes, options, gradients);
   }
@@ -102,7 +91,7 @@ SequenceSums sum_sequence(const PPOTokens& tokens, int64_t first, int64_t last, 
     block.load(tokens, begin, last - begin < kPPOPart ? last : begin + kPPOPart, log_ratios ? kOldLogprobs + 1 : 0);
     vfloat kept = 0.0f, log_ratio = 0.0f;
     for (int64_t i = 0; i < block.size; i += kLanes) {
-      const vint mask = block.load_mask(i);
+      const vint mask = load_mask(block.mask + i);
       kept += indicator(mask);
       if (log_ratios) log_ratio += select(mask, F32::load(block.column[kLogprobs] + i) - F32::load(block.column[kOldLogprobs] + i), vfloat(0.0f));
     }

@@ -322,6 +322,22 @@ FASTPPO_INLINE void store_tail(typename Storage::type* p, int count, const vfloa
   std::memcpy(p, buffer, count * sizeof *p);
 }
 
+// The first `count` <= 16 floats at p; lanes beyond are 0, and memory beyond is not touched.
+FASTPPO_INLINE vfloat load(const float* p, int count) { return count == kLanes ? F32::load(p) : load_tail<F32>(p, count, 0); }
+
+FASTPPO_INLINE void store(float* p, int count, const vfloat& v) {
+  if (count == kLanes) F32::store(p, v);
+  else store_tail<F32>(p, count, v);
+}
+
+// Calls body(i, count) for vectors of `count` elements from i on that together are [first, last): 16 each, and fewer for the last.
+template <class Body>
+FASTPPO_INLINE void for_vectors(int64_t first, int64_t last, const Body& body) {
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) body(i, kLanes);
+  if (i < last) body(i, static_cast<int>(last - i));
+}
+
 typedef float Quad __attribute__((vector_size(16)));
 
 // Lanes always fold in halves, so the order of additions is fixed: 16 to 4 here.

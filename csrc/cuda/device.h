@@ -112,18 +112,16 @@ __device__ __forceinline__ T warp_reduce(T value, const Op& op) {
   return value;
 }
 
-// All values of a block of kThreads, in every thread. Ends with a barrier: may be called again at once.
-template <int kThreads, class T, class Op>
-__device__ __forceinline__ T block_reduce(T value, const Op& op) {
-  static_assert(kThreads % kWarpSize == 0, "whole warps");
-  constexpr int kWarps = kThreads / kWarpSize;
-  __shared__ T partial[kWarps];
+// All values of a block of up to kMost threads, in every thread. Ends with a barrier: may be called again at once.
+template <int kMost, class T, class Op>
+__device__ T block_reduce(T value, const Op& op) {
+  static_assert(kMost % kWarpSize == 0, "whole warps");
+  __shared__ T partial[kMost / kWarpSize];
   value = warp_reduce(value, op);
   if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   T result = partial[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) result = op(result, partial[warp]);
+  for (unsigned warp = 1; warp < blockDim.x / kWarpSize; ++warp) result = op(result, partial[warp]);
   __syncthreads();  // until all have read
   return result;
 }

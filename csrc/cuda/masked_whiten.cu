@@ -1,5 +1,6 @@
 // Mean and variance of the masked elements in one read, and the whitened tensor in one more. Every thread sums its elements in fp64 around one of
 // them; threads, then blocks, are merged in a fixed order.
+#include "../common/moments.h"
 #include "device.h"
 #include "launch.h"
 #include "launchers.h"
@@ -10,35 +11,23 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPerThread = 8;  // loads in flight
 constexpr int64_t kTile = kThreads * kPerThread;
-constexpr double kVarianceFloor = 1e-8;
 
-// Of both sets together. Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits.
 struct Merge {
-  __device__ __forceinline__ Moments operator()(const Moments& a, const Moments& b) const {
-    if (b.count == 0) return a;
-    if (a.count == 0) return b;
-    const double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
-    return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * (a.count * share)};
-  }
+  __device__ __forceinline__ Moments operator()(const Moments& a, const Moments& b) const { return merge(a, b); }
 };
 
-// Sums of d = x - pivot and of d^2, where the pivot is the first element: its own square bounds what the difference of the sums can lose, and equal
-// elements give exactly 0.
+// Around the first element.
 struct PivotedSums {
   double pivot = 0, sum = 0, squares = 0;
   int64_t count = 0;
 
   __device__ __forceinline__ void add(float x) {
-    if (count++ == 0) pivot = x;
+    if (count++ == 0) pivot = pivot_of(x);
     const double d = x - pivot;
     sum += d;
     squares += d * d;
   }
-  __device__ __forceinline__ Moments moments() const {
-    if (count == 0) return {0, 0, 0};
-    const double n = static_cast<double>(count), mean = sum / n;
-    return {n, pivot + mean, squares - sum * mean};
-  }
+  __device__ __forceinline__ Moments moments() const { return moments_around(pivot, static_cast<double>(count), sum, squares); }
 };
 
 // Calls body(i, x[i]) at the kept elements of this thread among those of a tile, all loads first.
@@ -84,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     masked_whiten_kernel(const typename Storage::type* __restrict__ x, const uint8_t* __restrict__ mask, int64_t count,
                          const double* __restrict__ moment_count, const double* __restrict__ mean, const double* __restrict__ squares, bool keep_mean,
                          float* __restrict__ out) {
-  const double n = *moment_count, m = *mean, variance = n > 1 ? *squares / (n - 1) : 0;
-  const double scale = 1 / sqrt(variance + kVarianceFloor), shift = keep_mean ? m : 0;
+  const double m = *mean, scale = whitening_scale({*moment_count, m, *squares}), shift = keep_mean ? m : 0;
   const int64_t begin = blockIdx.x * kTile;
   const Tile<Storage> tile(x, mask, begin, count);
 #pragma unroll

@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kChunkThreads) scan_kernel(Rows logits, const 
     if (threadIdx.x % kGroupLanes == 0 && logit.begin(i) < shape.width) w.group_max[row * shape.groups + logit.begin(i) / kGroup] = group;
     top = fmaxf(top, group);
   }
-  top = reduce<kChunkThreads>(top, Larger{});
+  top = block_reduce<kChunkThreads>(top, Larger{});
 
   const float sum = sum_of_exps(logit.x, top, temperature[row] == 0 ? 1.0f : temperature[row]);
-  const double chunk_sum = reduce<kChunkThreads>(static_cast<double>(sum), Add{});
+  const double chunk_sum = block_reduce<kChunkThreads>(static_cast<double>(sum), Add{});
   if (threadIdx.x == 0) {
     w.chunk_max[blockIdx.x] = top;
     w.chunk_sum[blockIdx.x] = chunk_sum;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kChunkThreads) weigh_kernel(Rows logits, Sampl
   if (!is_weighed(temperature, parameters.top_k[row], shape)) return;
   float top = -kInfinity;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x) top = fmaxf(top, w.chunk_max[row * shape.chunks + i]);
-  top = reduce<kChunkThreads>(top, Larger{});
+  top = block_reduce<kChunkThreads>(top, Larger{});
   const bool quick = fabsf(top) < 0x1p100f && temperature > 0x1p-20f && temperature < 0x1p20f;
   const Quotient quotient{temperature, __frcp_rn(temperature)};
   top = scaled(top, temperature);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kChunkThreads) weigh_kernel(Rows logits, Sampl
     MassSum sum;
 #pragma unroll
     for (float z : logit.x) sum.add(exp_nonpositive(rounded_sum(z, -top)));
-    const uint64_t mass = reduce<kChunkThreads>(sum.total(), Add{});
+    const uint64_t mass = block_reduce<kChunkThreads>(sum.total(), Add{});
     if (threadIdx.x == 0) w.chunk_mass[row * shape.chunks + chunk] = mass;
   }
 }
@@ -377,14 +377,14 @@ class RowChooser {
   __device__ uint64_t mass_left(float least_e) {
     uint64_t mass = 0;
     each_token([&](uint32_t rank, int) { mass += mass_at(rank, least_e); });
-    return reduce<kSearchThreads>(mass, Add{});
+    return block_reduce<kSearchThreads>(mass, Add{});
   }
 };
 
 __device__ uint64_t sum_of_masses(const uint64_t* chunk_mass, int chunks) {
   uint64_t mass = 0;
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) mass += chunk_mass[i];
-  return reduce<kSearchThreads>(mass, Add{});
+  return block_reduce<kSearchThreads>(mass, Add{});
 }
 
 template <class Storage>
@@ -397,12 +397,12 @@ __global__ void __launch_bounds__(kSearchThreads) choose_kernel(Rows logits, Sam
 
   float top_x = -kInfinity;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x) top_x = fmaxf(top_x, chunk_max[i]);
-  top_x = reduce<kSearchThreads>(top_x, Larger{});
+  top_x = block_reduce<kSearchThreads>(top_x, Larger{});
   const float max = scaled(top_x, divisor(p));
   double sum = 0;
   for (int i = threadIdx.x; i < shape.chunks; i += blockDim.x)
     sum += w.chunk_sum[row * shape.chunks + i] * exp(static_cast<double>(scaled(chunk_max[i], divisor(p))) - max);
-  sum = reduce<kSearchThreads>(sum, Add{});
+  sum = block_reduce<kSearchThreads>(sum, Add{});
   // As in torch: NaN anywhere, a +inf, or nothing but -inf leaves no distribution.
   if (!valid(p) || !(fabsf(max) < kInfinity) || sum != sum) {
     if (threadIdx.x == 0) {

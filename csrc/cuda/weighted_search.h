@@ -10,19 +10,6 @@ namespace fastppo::cuda {
 constexpr int kSearchThreads = 512;  // at most
 constexpr int kBinBits = 11, kBins = 1 << kBinBits;
 
-// block_reduce for a block of up to kMost threads.
-template <int kMost, class T, class Op>
-__device__ T reduce(T value, const Op& op) {
-  __shared__ T partial[kMost / kWarpSize];
-  value = warp_reduce(value, op);
-  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  T result = partial[0];
-  for (unsigned warp = 1; warp < blockDim.x / kWarpSize; ++warp) result = op(result, partial[warp]);
-  __syncthreads();  // until all have read
-  return result;
-}
-
 struct Smaller {
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return a < b ? a : b; }
 };
@@ -105,7 +92,7 @@ __device__ __forceinline__ uint32_t search_few(SearchBoard& board, int count, ui
   uint64_t sum = 0;
   if (threadIdx.x < count)
     for (int i = 0; i < count; ++i) sum += board.keys[i] <= key ? board.bins[i] : 0;
-  return reduce<kSearchThreads>(threadIdx.x < count && sum >= need ? min(key, high) : high, Smaller{});
+  return block_reduce<kSearchThreads>(threadIdx.x < count && sum >= need ? min(key, high) : high, Smaller{});
 }
 
 }  // namespace fastppo::cuda

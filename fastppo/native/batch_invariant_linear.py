@@ -13,7 +13,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     columns, inner = weight.shape
     if not x.is_contiguous():
         x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     rows = out.numel() // max(columns, 1)
     _C.batch_invariant_linear(
         x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), DTYPE_CODES[x.dtype],

@@ -15,7 +15,7 @@ def decode_attention(
     """q [B, Hq, D] with its last two dimensions contiguous, caches contiguous within a page, int32 tables -> [B, Hq, Dv] in q's dtype."""
     batch, heads, head_size = q.shape
     pages, page_size, kv_heads, value_size = v_pages.shape
-    out = torch.empty((batch, heads, value_size), dtype=q.dtype)
+    out = torch.empty((batch, heads, value_size), dtype=q.dtype, device=q.device)
     bad = _C.decode_attention(
         address(q), address(k_pages), address(v_pages), address(block_table), address(context_lens), address(sinks),
         address(out), DTYPE_CODES[q.dtype], batch, heads, kv_heads, pages, page_size, block_table.shape[1], q.stride(0),

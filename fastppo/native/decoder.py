@@ -55,9 +55,10 @@ class Decoder:
         self._weights = (address(embedding), address(cos), address(sin))
         self._norm = _norm_tuple(norm)
         rows = max(rows, PREFILL_ROWS)
-        self._hidden = torch.empty(rows, hidden_size)
-        self._context_lens = torch.empty(rows, dtype=torch.int32)
-        self._scratch = torch.empty(rows * 2 * (hidden_size + (heads + kv_heads) * head_size + inner_size))
+        self._hidden = torch.empty(rows, hidden_size, dtype=torch.float32, device="cpu")
+        self._context_lens = torch.empty(rows, dtype=torch.int32, device="cpu")
+        scratch_size = rows * 2 * (hidden_size + (heads + kv_heads) * head_size + inner_size)
+        self._scratch = torch.empty(scratch_size, dtype=torch.float32, device="cpu")
 
     def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
         """Prompts with the pages for their keys and values -> hidden [prompts, H] after their last tokens.
@@ -65,12 +66,12 @@ class Decoder:
         A step whose rows are the prompts' tokens: in each layer all rows write their keys before any attends, so a token finds those of
         the tokens before it, and has the bits that a step of its own would give it.
         """
-        tables = pad_sequence([torch.tensor(own, dtype=torch.int32) for own in pages], batch_first=True)
-        counts = torch.tensor([len(prompt) for prompt in prompts])
-        owners, last = torch.arange(len(prompts)).repeat_interleave(counts), counts.cumsum(0) - 1
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        lengths = torch.cat([torch.arange(1, len(prompt) + 1) for prompt in prompts])
-        hidden = torch.empty(len(prompts), self._hidden.shape[1])
+        tables = pad_sequence([torch.tensor(own, dtype=torch.int32, device="cpu") for own in pages], batch_first=True)
+        counts = _int64([len(prompt) for prompt in prompts])
+        owners, last = _int64(range(len(prompts))).repeat_interleave(counts), counts.cumsum(0) - 1
+        tokens = _int64([token for prompt in prompts for token in prompt])
+        lengths = _int64([length for prompt in prompts for length in range(1, len(prompt) + 1)])
+        hidden = self._hidden.new_empty(len(prompts), self._hidden.shape[1])
         for start in range(0, len(tokens), PREFILL_ROWS):
             rows = slice(start, start + PREFILL_ROWS)
             found = self.step(tokens[rows], lengths[rows], tables[owners[rows]])
@@ -94,6 +95,10 @@ class Decoder:
                 f"expected a token in [0, {self._model_sizes[0]}), a length in [1, {self._model_sizes[1]}] and pages in [0, {self._page_sizes[0]})"
             )
         return hidden
+
+
+def _int64(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _norm_tuple(norm: Norm) -> tuple[int, float]:

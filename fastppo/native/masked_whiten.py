@@ -21,7 +21,7 @@ def masked_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tens
         return moments
     x = flat_float(x)
     moments = _C.masked_moments(address(x), address(mask), x.numel(), threads())
-    return tuple(torch.tensor(moment, dtype=torch.float64) for moment in moments)
+    return tuple(torch.tensor(moment, dtype=torch.float64, device=x.device) for moment in moments)
 
 
 def masked_whiten(

@@ -23,9 +23,9 @@ def token_logprobs_forward(
 
     transform: (scale, softcap or 0, temperature).
     """
-    logprobs = torch.empty(labels.shape, dtype=torch.float32)
+    logprobs = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    max_logsum = torch.empty((len(labels), 2), dtype=torch.float32)
+    max_logsum = torch.empty((len(labels), 2), dtype=torch.float32, device=logits.device)
     bad = _C.token_logprobs_forward(
         rows(logits), address(labels), ignore_index, transform,
         address(logprobs), address(entropy), address(max_logsum), threads(),

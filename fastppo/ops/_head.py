@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastppo.native import token_logprobs as native
 from fastppo.ops import _checks
+from fastppo.ops._precision import full_precision
 
 Transform = tuple[float, float, float]  # scale, softcap or 0, temperature of the logits
 
@@ -90,8 +91,8 @@ def kept_tiles_shape(rows: int, vocabulary: int, backend: str) -> tuple[int, int
 
 @contextmanager
 def exact_products(x: Tensor) -> Iterator[None]:
-    """On x's device, without autocast, which would round the products to half precision."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    """On x's device, without autocast or a reduced precision, which would round what is multiplied."""
+    with torch.autocast(x.device.type, enabled=False), full_precision(x.device), torch.cuda.device_of(x):
         yield
 
 

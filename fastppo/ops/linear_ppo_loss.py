@@ -285,7 +285,11 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """(log-probs, entropies) of the rows that are multiplied and the three gradients, of the types that are not None."""
     # The token losses' gradients are of the size of the advantages: about 1.
-    lift = lift_for(torch.ones((), device=loss.labels.device)) if head.dtype == torch.float16 else None
+    lift = (
+        lift_for(torch.ones((), dtype=torch.float32, device=loss.labels.device))
+        if head.dtype == torch.float16
+        else None
+    )
     gradients = HeadGradients(head, dtypes, lift)
     logprobs, entropy = (torch.empty_like(loss.labels, dtype=torch.float32) for _ in range(2))
     with_gradient = any(dtype is not None for dtype in dtypes)

@@ -9,5 +9,6 @@ from torch import Tensor
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> x weight^T + bias [..., N], accumulated in fp32 or wider, rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return out.to(x.dtype)
+    bias = None if bias is None else bias.to(wide)
+    with torch.autocast(x.device.type, enabled=False):  # the product would be rounded to half precision
+        return torch.nn.functional.linear(x.to(wide), weight.to(wide), bias).to(x.dtype)

@@ -31,22 +31,23 @@ def decode_attention(
         k_pages[table].flatten(1, 2).to(wide).repeat_interleave(heads // kv_heads, dim=2)
     )  # [B, blocks * page, Hq, D]
     values = v_pages[table].flatten(1, 2).to(wide).repeat_interleave(heads // kv_heads, dim=2)
-    position = torch.arange(keys.shape[1], device=q.device)
+    position = torch.arange(keys.shape[1], dtype=torch.int64, device=q.device)
     lens = context_lens.long()[:, None]
     visible = position < lens
     if window is not None:
         visible = visible & (position >= lens - window)
     keys = torch.where(visible[..., None, None], keys, 0)  # what lies in unused places may be NaN
     values = torch.where(visible[..., None, None], values, 0)
-    scores = torch.einsum("bhd,bkhd->bhk", q.to(wide), keys) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(wide)[None, :, None].expand(batch, -1, 1)], dim=-1)
-        values = torch.cat([values, values.new_zeros(batch, 1, heads, values.shape[-1])], dim=1)
-    weights = torch.where((lens > 0)[..., None], scores, 0).softmax(-1)
-    out = torch.einsum("bhk,bkhd->bhd", weights, values)
+    with torch.autocast(q.device.type, enabled=False):  # the products would be rounded to half precision
+        scores = torch.einsum("bhd,bkhd->bhk", q.to(wide), keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(wide)[None, :, None].expand(batch, -1, 1)], dim=-1)
+            values = torch.cat([values, values.new_zeros(batch, 1, heads, values.shape[-1])], dim=1)
+        weights = torch.where((lens > 0)[..., None], scores, 0).softmax(-1)
+        out = torch.einsum("bhk,bkhd->bhd", weights, values)
     return torch.where((lens > 0)[..., None], out, 0).to(q.dtype)
 
 

@@ -79,7 +79,7 @@ def _cut_before_a_later_step(cut: Tensor, keep: Tensor) -> Tensor:
 def _packed(rewards, values, mask, cu_seqlens, gamma, lam, dones, truncated, next_values) -> tuple[Tensor, Tensor]:
     """Right-pads the sequences (padding is masked, so it carries everything through) and packs the result again."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
-    step = torch.arange(int(lengths.max()) if len(lengths) else 0, device=values.device)
+    step = torch.arange(int(lengths.max()) if len(lengths) else 0, dtype=torch.int64, device=values.device)
     inside = step < lengths[:, None]
     index = torch.where(inside, starts[:, None] + step, 0)
 

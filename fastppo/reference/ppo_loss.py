@@ -7,12 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastppo.reference.approx_kl import MAX_LOG_RATIO, approx_kl
-
-
-def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """torch.clamp by selection. The gradient flows at the bounds and stops beyond; a NaN stays, in its gradient too."""
-    return torch.where(x > high, high, torch.where(x < low, low, x))
+from fastppo.reference.approx_kl import MAX_LOG_RATIO, approx_kl, clamp, with_gradient_of
 
 
 def larger(unclipped: Tensor, clipped: Tensor) -> Tensor:
@@ -85,10 +80,10 @@ class Sequences:
     def __init__(self, mask: Tensor, cu_seqlens: Tensor | None) -> None:
         if cu_seqlens is None:
             self.count = mask.shape[0]
-            self.ids = torch.arange(self.count, device=mask.device).unsqueeze(1).expand(mask.shape)
+            self.ids = torch.arange(self.count, dtype=torch.int64, device=mask.device).unsqueeze(1).expand(mask.shape)
         else:
             self.count = cu_seqlens.numel() - 1
-            positions = torch.arange(mask.shape[0], device=mask.device)
+            positions = torch.arange(mask.shape[0], dtype=torch.int64, device=mask.device)
             self.ids = torch.bucketize(positions, cu_seqlens[1:].long(), right=True)
         self.mask = mask
         self.tokens = self.sum(torch.ones_like(mask, dtype=torch.float64))
@@ -105,8 +100,7 @@ class Sequences:
 
 def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, sequences: Sequences) -> Tensor:
     """GSPO-token (arXiv:2507.18071, eq. 13): the sequence's mean log-ratio with the gradient of the token's."""
-    mean = sequences.mean((logprobs - old_logprobs).detach())
-    return mean + (logprobs - logprobs.detach())
+    return with_gradient_of(sequences.mean(logprobs - old_logprobs), logprobs)
 
 
 class Aggregation:

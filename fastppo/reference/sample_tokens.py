@@ -130,7 +130,7 @@ def sample_tokens(
     kept_total, total = kept.sum(-1), mass.sum(-1)
     target = multiply_high(philox(seed, sequence_ids, positions), kept_total)
     drawn = (kept.cumsum(-1) <= target.unsqueeze(-1)).sum(-1).clamp_max(z.shape[-1] - 1)
-    index = torch.arange(z.shape[-1], device=z.device)
+    index = torch.arange(z.shape[-1], dtype=torch.int64, device=z.device)
     largest = torch.where(z == top, index, z.shape[-1] - 1).amin(-1)
     tokens = torch.where(greedy, largest, drawn)
 

@@ -66,6 +66,19 @@ def test_formulas(backend):
         assert torch.equal(grad_ref, -grad)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_log_probabilities(backend, kind):
+    """No less in fp64, which is the reference's own: a straight-through form once subtracted its infinity from itself."""
+    logprobs, ref_logprobs = (
+        x.flatten()
+        for x in torch.cartesian_prod(torch.tensor([-torch.inf, -1.5, 0.0]), torch.tensor([-torch.inf, -0.5])).T
+    )
+    values = (approx_kl(logprobs, ref_logprobs, kind), reference(logprobs.double(), ref_logprobs.double(), kind))
+    assert torch.equal(values[1].isnan(), logprobs.isinf() & ref_logprobs.isinf())
+    assert_as_exact_as_native(values[0], values[0], values[1])
+    compare(logprobs, ref_logprobs, kind)
+
+
 def test_k3_is_never_negative(backend):
     logprobs = -torch.rand(10000)
     kl = approx_kl(logprobs, logprobs + torch.randn(10000) * torch.logspace(-8, 0, 10000), "k3")

@@ -111,6 +111,30 @@ def test_nothing_under_the_mask_is_read(backend, poison):
     assert torch.equal(mean, masked_mean(clean, mask)) and (leaf.grad[~mask] == 0).all() and leaf.grad.isfinite().all()
 
 
+# Where an infinity is a block's first, its last, in the second block, and where nothing else is.
+INFINITE = {
+    "first": [0],
+    "last of a block": [1023],
+    "second block": [1024, 1700],
+    "both blocks": [0, 1500],
+    "all": list(range(2500)),
+}
+
+
+@pytest.mark.parametrize("signs", [(1,), (-1,), (1, -1)], ids=str)
+@pytest.mark.parametrize("places", INFINITE.values(), ids=INFINITE)
+def test_infinities(backend, places, signs):
+    """As in a sum: one infinity is the mean, two of either sign are NaN."""
+    x = torch.randn(2500)
+    x[places] = torch.inf
+    x[places[-1]] *= signs[-1]
+    if len(signs) == 1:
+        x = torch.where(x.isinf(), x.abs() * signs[0], x)
+    exact = reference_mean(x.double())
+    assert_as_exact_as_native(masked_mean(x), reference_mean(x), exact, "mean")
+    compare(x, None)
+
+
 @pytest.mark.parametrize("place", [0, 700, 1900])
 def test_nan_inside_the_mask_shows(backend, place):
     x, mask = torch.randn(2000), torch.arange(2000) % 2 == 0
