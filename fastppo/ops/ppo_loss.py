@@ -11,7 +11,7 @@ from torch import Tensor
 from fastppo.native import ppo_loss as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
-from fastppo.ops._registry import custom_op, refuse_gradient
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.reference import ppo_loss as reference
 
 RATIO_LEVELS = ("token", "sequence")
@@ -364,10 +364,7 @@ def _(logprobs, old_logprobs, advantages, mask, values, *options):
 def scale_gradients(
     first: Tensor, second: Tensor, third: Tensor, d_loss: Tensor, scale: Tensor, dtypes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three gradients (empty: none) times d_loss * scale, each rounded once to its type, a place in native.DTYPES.
-
-    An op of its own: a second derivative is refused, not silently 0.
-    """
+    """Three gradients (empty: none) times d_loss * scale, each rounded once to its type, a place in native.DTYPES."""
     return tuple(native.scale_gradients((first, second, third), d_loss, scale, dtypes))
 
 
@@ -375,9 +372,6 @@ def scale_gradients(
 def _(first, second, third, d_loss, scale, dtypes):
     gradients = (first, second, third)
     return tuple(torch.empty_like(x, dtype=native.DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True))
-
-
-refuse_gradient("scale_gradients")
 
 
 def save_gradients(
@@ -390,7 +384,7 @@ def save_gradients(
     ctx.set_materialize_grads(False)
 
 
-def scaled_gradients(ctx, d_loss: Tensor | None) -> list[Tensor | None]:
+def scaled_gradients(ctx, d_loss: Tensor | None, *_: None) -> list[Tensor | None]:
     """The gradients of the three inputs, None where there is none."""
     if d_loss is None:
         return [None] * 3
@@ -399,17 +393,10 @@ def scaled_gradients(ctx, d_loss: Tensor | None) -> list[Tensor | None]:
     return [gradient if want else None for gradient, want in zip(scaled, ctx.wanted, strict=True)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    logprobs, _, _, _, values, _, _, _, entropy, *_, wanted = inputs
-    _, _, scale, *gradients = output
-    save_gradients(ctx, (logprobs, values, entropy), scale, gradients, wanted)
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(ctx, inputs, outputs) -> None:
+    _, _, scale, *gradients = outputs
+    save_gradients(ctx, (inputs.logprobs, inputs.values, inputs.entropy), scale, gradients, inputs.wanted)
+    ctx.mark_non_differentiable(*outputs[1:])
 
 
-def _backward(ctx, d_loss, *_):
-    grads = [None] * 27
-    grads[0], grads[4], grads[8] = scaled_gradients(ctx, d_loss)
-    return tuple(grads)
-
-
-torch.library.register_autograd("fastppo::ppo_loss", _backward, setup_context=_setup_context)
+register_gradient(_ppo_loss, ("logprobs", "values", "entropy"), _setup_context, scaled_gradients)

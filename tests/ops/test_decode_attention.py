@@ -259,10 +259,11 @@ def test_slots_beyond_the_cache(fast_backend):
 
 def test_opcheck(fast_backend):
     case = make_case([5, 20], size=32)
-    torch.library.opcheck(torch.ops.fastppo.decode_attention, (*case, 0.2, 0.0, 0, None))
+    torch.library.opcheck(torch.ops.fastppo.decode_attention, (*case, 0.2, 0.0, 0, None, fast_backend))
     k, v = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
     k_pages, v_pages = torch.zeros(2, 4, 2, 32), torch.zeros(2, 4, 2, 32)
-    torch.library.opcheck(torch.ops.fastppo.write_kv, (k, v, k_pages, v_pages, torch.tensor([3, 4])))
+    arguments = k, v, k_pages, v_pages, torch.tensor([3, 4]), fast_backend
+    torch.library.opcheck(torch.ops.fastppo.write_kv, arguments)
 
 
 def test_compiles_without_graph_breaks(fast_backend):

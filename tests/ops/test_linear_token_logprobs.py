@@ -213,9 +213,8 @@ def test_opcheck(cpu_backend):
     hidden, weight, bias, labels = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     for b in (None, bias.requires_grad_()):
-        torch.library.opcheck(
-            torch.ops.fastppo.linear_token_logprobs, (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True)
-        )
+        arguments = (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True, "cpu")
+        torch.library.opcheck(torch.ops.fastppo.linear_token_logprobs, arguments)
 
 
 def test_compiles_without_graph_breaks(cpu_backend):

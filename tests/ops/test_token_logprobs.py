@@ -193,7 +193,9 @@ def test_opcheck(cpu_backend):
     logits = torch.randn(4, 33, requires_grad=True)
     labels = torch.randint(0, 33, (4,))
     for entropy in (False, True):
-        torch.library.opcheck(torch.ops.fastppo.token_logprobs, (logits, labels, 0.9, 0.0, 1.0, -100, entropy, False))
+        torch.library.opcheck(
+            torch.ops.fastppo.token_logprobs, (logits, labels, 0.9, 0.0, 1.0, -100, entropy, False, "cpu")
+        )
 
 
 def test_compiles_without_graph_breaks(cpu_backend):
