@@ -46,7 +46,8 @@ def token_logprobs(
         ignore_index: rows with this label give log-probability 0, entropy 0 and no gradient; their logits are not read.
         return_entropy: also return H = -sum_v p_v log p_v in nats.
         inplace_backward: the backward pass writes the gradient over the logits and so saves [..., V] of memory. Only for
-            logits that nothing reads afterwards.
+            logits that nothing reads afterwards: neither a leaf that requires a gradient, or a view of one, nor rows that
+            share memory.
 
     Returns:
         float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`. A row with NaN or +inf, or with
@@ -57,6 +58,8 @@ def token_logprobs(
     """
     check_logit_options(temperature, softcap, logit_scale)
     _check_logits_and_labels(logits, labels)
+    if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
+        _check_overwritable(logits)
     backend = choose("token_logprobs", logits)
     if backend == "reference":
         out = reference.token_logprobs(
@@ -88,6 +91,25 @@ def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"logits has shape {list(logits.shape)}, expected [..., V] with V >= 1")
     _checks.shape("labels", labels, logits.shape[:-1], "logits' leading shape")
     _checks.same_device("labels", labels, "logits", logits)
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    # A compiled graph shows no leaves; what it traces are inputs and results.
+    base = None if torch.compiler.is_compiling() else logits if logits._base is None else logits._base
+    if base is not None and base.is_leaf:
+        what = "a leaf" if base is logits else "a view of a leaf"
+        raise ValueError(
+            f"logits is {what} that requires a gradient, expected the result of an operation with inplace_backward=True, "
+            f"which overwrites it"
+        )
+    reach = 1  # how many elements the dimensions of smaller strides span
+    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                f"logits has shape {list(logits.shape)} and strides {list(logits.stride())}, "
+                f"expected elements that share no memory with inplace_backward=True"
+            )
+        reach += (size - 1) * stride
 
 
 def _forward_kernel(

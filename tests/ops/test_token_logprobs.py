@@ -157,6 +157,56 @@ def test_inplace_backward_only_when_asked(cpu_backend, dtype):
     assert torch.equal(*results)
 
 
+SHARING = {
+    "expanded rows": lambda x: x[:1].expand(5, 70),
+    "one number a row": lambda x: x[:, :1].expand(5, 70),
+    "overlapping rows": lambda x: x.as_strided((5, 70), (30, 1)),
+}
+
+
+@pytest.mark.parametrize("view", SHARING)
+def test_inplace_backward_refuses_rows_that_share_memory(backend, view):
+    """Each row's gradient would overwrite logits that another row still has to read."""
+    logits = SHARING[view]((torch.randn(5, 70, requires_grad=True) * 1))
+    with pytest.raises(ValueError, match=r"logits has shape \[5, 70\] and strides .* expected elements that share no"):
+        token_logprobs(logits, torch.zeros(5, dtype=torch.long), inplace_backward=True)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "time-major", "vocabulary-major"])
+def test_inplace_backward_takes_any_layout_of_its_own(cpu_backend, layout):
+    labels, gradients = torch.randint(0, 70, (3, 4)), []
+    data = torch.randn(3, 4, 70)
+    for inplace in (False, True):
+        leaf = data.clone().requires_grad_()
+        logits = strided_views(leaf * 1)[layout]
+        token_logprobs(logits, labels, inplace_backward=inplace).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :70]], ids=["leaf", "view"])
+def test_inplace_backward_refuses_a_leaf(backend, view):
+    """A parameter would hold its gradient afterwards."""
+    leaf, labels = torch.randn(5, 90, requires_grad=True), torch.zeros(5, dtype=torch.long)
+    with pytest.raises(ValueError, match="a leaf that requires a gradient, expected the result of an operation"):
+        token_logprobs(view(leaf), labels, inplace_backward=True)
+    with torch.no_grad():
+        token_logprobs(view(leaf), labels, inplace_backward=True)
+
+
+def test_inplace_backward_compiles(cpu_backend):
+    data, labels = torch.randn(5, 70), torch.randint(0, 70, (5,))
+
+    def step(leaf):
+        return token_logprobs(leaf * 2, labels, inplace_backward=True).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    gradients = [
+        torch.autograd.grad(f(leaf), leaf)[0] for f in (step, compiled) for leaf in [data.clone().requires_grad_()]
+    ]
+    assert torch.equal(*gradients)
+
+
 def test_bits_do_not_depend_on_batch_or_threads(cpu_backend):
     """Batch invariance: the same row gives the same bits at every batch size and thread count."""
     logits, labels = torch.randn(9, 3000), torch.randint(0, 3000, (9,))
