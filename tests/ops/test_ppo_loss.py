@@ -376,23 +376,8 @@ def test_bits_do_not_depend_on_instruction_set(cpu_backend):
 
 OPERATOR_OPTIONS = {
     "defaults": (0.2, 0.2, None, None, 0.5, 0.0, "k3", 0.0, "clip", None, 0.5, 2.0, "token", "token-mean"),
-    "everything": (
-        0.2,
-        0.2,
-        1.5,
-        0.2,
-        0.5,
-        0.1,
-        "k3+",
-        0.1,
-        "clip",
-        "mask",
-        0.5,
-        2.0,
-        "sequence",
-        "seq-mean-token-mean",
-    ),
-}
+    "everything": (0.2, 0.2, 1.5, 0.2, 0.5, 0.1, "k3+", 0.1, "clip", "mask", 0.5, 2.0, "sequence", "seq-mean-token-mean"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPERATOR_OPTIONS)
