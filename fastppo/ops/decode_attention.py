@@ -11,9 +11,6 @@ from fastppo.ops._backends import choose
 from fastppo.ops._registry import custom_op
 from fastppo.reference import decode_attention as reference
 
-MAX_HEAD_SIZE = 256
-"""Of the kernels; larger heads go to the reference."""
-
 
 def decode_attention(
     q: Tensor,
@@ -57,7 +54,7 @@ def decode_attention(
     if window is not None:
         _checks.number("window", window, at_least=1)
     with torch.no_grad():
-        too_wide = max(q.shape[-1], v_pages.shape[-1]) > MAX_HEAD_SIZE
+        too_wide = max(q.shape[-1], v_pages.shape[-1]) > native.MAX_HEAD_SIZE
         backend = "reference" if too_wide else choose("decode_attention", q)
         if backend == "reference":
             options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
