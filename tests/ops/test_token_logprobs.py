@@ -167,7 +167,7 @@ SHARING = {
 @pytest.mark.parametrize("view", SHARING)
 def test_inplace_backward_refuses_rows_that_share_memory(backend, view):
     """Each row's gradient would overwrite logits that another row still has to read."""
-    logits = SHARING[view]((torch.randn(5, 70, requires_grad=True) * 1))
+    logits = SHARING[view](torch.randn(5, 70, requires_grad=True) * 1)
     with pytest.raises(ValueError, match=r"logits has shape \[5, 70\] and strides .* expected elements that share no"):
         token_logprobs(logits, torch.zeros(5, dtype=torch.long), inplace_backward=True)
 
