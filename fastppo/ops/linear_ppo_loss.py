@@ -34,6 +34,7 @@ from fastppo.ops.ppo_loss import (
     loss_denominator,
     named_statistics,
     needs_sequences,
+    refuse_wrong_offsets,
     save_gradients,
     scaled_gradients,
 )
@@ -123,6 +124,8 @@ def linear_ppo_loss(
     head = [x for x in (hidden, weight, bias) if x is not None]
     backend = choose("linear_ppo_loss", *head, *columns.values())
     if backend == "reference":
+        if cu_seqlens is not None:
+            _checks.offsets_in_order("cu_seqlens", cu_seqlens, labels.numel())
         loss, stats, logprobs, entropy = reference.linear_ppo_loss(
             hidden,
             weight,
@@ -259,6 +262,8 @@ def _linear_ppo_loss(
             needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
             sequences = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
             made, used_sequences = sequences.columns(), sequences.used
+        else:
+            refuse_wrong_offsets(cu_seqlens, labels.numel())
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
         given |= {"rollout_logprobs": rollout_logprobs} | made
         columns = {name: head.take(x.reshape(labels.shape)) for name, x in given.items() if x is not None}

@@ -54,7 +54,7 @@ def linear_token_logprobs(
         float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
+        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range.
     """
     check_logit_options(temperature, softcap, logit_scale)
     check_head(hidden, weight, bias, labels)

@@ -40,9 +40,9 @@ def token_logprobs(
     Args:
         logits: [..., V] float32, bfloat16 or float16 (float64 runs in the reference); any strides.
         labels: [...] int64 or int32 token ids in [0, V), or `ignore_index`.
-        temperature: > 0; divides the logits, as the sampler does.
-        softcap: final logit soft-capping (Gemma 2, arXiv:2408.00118 eq. in sec. 2), or None.
-        logit_scale: multiplies the logits before everything else (Cohere, Granite).
+        temperature: from 1e-10 to 1e10; divides the logits, as the sampler does.
+        softcap: final logit soft-capping (Gemma 2, arXiv:2408.00118 eq. in sec. 2), from 1e-10 to 1e10, or None.
+        logit_scale: from -1e10 to 1e10; multiplies the logits before everything else (Cohere, Granite).
         ignore_index: rows with this label give log-probability 0, entropy 0 and no gradient; their logits are not read.
         return_entropy: also return H = -sum_v p_v log p_v in nats.
         inplace_backward: the backward pass writes the gradient over the logits and so saves [..., V] of memory. Only for
@@ -54,7 +54,7 @@ def token_logprobs(
         nothing but -inf, gives NaN, as torch.log_softmax does. Second derivatives need float64, which the reference serves.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
+        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range.
     """
     check_logit_options(temperature, softcap, logit_scale)
     _check_logits_and_labels(logits, labels)
@@ -78,10 +78,11 @@ def token_logprobs(
 
 
 def check_logit_options(temperature: float, softcap: float | None, logit_scale: float) -> None:
-    _checks.number("temperature", temperature, above=0)
-    _checks.number("logit_scale", logit_scale)
+    smallest, largest = _checks.SMALLEST_DIVISOR, _checks.LARGEST_FACTOR
+    _checks.number("temperature", temperature, at_least=smallest, at_most=largest)
+    _checks.number("logit_scale", logit_scale, at_least=-largest, at_most=largest)
     if softcap is not None:
-        _checks.number("softcap", softcap, above=0)
+        _checks.number("softcap", softcap, at_least=smallest, at_most=largest)
 
 
 def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:

@@ -49,6 +49,22 @@ def test_shifted_logits(backend, offset):
     compare(torch.randn(3, 300) + offset, torch.randint(0, 300, (3,)))
 
 
+@pytest.mark.parametrize("softcap", [None, 1e-10, 30.0, 1e10])
+@pytest.mark.parametrize("temperature", [1e-10, 1e-3, 1e10])
+@pytest.mark.parametrize("logit_scale", [-1e10, 1e-10, 1.0, 1e10])
+def test_every_admissible_number(backend, logit_scale, temperature, softcap):
+    """What used to give NaN beyond fp32's range is refused; up to the bounds no logit of a model leaves it."""
+    logits, labels = torch.randn(4, 60) * torch.tensor([[1e-3], [1.0], [1e3], [1e5]]), torch.randint(0, 60, (4,))
+    options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    ours, native = (run(function, logits, labels, **options) for function in (token_logprobs, reference))
+    exact = run(reference, logits.double(), labels, **options)
+    for name, a, b, c in zip(("logprobs", "entropy"), ours, native, exact, strict=False):
+        assert_as_exact_as_native(a, b, c, name)
+    assert ours[2].isfinite().all()
+    if softcap is None:  # near a cap the slope 1 - tanh^2 is a difference that leaves fp32 few digits
+        assert_as_exact_as_native(ours[2], native[2], exact[2], "gradient")
+
+
 @pytest.mark.parametrize("place", [slice(0, 1024), slice(1024, 2048), slice(2000, 2100), slice(0, 2099)], ids=str)
 def test_blocks_of_minus_infinity(backend, place):
     """A whole block of -inf (banned tokens), at the start too, adds nothing and breaks nothing."""
@@ -263,7 +279,14 @@ def test_compiles_without_graph_breaks(cpu_backend):
         ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
         ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
+        ({"temperature": 1e-300}, ValueError, "temperature is 1e-300, expected a finite number >= 1e-10 and <= 1"),
+        ({"temperature": 1e-39}, ValueError, "temperature is 1e-39"),
+        ({"temperature": 1e39}, ValueError, "temperature is 1e.39"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+        ({"softcap": 1e39}, ValueError, "softcap is 1e.39"),
+        ({"softcap": 1e-39}, ValueError, "softcap is 1e-39"),
+        ({"logit_scale": 1e39}, ValueError, "logit_scale is 1e.39"),
+        ({"logit_scale": -1e39}, ValueError, "logit_scale is -1e.39, expected a finite number >= -1"),
         ({"labels": torch.tensor([0, 50])}, ValueError, "labels holds 50 at flat position 1"),
         ({"labels": torch.tensor([0, -1])}, ValueError, "labels holds -1"),
         ({"labels": torch.tensor([0])}, ValueError, r"labels has shape \[1\], expected \[2\]"),
