@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "binding_types.h"
 #ifdef FASTPPO_HAS_CUDA
@@ -45,10 +46,44 @@ Isa isa() {
 #define FASTPPO_CPU(name, ...) plain::name(__VA_ARGS__)
 #endif
 
+using Code = std::pair<const char*, int>;
+
+template <std::size_t kCount>
+py::dict codes(const std::array<Code, kCount>& named) {
+  py::dict made;
+  for (const auto& [name, code] : named) made[name] = code;
+  return made;
+}
+
+constexpr std::array<Code, kNumPPOColumns> kPPOColumnCodes{{
+    {"logprobs", kLogprobs}, {"old_logprobs", kOldLogprobs}, {"advantages", kAdvantages}, {"values", kValues}, {"old_values", kOldValues},
+    {"returns", kReturns}, {"ref_logprobs", kRefLogprobs}, {"entropy", kEntropy}, {"rollout_logprobs", kRolloutLogprobs}, {"weights", kWeights},
+    {"sequence_log_ratios", kSequenceLogRatios},
+}};
+
+constexpr std::array<Code, kNumPPOSums> kPPOSumCodes{{
+    {"policy_loss", kPolicyLoss}, {"value_loss", kValueLoss}, {"kl_loss", kKLLoss}, {"entropy", kEntropySum}, {"approx_kl", kApproxKL},
+    {"ppo_kl", kPPOKL}, {"clipfrac", kClipped}, {"clipfrac_dual", kDualClipped}, {"value_clipfrac", kValueClipped}, {"ratio_mean", kRatio},
+    {"ratio_max", kRatioMax}, {"kl_ref", kRefKL}, {"rollout_weight_mean", kRolloutWeight}, {"rollout_clipfrac", kRolloutClipped}, {"tokens", kTokens},
+    {"entropy_bonus", kEntropyBonus},
+}};
+
+// What Python keeps in tables of its own, since it also runs without this module: `native.check_same` compares the two at import.
+void export_codes(py::module_& m) {
+  m.attr("DTYPE_CODES") = codes(std::array{Code{"float32", kFloat32}, Code{"bfloat16", kBFloat16}, Code{"float16", kFloat16}});
+  m.attr("KL_KINDS") = codes(std::array{Code{"k1", kK1}, Code{"k2", kK2}, Code{"k3", kK3}, Code{"abs", kAbs}, Code{"k1+", kK1Plus}, Code{"k3+", kK3Plus}});
+  m.attr("ROLLOUT_CORRECTIONS") = codes(std::array{Code{"None", kNoCorrection}, Code{"truncate", kTruncate}, Code{"mask", kMaskOut}});
+  m.attr("PPO_COLUMNS") = codes(kPPOColumnCodes);
+  m.attr("PPO_SUMS") = codes(kPPOSumCodes);
+  m.attr("MAX_HEAD_SIZE") = kMaxHeadSize;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastppo's compiled kernels; raw pointers in, nothing checked: use fastppo.ops";
+
+  export_codes(m);
 
   m.def("cpu_isa", [] { return isa() == Isa::kAvx512 ? "avx512" : isa() == Isa::kAvx2 ? "avx2" : "plain"; });
 

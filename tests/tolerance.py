@@ -39,3 +39,9 @@ def assert_as_exact_as_native(ours: Tensor, native: Tensor, exact: Tensor, what:
         f"{what}: {ours64[worst]:.9g} at flat finite position {worst.item()}, exact {exact[worst]:.9g}, "
         f"native {native64[worst]:.9g}, allowed error {allowed[worst]:.3g}"
     )
+
+
+def assert_rounds_to(ours: Tensor, exact: Tensor | float, what: str = "output") -> None:
+    """The same rule where the exact value is known: `native` is that value, rounded once."""
+    exact = torch.as_tensor(exact, dtype=torch.float64, device=ours.device).expand(ours.shape)
+    assert_as_exact_as_native(ours, exact.to(ours.dtype), exact, what)

@@ -6,6 +6,8 @@ Here is what all kernels share; `fastppo/native/<stem>.py` allocates an op's out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,21 @@ except ImportError as error:
         else f"the C++ kernels do not load: {error}"
     )
 
+
+def check_same(name: str, ours: object) -> None:
+    """ImportError where csrc/ has other numbers for what is kept as `name` here: the extension is of another version."""
+    if _C is not None and getattr(_C, name, None) != ours:
+        raise ImportError(
+            f"{name} is {getattr(_C, name, None)} in {_C.__file__}, expected {ours}: install fastppo again to build it anew"
+        )
+
+
+def codes(names: Sequence[object]) -> dict[str, int]:
+    """The numbers of an enum of csrc/ops.h whose names, in order, are these."""
+    return {str(name): code for code, name in enumerate(names)}
+
+
+check_same("DTYPE_CODES", {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()})
 
 # Device types whose tensors the CUDA kernels serve; the tests add "cpu" where they execute those kernels on one.
 cuda_device_types = {"cuda"}

@@ -5,9 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, address, as_offsets, column, flat_float, on_cuda, sequences, stream, threads
+from fastppo.native import (
+    _C,
+    address,
+    as_offsets,
+    check_same,
+    codes,
+    column,
+    flat_float,
+    on_cuda,
+    sequences,
+    stream,
+    threads,
+)
 
-KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")  # in the order of csrc/ops.h's KLKind
+KL_KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+check_same("KL_KINDS", codes(KL_KINDS))
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, DTYPE_CODES, address, threads
+from fastppo.native import _C, DTYPE_CODES, address, check_same, threads
+
+MAX_HEAD_SIZE = 256  # larger heads go to the reference
+check_same("MAX_HEAD_SIZE", MAX_HEAD_SIZE)
 
 
 def decode_attention(

@@ -8,22 +8,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, DTYPE_CODES, address, as_offsets, column, on_cuda, sequences, stream, threads
+from fastppo.native import (
+    _C,
+    DTYPE_CODES,
+    address,
+    as_offsets,
+    check_same,
+    codes,
+    column,
+    on_cuda,
+    sequences,
+    stream,
+    threads,
+)
 from fastppo.native.approx_kl import KL_KINDS
 
 PPO_COLUMNS = (
     "logprobs", "old_logprobs", "advantages", "values", "old_values", "returns",
     "ref_logprobs", "entropy", "rollout_logprobs", "weights", "sequence_log_ratios",
 )  # fmt: skip
-# In the order of csrc/ops.h's PPOSum: the statistics, and the entropy bonus.
 PPO_SUMS = (
     "policy_loss", "value_loss", "kl_loss", "entropy", "approx_kl", "ppo_kl", "clipfrac", "clipfrac_dual",
     "value_clipfrac", "ratio_mean", "ratio_max", "kl_ref", "rollout_weight_mean", "rollout_clipfrac", "tokens",
     "entropy_bonus",
 )  # fmt: skip
 PPO_STATISTICS = PPO_SUMS[:-1]
-ROLLOUT_CORRECTIONS = (None, "truncate", "mask")  # in the order of csrc/ops.h's RolloutCorrection
+ROLLOUT_CORRECTIONS = (None, "truncate", "mask")
 DTYPES = tuple(DTYPE_CODES)
+check_same("PPO_COLUMNS", codes(PPO_COLUMNS))
+check_same("PPO_SUMS", codes(PPO_SUMS))
+check_same("ROLLOUT_CORRECTIONS", codes(ROLLOUT_CORRECTIONS))
 
 
 class PPOOptions(NamedTuple):

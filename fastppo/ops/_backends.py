@@ -1,13 +1,15 @@
 """Which implementation serves an op: what exists, what works here, what was asked for.
 
 `FASTPPO_BACKEND=reference|cpu|cuda|triton` (read at import) forces one for every op; `use_backend` does so for a block
-of code.
+of code in its own thread. An op chooses once, in its public function: its backward pass, which may run in another thread
+or block, runs where its forward pass did.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,19 +48,32 @@ def _check_name(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _check_name(os.environ.get("FASTPPO_BACKEND") or None, "FASTPPO_BACKEND")
+_FORCED_BY_ENVIRONMENT = _check_name(os.environ.get("FASTPPO_BACKEND") or None, "FASTPPO_BACKEND")
+
+
+class _Forced(threading.local):
+    """A context variable would serve coroutines too, but torch.compile cannot read one."""
+
+    def __init__(self) -> None:
+        self.name = _FORCED_BY_ENVIRONMENT
+
+
+_forced = _Forced()
 _noticed: set[tuple[str, str]] = set()
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force backend `name` for every op called inside the block; `None` restores the automatic choice."""
-    global _forced
-    previous, _forced = _forced, _check_name(name, "name")
+    """Force backend `name` for every op that this thread calls inside the block; `None` restores the automatic choice.
+
+    What is called inside keeps its backend: also a backward pass that runs after the block. Other threads choose for
+    themselves.
+    """
+    previous, _forced.name = _forced.name, _check_name(name, "name")
     try:
         yield
     finally:
-        _forced = previous
+        _forced.name = previous
 
 
 def why_not(op: str, backend: str, device_type: str) -> str | None:
@@ -84,11 +99,12 @@ def choose(op: str, *tensors: Tensor) -> str:
     if any(tensor.is_floating_point() and tensor.dtype not in FAST_DTYPES for tensor in tensors):
         return "reference"
     device_type = tensors[0].device.type
-    if _forced is not None:
-        reason = why_not(op, _forced, device_type)
+    forced = _forced.name
+    if forced is not None:
+        reason = why_not(op, forced, device_type)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} was asked for, but {reason}")
-        return _forced
+            raise RuntimeError(f"backend {forced!r} was asked for, but {reason}")
+        return forced
     for backend in FAST_BACKENDS[op]:
         if why_not(op, backend, device_type) is None:
             return backend
@@ -120,5 +136,5 @@ def describe(device_type: str) -> list[OpStatus]:
         reasons = {backend: why_not(op, backend, device_type) for backend in backends}
         usable = [backend for backend, reason in reasons.items() if reason is None]
         others = {backend: reason for backend, reason in reasons.items() if reason is not None}
-        statuses.append(OpStatus(op, _forced or (usable[0] if usable else "reference"), others))
+        statuses.append(OpStatus(op, _forced.name or (usable[0] if usable else "reference"), others))
     return statuses

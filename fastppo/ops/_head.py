@@ -17,8 +17,7 @@ from torch import Tensor
 from fastppo.native import token_logprobs as native
 from fastppo.ops import _checks
 from fastppo.ops._precision import full_precision
-
-Transform = tuple[float, float, float]  # scale, softcap or 0, temperature of the logits
+from fastppo.ops.token_logprobs import Transform
 
 
 class Sizes(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastppo.native import approx_kl as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
-from fastppo.ops._registry import custom_op, refuse_gradient
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.reference import approx_kl as reference
 
 KINDS = native.KL_KINDS
@@ -131,22 +131,19 @@ def _(logprobs, ref_logprobs, d_kl, kind):
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
-refuse_gradient("approx_kl_backward")
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    logprobs, ref_logprobs, ctx.kind = inputs
-    ctx.save_for_backward(logprobs, ref_logprobs)
+def _setup_context(ctx, inputs, outputs) -> None:
+    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs)
+    ctx.kind = inputs.kind
 
 
 def _backward(ctx, d_kl):
     logprobs, ref_logprobs = ctx.saved_tensors
     grad = _approx_kl_backward(logprobs, ref_logprobs, d_kl, ctx.kind)
-    d_ref = (-grad).to(ref_logprobs.dtype) if ctx.needs_input_grad[1] else None
-    return grad.to(logprobs.dtype), d_ref, None
+    _, ref_wanted = ctx.wanted
+    return grad.to(logprobs.dtype), (-grad).to(ref_logprobs.dtype) if ref_wanted else None
 
 
-torch.library.register_autograd("fastppo::approx_kl", _backward, setup_context=_setup_context)
+register_gradient(_approx_kl, ("logprobs", "ref_logprobs"), _setup_context, _backward)
 
 
 @custom_op("kl_shaped_rewards")

@@ -31,9 +31,10 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None
     """
     _check_inputs(x, weight, bias)
     with torch.no_grad():
-        if choose("batch_invariant_linear", x) == "reference":
+        backend = choose("batch_invariant_linear", x)
+        if backend == "reference":
             return reference(x, weight, bias)
-        return _batch_invariant_linear(x, weight, bias)
+        return _batch_invariant_linear(x, weight, bias, backend)
 
 
 def _check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -55,10 +56,10 @@ def _check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @custom_op("batch_invariant_linear")
-def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if choose("batch_invariant_linear", x) == "triton":
+    if backend == "triton":
         from fastppo.kernels.batch_invariant_linear import batch_invariant_linear as kernel
 
         return kernel(x, weight, bias)
@@ -66,5 +67,5 @@ def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 @torch.library.register_fake("fastppo::batch_invariant_linear")
-def _(x, weight, bias):
+def _(x, weight, bias, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

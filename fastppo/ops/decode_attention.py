@@ -11,9 +11,6 @@ from fastppo.ops._backends import choose
 from fastppo.ops._registry import custom_op
 from fastppo.reference import decode_attention as reference
 
-MAX_HEAD_SIZE = 256
-"""Of the kernels; larger heads go to the reference."""
-
 
 def decode_attention(
     q: Tensor,
@@ -57,12 +54,13 @@ def decode_attention(
     if window is not None:
         _checks.number("window", window, at_least=1)
     with torch.no_grad():
-        if max(q.shape[-1], v_pages.shape[-1]) > MAX_HEAD_SIZE or choose("decode_attention", q) == "reference":
+        too_wide = max(q.shape[-1], v_pages.shape[-1]) > native.MAX_HEAD_SIZE
+        backend = "reference" if too_wide else choose("decode_attention", q)
+        if backend == "reference":
             options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
             return reference.decode_attention(q, k_pages, v_pages, block_table, context_lens, **options)
-        return _decode_attention(
-            q, k_pages, v_pages, block_table, context_lens, scale, softcap or 0.0, window or 0, sinks
-        )
+        options = (scale, softcap or 0.0, window or 0, sinks, backend)
+        return _decode_attention(q, k_pages, v_pages, block_table, context_lens, *options)
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
@@ -73,10 +71,11 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     """
     _check_write_kv(k, v, k_pages, v_pages, slots)
     with torch.no_grad():
-        if choose("decode_attention", k) == "reference":
+        backend = choose("decode_attention", k)
+        if backend == "reference":
             reference.write_kv(k, v, k_pages, v_pages, slots)
         elif len(slots):
-            _write_kv(k, v, k_pages, v_pages, slots)
+            _write_kv(k, v, k_pages, v_pages, slots, backend)
 
 
 def _check_caches(k_pages: Tensor, v_pages: Tensor, like: Tensor, like_name: str) -> None:
@@ -155,9 +154,10 @@ def _decode_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
+    backend: str,
 ) -> Tensor:
     sinks = None if sinks is None else sinks.float().contiguous()
-    if choose("decode_attention", q) == "triton":
+    if backend == "triton":
         from fastppo.kernels.decode_attention import decode_attention as kernel
 
         q, block_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, block_table))
@@ -169,13 +169,13 @@ def _decode_attention(
 
 
 @torch.library.register_fake("fastppo::decode_attention")
-def _(q, k_pages, v_pages, block_table, context_lens, scale, softcap, window, sinks):
+def _(q, k_pages, v_pages, block_table, context_lens, scale, softcap, window, sinks, backend):
     return q.new_empty((*q.shape[:2], v_pages.shape[-1]))
 
 
 @custom_op("write_kv", mutates_args={"k_pages", "v_pages"})
-def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    if choose("decode_attention", k) == "triton":
+def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, backend: str) -> None:
+    if backend == "triton":
         from fastppo.kernels.decode_attention import write_kv as kernel
 
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))

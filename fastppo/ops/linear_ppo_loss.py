@@ -15,7 +15,6 @@ from fastppo.ops._head import (
     Head,
     HeadGradients,
     Statistics,
-    Transform,
     Upstream,
     WholeRows,
     check_head,
@@ -23,7 +22,7 @@ from fastppo.ops._head import (
     kept_rows,
     lift_for,
 )
-from fastppo.ops._registry import custom_op
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.ops.ppo_loss import (
     RATIO_LEVELS,
     PPOStats,
@@ -35,10 +34,11 @@ from fastppo.ops.ppo_loss import (
     loss_denominator,
     named_statistics,
     needs_sequences,
+    refuse_wrong_offsets,
     save_gradients,
     scaled_gradients,
 )
-from fastppo.ops.token_logprobs import check_logit_options
+from fastppo.ops.token_logprobs import Transform, check_logit_options
 from fastppo.reference import linear_ppo_loss as reference
 
 
@@ -122,7 +122,10 @@ def linear_ppo_loss(
     denominator = check_aggregation(aggregation, denominator, hidden)
     check_sequences(cu_seqlens, labels, needs_sequences(ratio_level, aggregation, denominator))
     head = [x for x in (hidden, weight, bias) if x is not None]
-    if choose("linear_ppo_loss", *head, *columns.values()) == "reference":
+    backend = choose("linear_ppo_loss", *head, *columns.values())
+    if backend == "reference":
+        if cu_seqlens is not None:
+            _checks.offsets_in_order("cu_seqlens", cu_seqlens, labels.numel())
         loss, stats, logprobs, entropy = reference.linear_ppo_loss(
             hidden,
             weight,
@@ -170,6 +173,7 @@ def linear_ppo_loss(
         ratio_level,
         aggregation,
         wanted,
+        backend,
     )
     return LinearPPOLoss(loss, PPOStats(*stats.unbind()), logprobs, entropy)
 
@@ -235,6 +239,7 @@ def _linear_ppo_loss(
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, scale, log-probs, entropies, gradients of hidden, weight and bias before that scale, each empty where not `wanted`)."""
     coefficients, rollout_bounds = (0.0, kl_coef, kl_kind, entropy_coef), (rollout_low, rollout_high)
@@ -242,7 +247,6 @@ def _linear_ppo_loss(
         clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
     )
     transform = (logit_scale, softcap, temperature)
-    backend = choose("linear_ppo_loss", hidden)
     keep = kept_rows(labels, mask, len(weight), ignore_index, backend)
     head = Head(hidden, weight, bias, keep, backend)
     kept_labels = head.labels(labels)
@@ -258,6 +262,8 @@ def _linear_ppo_loss(
             needed = {"with_weights": aggregation == "seq-mean-token-mean", "with_log_ratios": by_sequence}
             sequences = native_loss.ppo_loss_sequences(sequence_columns, keep.contiguous(), cu_seqlens, **needed)
             made, used_sequences = sequences.columns(), sequences.used
+        else:
+            refuse_wrong_offsets(cu_seqlens, labels.numel())
         given = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
         given |= {"rollout_logprobs": rollout_logprobs} | made
         columns = {name: head.take(x.reshape(labels.shape)) for name, x in given.items() if x is not None}
@@ -312,10 +318,10 @@ def _loss_and_gradients(
 
 @torch.library.register_fake("fastppo::linear_ppo_loss")
 def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
-    *_, wanted = options
+    *_, wanted, backend = options
     loss = hidden.new_empty((), dtype=torch.float32)
     logprobs, entropy = loss.new_empty(labels.shape), loss.new_empty(labels.shape)
-    backend, sources = choose("linear_ppo_loss", hidden), zip((hidden, weight, bias), wanted, strict=True)
+    sources = zip((hidden, weight, bias), wanted, strict=True)
     gradients = [
         loss.new_empty(x.shape, dtype=_gradient_dtype(x, backend)) if want else loss.new_empty(0) for x, want in sources
     ]
@@ -323,17 +329,10 @@ def _(hidden, weight, labels, old_logprobs, advantages, mask, bias, *options):
     return loss, loss.new_empty(len(PPOStats._fields)), scale, logprobs, entropy, *gradients
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, _, _, _, _, bias, *_, wanted = inputs
-    _, _, scale, _, _, *gradients = output
-    save_gradients(ctx, (hidden, weight, bias), scale, gradients, wanted)
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(ctx, inputs, outputs) -> None:
+    _, _, scale, _, _, *gradients = outputs
+    save_gradients(ctx, (inputs.hidden, inputs.weight, inputs.bias), scale, gradients, inputs.wanted)
+    ctx.mark_non_differentiable(*outputs[1:])
 
 
-def _backward(ctx, d_loss, *_):
-    grads = [None] * 28
-    grads[0], grads[1], grads[6] = scaled_gradients(ctx, d_loss)
-    return tuple(grads)
-
-
-torch.library.register_autograd("fastppo::linear_ppo_loss", _backward, setup_context=_setup_context)
+register_gradient(_linear_ppo_loss, ("hidden", "weight", "bias"), _setup_context, scaled_gradients)

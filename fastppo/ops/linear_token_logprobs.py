@@ -21,7 +21,7 @@ from fastppo.ops._head import (
     tile_gradient,
     tiles,
 )
-from fastppo.ops._registry import custom_op, refuse_gradient
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.ops.token_logprobs import TokenLogprobs, check_logit_options
 from fastppo.reference import linear_token_logprobs as reference
 
@@ -54,12 +54,13 @@ def linear_token_logprobs(
         float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature <= 0, or (on the CPU) a label out of range.
+        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range.
     """
     check_logit_options(temperature, softcap, logit_scale)
     check_head(hidden, weight, bias, labels)
     head = [x for x in (hidden, weight, bias) if x is not None]
-    if choose("linear_token_logprobs", *head) == "reference":
+    backend = choose("linear_token_logprobs", *head)
+    if backend == "reference":
         out = reference.linear_token_logprobs(
             hidden,
             weight,
@@ -73,7 +74,7 @@ def linear_token_logprobs(
         )
         return TokenLogprobs(*out) if return_entropy else out
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in head)
-    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, differentiable)
+    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, differentiable, backend)
     logprobs, entropy, *_ = _linear_token_logprobs(hidden, weight, labels.long(), bias, *options)
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
@@ -90,11 +91,11 @@ def _linear_token_logprobs(
     ignore_index: int,
     return_entropy: bool,
     keep_logits: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored; some tiles' logits."""
-    backend = choose("linear_token_logprobs", hidden)
     keep = kept_rows(labels, None, len(weight), ignore_index, backend)
-    kept = _kept_tiles(hidden, weight, labels, keep_logits)
+    kept = _kept_tiles(hidden, weight, labels, keep_logits, backend)
     head = Head(hidden, weight, bias, keep, backend)
     kept_labels, state = head.take(labels), head.new_state(head.count)
     transform = (logit_scale, softcap, temperature)
@@ -107,17 +108,17 @@ def _linear_token_logprobs(
     return head.put(logprobs), made_entropy, head.put(max_logsum), kept
 
 
-def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool) -> Tensor:
-    backend = choose("linear_token_logprobs", hidden)
+def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool, backend: str) -> Tensor:
     shape = kept_tiles_shape(labels.numel(), weight.shape[0], backend) if keep_logits else (0, 0)
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastppo::linear_token_logprobs")
-def _(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, return_entropy, keep_logits):
+def _(hidden, weight, labels, bias, *options):
+    *_, return_entropy, keep_logits, backend = options
     logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
-    kept = _kept_tiles(hidden, weight, labels, keep_logits)
+    kept = _kept_tiles(hidden, weight, labels, keep_logits, backend)
     return logprobs, entropy, logprobs.new_empty((*labels.shape, 2)), kept
 
 
@@ -137,9 +138,10 @@ def _linear_token_logprobs_backward(
     logit_scale: float,
     ignore_index: int,
     wanted: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their own types, each empty where not `wanted`."""
-    head = Head(hidden, weight, bias, labels != ignore_index, choose("linear_token_logprobs", hidden))
+    head = Head(hidden, weight, bias, labels != ignore_index, backend)
     entropy = entropy if d_entropy is not None else None
     given = [None if x is None else head.take(x) for x in (max_logsum, entropy, d_logprobs, d_entropy)]
     rows = Upstream(head.labels(labels), *given)
@@ -159,19 +161,16 @@ def _linear_token_logprobs_backward(
 
 @torch.library.register_fake("fastppo::linear_token_logprobs_backward")
 def _(hidden, weight, labels, bias, *options):
-    *_, wanted = options
+    *_, wanted, _ = options
     sources = zip((hidden, weight, bias), wanted, strict=True)
     return tuple(torch.empty_like(x) if want else hidden.new_empty(0) for x, want in sources)
 
 
-refuse_gradient("linear_token_logprobs_backward")
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, labels, bias, *options, return_entropy, _ = inputs
-    _, entropy, max_logsum, kept = output
-    ctx.save_for_backward(hidden, weight, labels, bias, max_logsum, kept, entropy)
-    ctx.options, ctx.return_entropy = options, return_entropy
+def _setup_context(ctx, inputs, outputs) -> None:
+    _, entropy, max_logsum, kept = outputs
+    ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.labels, inputs.bias, max_logsum, kept, entropy)
+    ctx.options = inputs.temperature, inputs.softcap, inputs.logit_scale, inputs.ignore_index
+    ctx.return_entropy, ctx.backend = inputs.return_entropy, inputs.backend
     ctx.mark_non_differentiable(max_logsum, kept)
     ctx.set_materialize_grads(False)
 
@@ -182,12 +181,11 @@ def _backward(ctx, d_logprobs, d_entropy, *_):
         d_logprobs = torch.zeros_like(labels, dtype=torch.float32)
     if not ctx.return_entropy:
         d_entropy = None
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
+    upstream = *statistics, d_logprobs, d_entropy
     gradients = _linear_token_logprobs_backward(
-        hidden, weight, labels, bias, *statistics, d_logprobs, d_entropy, *ctx.options, wanted
+        hidden, weight, labels, bias, *upstream, *ctx.options, ctx.wanted, ctx.backend
     )
-    d_hidden, d_weight, d_bias = (x if want else None for x, want in zip(gradients, wanted, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 6
+    return [x if want else None for x, want in zip(gradients, ctx.wanted, strict=True)]
 
 
-torch.library.register_autograd("fastppo::linear_token_logprobs", _backward, setup_context=_setup_context)
+register_gradient(_linear_token_logprobs, ("hidden", "weight", "bias"), _setup_context, _backward)

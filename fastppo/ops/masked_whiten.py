@@ -9,7 +9,7 @@ from torch import Tensor
 from fastppo.native import masked_whiten as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
-from fastppo.ops._registry import custom_op
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.reference import masked_whiten as reference
 
 
@@ -104,21 +104,20 @@ def _(x, mask):
     return tuple(x.new_empty((), dtype=torch.float64) for _ in range(3))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, mask = inputs
-    count, _, squares = output
-    ctx.save_for_backward(mask, count)
-    ctx.shape, ctx.dtype = x.shape, x.dtype
+def _setup_context(ctx, inputs, outputs) -> None:
+    count, _, squares = outputs
+    ctx.save_for_backward(inputs.mask, count)
+    ctx.shape, ctx.dtype = inputs.x.shape, inputs.x.dtype
     ctx.mark_non_differentiable(count, squares)
 
 
 def _backward(ctx, _, d_mean, __):
     mask, count = ctx.saved_tensors
     grad = (d_mean / count.clamp_min(1)).to(ctx.dtype).expand(ctx.shape)
-    return grad if mask is None else torch.where(mask, grad, 0), None
+    return (grad if mask is None else torch.where(mask, grad, 0),)
 
 
-torch.library.register_autograd("fastppo::masked_moments", _backward, setup_context=_setup_context)
+register_gradient(_masked_moments, ("x",), _setup_context, _backward, differentiable_backward=True)
 
 
 @custom_op("masked_whiten")

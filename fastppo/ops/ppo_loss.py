@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.native import as_offsets, on_cuda
 from fastppo.native import ppo_loss as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
-from fastppo.ops._registry import custom_op, refuse_gradient
+from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.reference import ppo_loss as reference
 
 RATIO_LEVELS = ("token", "sequence")
@@ -112,7 +113,8 @@ def ppo_loss(
         ref_logprobs, entropy, rollout_logprobs: that shape. Without a coefficient or correction they are only measured.
         cu_seqlens: int32 [B + 1] (or int64), the bounds of packed sequences; empty ones are allowed. Sequences matter
             for ratio_level="sequence", for "seq-mean-token-mean", and for "seq-mean-token-sum" without a denominator;
-            they are the rows of [B, T] where it is not given.
+            they are the rows of [B, T] where it is not given. Wrong ones raise on the CPU; on a GPU they give NaN where
+            sequences matter.
         clip_low, clip_high: >= 0, widths of the clip range; a clip_low of 1 or more never bites.
         dual_clip: > 1, bounds the policy term by -A dual_clip where A < 0 (Ye et al. 2020, arXiv:1912.09729), or None.
         value_clip: > 0, or None for the plain squared error.
@@ -159,6 +161,8 @@ def ppo_loss(
     denominator = check_aggregation(aggregation, denominator, logprobs)
     check_sequences(cu_seqlens, logprobs, needs_sequences(ratio_level, aggregation, denominator))
     if choose("ppo_loss", *columns.values()) == "reference":
+        if cu_seqlens is not None:
+            _checks.offsets_in_order("cu_seqlens", cu_seqlens, logprobs.numel())
         loss, stats = reference.ppo_loss(
             **columns,
             mask=mask,
@@ -271,7 +275,7 @@ def needs_sequences(ratio_level: str, aggregation: str, denominator: Tensor | No
 
 
 def check_sequences(cu_seqlens: Tensor | None, tokens: Tensor, needed: bool) -> None:
-    """Packed tokens with offsets, or [B, T] where sequences are needed. The CPU kernel checks the offsets' values."""
+    """Packed tokens with offsets, or [B, T] where sequences are needed. `refuse_wrong_offsets` is for their values."""
     if cu_seqlens is None:
         if needed and tokens.dim() != 2:
             raise ValueError(
@@ -287,6 +291,12 @@ def check_sequences(cu_seqlens: Tensor | None, tokens: Tensor, needed: bool) -> 
         raise ValueError(
             f"cu_seqlens is given with tokens of shape {list(tokens.shape)}, expected packed tokens [total]"
         )
+
+
+def refuse_wrong_offsets(cu_seqlens: Tensor | None, tokens: int) -> None:
+    """ValueError on the CPU, also where no sequence matters; a GPU, which the host does not wait for, then does not look."""
+    if cu_seqlens is not None and not on_cuda(cu_seqlens):
+        as_offsets(cu_seqlens, tokens)
 
 
 def named_statistics(stats: dict[str, Tensor]) -> PPOStats:
@@ -343,6 +353,8 @@ def _ppo_loss(
         sequences = native.ppo_loss_sequences(columns, mask, cu_seqlens, **needed)
         columns |= sequences.columns()
         used_sequences = sequences.used
+    else:
+        refuse_wrong_offsets(cu_seqlens, logprobs.numel())
     names = ("logprobs", "values", "entropy")
     sums, gradients = native.ppo_loss_tokens(
         columns, mask, options, [name for name, want in zip(names, wanted, strict=True) if want]
@@ -364,10 +376,7 @@ def _(logprobs, old_logprobs, advantages, mask, values, *options):
 def scale_gradients(
     first: Tensor, second: Tensor, third: Tensor, d_loss: Tensor, scale: Tensor, dtypes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three gradients (empty: none) times d_loss * scale, each rounded once to its type, a place in native.DTYPES.
-
-    An op of its own: a second derivative is refused, not silently 0.
-    """
+    """Three gradients (empty: none) times d_loss * scale, each rounded once to its type, a place in native.DTYPES."""
     return tuple(native.scale_gradients((first, second, third), d_loss, scale, dtypes))
 
 
@@ -375,9 +384,6 @@ def scale_gradients(
 def _(first, second, third, d_loss, scale, dtypes):
     gradients = (first, second, third)
     return tuple(torch.empty_like(x, dtype=native.DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True))
-
-
-refuse_gradient("scale_gradients")
 
 
 def save_gradients(
@@ -390,7 +396,7 @@ def save_gradients(
     ctx.set_materialize_grads(False)
 
 
-def scaled_gradients(ctx, d_loss: Tensor | None) -> list[Tensor | None]:
+def scaled_gradients(ctx, d_loss: Tensor | None, *_: None) -> list[Tensor | None]:
     """The gradients of the three inputs, None where there is none."""
     if d_loss is None:
         return [None] * 3
@@ -399,17 +405,10 @@ def scaled_gradients(ctx, d_loss: Tensor | None) -> list[Tensor | None]:
     return [gradient if want else None for gradient, want in zip(scaled, ctx.wanted, strict=True)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    logprobs, _, _, _, values, _, _, _, entropy, *_, wanted = inputs
-    _, _, scale, *gradients = output
-    save_gradients(ctx, (logprobs, values, entropy), scale, gradients, wanted)
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(ctx, inputs, outputs) -> None:
+    _, _, scale, *gradients = outputs
+    save_gradients(ctx, (inputs.logprobs, inputs.values, inputs.entropy), scale, gradients, inputs.wanted)
+    ctx.mark_non_differentiable(*outputs[1:])
 
 
-def _backward(ctx, d_loss, *_):
-    grads = [None] * 27
-    grads[0], grads[4], grads[8] = scaled_gradients(ctx, d_loss)
-    return tuple(grads)
-
-
-torch.library.register_autograd("fastppo::ppo_loss", _backward, setup_context=_setup_context)
+register_gradient(_ppo_loss, ("logprobs", "values", "entropy"), _setup_context, scaled_gradients)

@@ -13,6 +13,7 @@ from fastppo.ops._backends import choose
 from fastppo.ops._registry import custom_op
 from fastppo.reference import sample_tokens as reference
 
+TEMPERATURES = {"smallest": _checks.SMALLEST_DIVISOR, "at_most": _checks.LARGEST_FACTOR}
 MAX_VOCABULARY = 1 << 22  # 2^22 masses of at most 2^40 add up in an int64
 
 
@@ -46,7 +47,8 @@ def sample_tokens(
     Args:
         logits: [B, V] float32, bfloat16 or float16 (float64 is rounded to float32 for the choice), V <= 2^22; any
             strides. -inf bans a token.
-        temperature: >= 0, a number or [B]; 0 takes the largest logit (the first of equals) and ignores the filters.
+        temperature: from 1e-10 to 1e10, a number or [B]; or 0, which takes the largest logit (the first of equals) and ignores
+            the filters.
         top_k: >= 0, a number or integer [B]; 0 or >= V switches it off.
         top_p: in [0, 1], a number or [B]; 1 switches it off, 0 keeps the largest logit and its equals.
         min_p: in [0, 1], a number or [B]; 0 switches it off.
@@ -59,8 +61,8 @@ def sample_tokens(
         `SampledTokens` of [B] tensors: int64 `tokens`; float32 `logprobs` in nats = log softmax(logits /
         temperature)[token], as `token_logprobs` gives them; `processed_logprobs`, the same within the kept tokens;
         `kept_mass`, the share of probability that the filters kept. Temperature 0 gives both log-probs unfiltered at
-        temperature 1, and kept mass 1. A row without a distribution (NaN or +inf once divided by the temperature, or
-        nothing but -inf) gives token -1, NaN, NaN and 0. Nothing is differentiable.
+        temperature 1, and kept mass 1. A row without a distribution (NaN or +inf, or nothing but -inf, once divided by
+        the temperature) gives token -1, NaN, NaN and 0. Nothing is differentiable.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device, or (for tensors: on the CPU) a parameter out of range.
@@ -68,7 +70,7 @@ def sample_tokens(
     _check_logits(logits)
     logits = logits.detach()
     parameters = (
-        _row_parameter("temperature", temperature, logits, torch.float32),
+        _row_parameter("temperature", temperature, logits, torch.float32, **TEMPERATURES),
         _row_parameter("top_k", top_k, logits, torch.int64),
         _row_parameter("top_p", top_p, logits, torch.float32, at_most=1),
         _row_parameter("min_p", min_p, logits, torch.float32, at_most=1),
@@ -87,24 +89,33 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _row_parameter(
-    name: str, value: object, logits: Tensor, dtype: torch.dtype, at_most: float | None = None
+    name: str, value: object, logits: Tensor, dtype: torch.dtype, *, smallest: float = 0, at_most: float | None = None
 ) -> Tensor:
-    """`value`, a number or a tensor [B], as a checked tensor [B] of `dtype`."""
-    limit = {} if at_most is None else {"at_most": at_most}
+    """`value`, a number or a tensor [B], as a checked tensor [B] of `dtype`; `smallest` is the smallest besides 0."""
     if not isinstance(value, Tensor):
-        check = _checks.integer_number if dtype == torch.int64 else _checks.number
-        return torch.full(logits.shape[:1], check(name, value, at_least=0, **limit), dtype=dtype, device=logits.device)
+        number = _row_number(name, value, dtype, smallest, at_most)
+        return torch.full(logits.shape[:1], number, dtype=dtype, device=logits.device)
     (_checks.integer if dtype == torch.int64 else _checks.floating)(name, value)
     _check_row_tensor(name, value, logits)
-    value = value.detach().to(dtype)
+    given = value = value.detach()
+    if smallest:  # what is below it could be 0 in fp32, which is good: -1 is not
+        value = torch.where((given > 0) & (given < smallest), -1, given)
     # On a GPU the look would wait for the device: there, as in a compiled graph, a bad value makes its row an error
     # row.
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~(value >= 0) | ~value.isfinite() | (value > (at_most or torch.inf))
         if bad.any():
             row = bad.nonzero()[0].item()
-            _checks.number(f"{name}[{row}]", value[row].item(), at_least=0, **limit)
-    return value
+            _row_number(f"{name}[{row}]", given[row].item(), dtype, smallest, at_most)
+    return value.to(dtype)
+
+
+def _row_number(name: str, value: object, dtype: torch.dtype, smallest: float, at_most: float | None) -> float:
+    limit = {} if at_most is None else {"at_most": at_most}
+    number = (_checks.integer_number if dtype == torch.int64 else _checks.number)(name, value, at_least=0, **limit)
+    if 0 < number < smallest:
+        raise ValueError(f"{name} is {value!r}, expected 0 or a number from {smallest} to {at_most}")
+    return number
 
 
 def _row_numbers(name: str, value: Tensor | None, logits: Tensor) -> Tensor:

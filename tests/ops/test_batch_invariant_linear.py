@@ -99,7 +99,7 @@ def test_same_bits_with_avx2_and_avx512(cpu_backend, tmp_path):
 
 
 def test_opcheck(fast_backend):
-    torch.library.opcheck(torch.ops.fastppo.batch_invariant_linear, tuple(make_case(3, 5, 17)))
+    torch.library.opcheck(torch.ops.fastppo.batch_invariant_linear, (*make_case(3, 5, 17), fast_backend))
 
 
 @pytest.mark.parametrize(

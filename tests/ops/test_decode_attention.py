@@ -259,10 +259,11 @@ def test_slots_beyond_the_cache(fast_backend):
 
 def test_opcheck(fast_backend):
     case = make_case([5, 20], size=32)
-    torch.library.opcheck(torch.ops.fastppo.decode_attention, (*case, 0.2, 0.0, 0, None))
+    torch.library.opcheck(torch.ops.fastppo.decode_attention, (*case, 0.2, 0.0, 0, None, fast_backend))
     k, v = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
     k_pages, v_pages = torch.zeros(2, 4, 2, 32), torch.zeros(2, 4, 2, 32)
-    torch.library.opcheck(torch.ops.fastppo.write_kv, (k, v, k_pages, v_pages, torch.tensor([3, 4])))
+    arguments = k, v, k_pages, v_pages, torch.tensor([3, 4]), fast_backend
+    torch.library.opcheck(torch.ops.fastppo.write_kv, arguments)
 
 
 def test_compiles_without_graph_breaks(fast_backend):
@@ -309,6 +310,8 @@ def test_reference_equals_plain_attention():
     q, k_pages, v_pages, table, lens = make_case([37], heads=4, kv_heads=4, size=16, page=16)
     keys = k_pages[table[0].long()].flatten(0, 1)[:37].transpose(0, 1)
     values = v_pages[table[0].long()].flatten(0, 1)[:37].transpose(0, 1)
-    expected = torch.nn.functional.scaled_dot_product_attention(q[0][:, None], keys, values)[:, 0]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    exact = attend(q[0][:, None].double(), keys.double(), values.double())[:, 0]
     with use_backend("reference"):
-        assert torch.allclose(decode_attention(q, k_pages, v_pages, table, lens)[0], expected, atol=1e-6)
+        ours = decode_attention(q, k_pages, v_pages, table, lens)[0]
+    assert_as_exact_as_native(ours, attend(q[0][:, None], keys, values)[:, 0], exact)

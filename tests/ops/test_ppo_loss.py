@@ -313,14 +313,11 @@ def test_gradients_only_where_wanted(fast_backend):
         assert not ppo_loss(**(batch | {"values": values})).loss.requires_grad
 
 
-def test_backward_twice_and_second_derivative(fast_backend):
+def test_backward_twice(fast_backend):
     leaf = torch.randn(5, requires_grad=True)
     loss = ppo_loss(leaf, leaf.detach(), torch.randn(5)).loss
     first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], first)
-    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
 
 
 def test_statistics_carry_no_graph(backend):
@@ -379,23 +376,8 @@ def test_bits_do_not_depend_on_instruction_set(cpu_backend):
 
 OPERATOR_OPTIONS = {
     "defaults": (0.2, 0.2, None, None, 0.5, 0.0, "k3", 0.0, "clip", None, 0.5, 2.0, "token", "token-mean"),
-    "everything": (
-        0.2,
-        0.2,
-        1.5,
-        0.2,
-        0.5,
-        0.1,
-        "k3+",
-        0.1,
-        "clip",
-        "mask",
-        0.5,
-        2.0,
-        "sequence",
-        "seq-mean-token-mean",
-    ),
-}
+    "everything": (0.2, 0.2, 1.5, 0.2, 0.5, 0.1, "k3+", 0.1, "clip", "mask", 0.5, 2.0, "sequence", "seq-mean-token-mean"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPERATOR_OPTIONS)

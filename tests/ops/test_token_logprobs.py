@@ -49,6 +49,22 @@ def test_shifted_logits(backend, offset):
     compare(torch.randn(3, 300) + offset, torch.randint(0, 300, (3,)))
 
 
+@pytest.mark.parametrize("softcap", [None, 1e-10, 30.0, 1e10])
+@pytest.mark.parametrize("temperature", [1e-10, 1e-3, 1e10])
+@pytest.mark.parametrize("logit_scale", [-1e10, 1e-10, 1.0, 1e10])
+def test_every_admissible_number(backend, logit_scale, temperature, softcap):
+    """What used to give NaN beyond fp32's range is refused; up to the bounds no logit of a model leaves it."""
+    logits, labels = torch.randn(4, 60) * torch.tensor([[1e-3], [1.0], [1e3], [1e5]]), torch.randint(0, 60, (4,))
+    options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    ours, native = (run(function, logits, labels, **options) for function in (token_logprobs, reference))
+    exact = run(reference, logits.double(), labels, **options)
+    for name, a, b, c in zip(("logprobs", "entropy"), ours, native, exact, strict=False):
+        assert_as_exact_as_native(a, b, c, name)
+    assert ours[2].isfinite().all()
+    if softcap is None:  # near a cap the slope 1 - tanh^2 is a difference that leaves fp32 few digits
+        assert_as_exact_as_native(ours[2], native[2], exact[2], "gradient")
+
+
 @pytest.mark.parametrize("place", [slice(0, 1024), slice(1024, 2048), slice(2000, 2100), slice(0, 2099)], ids=str)
 def test_blocks_of_minus_infinity(backend, place):
     """A whole block of -inf (banned tokens), at the start too, adds nothing and breaks nothing."""
@@ -157,6 +173,56 @@ def test_inplace_backward_only_when_asked(cpu_backend, dtype):
     assert torch.equal(*results)
 
 
+SHARING = {
+    "expanded rows": lambda x: x[:1].expand(5, 70),
+    "one number a row": lambda x: x[:, :1].expand(5, 70),
+    "overlapping rows": lambda x: x.as_strided((5, 70), (30, 1)),
+}
+
+
+@pytest.mark.parametrize("view", SHARING)
+def test_inplace_backward_refuses_rows_that_share_memory(backend, view):
+    """Each row's gradient would overwrite logits that another row still has to read."""
+    logits = SHARING[view](torch.randn(5, 70, requires_grad=True) * 1)
+    with pytest.raises(ValueError, match=r"logits has shape \[5, 70\] and strides .* expected elements that share no"):
+        token_logprobs(logits, torch.zeros(5, dtype=torch.long), inplace_backward=True)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "time-major", "vocabulary-major"])
+def test_inplace_backward_takes_any_layout_of_its_own(cpu_backend, layout):
+    labels, gradients = torch.randint(0, 70, (3, 4)), []
+    data = torch.randn(3, 4, 70)
+    for inplace in (False, True):
+        leaf = data.clone().requires_grad_()
+        logits = strided_views(leaf * 1)[layout]
+        token_logprobs(logits, labels, inplace_backward=inplace).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :70]], ids=["leaf", "view"])
+def test_inplace_backward_refuses_a_leaf(backend, view):
+    """A parameter would hold its gradient afterwards."""
+    leaf, labels = torch.randn(5, 90, requires_grad=True), torch.zeros(5, dtype=torch.long)
+    with pytest.raises(ValueError, match="a leaf that requires a gradient, expected the result of an operation"):
+        token_logprobs(view(leaf), labels, inplace_backward=True)
+    with torch.no_grad():
+        token_logprobs(view(leaf), labels, inplace_backward=True)
+
+
+def test_inplace_backward_compiles(cpu_backend):
+    data, labels = torch.randn(5, 70), torch.randint(0, 70, (5,))
+
+    def step(leaf):
+        return token_logprobs(leaf * 2, labels, inplace_backward=True).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    gradients = [
+        torch.autograd.grad(f(leaf), leaf)[0] for f in (step, compiled) for leaf in [data.clone().requires_grad_()]
+    ]
+    assert torch.equal(*gradients)
+
+
 def test_bits_do_not_depend_on_batch_or_threads(cpu_backend):
     """Batch invariance: the same row gives the same bits at every batch size and thread count."""
     logits, labels = torch.randn(9, 3000), torch.randint(0, 3000, (9,))
@@ -193,7 +259,9 @@ def test_opcheck(cpu_backend):
     logits = torch.randn(4, 33, requires_grad=True)
     labels = torch.randint(0, 33, (4,))
     for entropy in (False, True):
-        torch.library.opcheck(torch.ops.fastppo.token_logprobs, (logits, labels, 0.9, 0.0, 1.0, -100, entropy, False))
+        torch.library.opcheck(
+            torch.ops.fastppo.token_logprobs, (logits, labels, 0.9, 0.0, 1.0, -100, entropy, False, "cpu")
+        )
 
 
 def test_compiles_without_graph_breaks(cpu_backend):
@@ -211,7 +279,14 @@ def test_compiles_without_graph_breaks(cpu_backend):
         ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
         ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
+        ({"temperature": 1e-300}, ValueError, "temperature is 1e-300, expected a finite number >= 1e-10 and <= 1"),
+        ({"temperature": 1e-39}, ValueError, "temperature is 1e-39"),
+        ({"temperature": 1e39}, ValueError, "temperature is 1e.39"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+        ({"softcap": 1e39}, ValueError, "softcap is 1e.39"),
+        ({"softcap": 1e-39}, ValueError, "softcap is 1e-39"),
+        ({"logit_scale": 1e39}, ValueError, "logit_scale is 1e.39"),
+        ({"logit_scale": -1e39}, ValueError, "logit_scale is -1e.39, expected a finite number >= -1"),
         ({"labels": torch.tensor([0, 50])}, ValueError, "labels holds 50 at flat position 1"),
         ({"labels": torch.tensor([0, -1])}, ValueError, "labels holds -1"),
         ({"labels": torch.tensor([0])}, ValueError, r"labels has shape \[1\], expected \[2\]"),
