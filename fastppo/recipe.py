@@ -88,47 +88,45 @@ def _read(path: Path) -> dict[str, Any]:
 def _refuse_name(name: str, values: Any, where: str) -> NoReturn:
     """A name at the top level that is neither a section nor a run key: where it belongs, or what is nearest."""
     if name == OLD_SECTION and isinstance(values, dict) and values:
-        for key in values:
-            _refuse_old_key(str(key), where)
+        _refuse_old_keys(list(map(str, values)), where)
     if isinstance(values, dict):
         near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
         raise ValueError(f"{where}: section {name} is not known; the nearest is {near}")
     _refuse_bare_key(name, where)
 
 
-def _refuse_old_key(key: str, where: str) -> NoReturn:
-    """A key under `ppo`, the one section that all of PPO's settings used to stand in."""
-    place = key if key in RUN_KEYS else moved_to(key)
-    if place is None:
-        raise ValueError(f"{where}: key {OLD_SECTION}.{key} is not known; the nearest is {_nearest(key)}")
-    raise ValueError(f"{where}: {OLD_SECTION}.{key} is now {place}")
+def _refuse_old_keys(keys: list[str], where: str) -> NoReturn:
+    """Keys under `ppo`, the one section that all of PPO's settings used to stand in: where each stands now."""
+    places = {key: key if key in RUN_KEYS else moved_to(key) for key in keys}
+    news = [
+        f"is now {place}" if place else f"is not known; the nearest is {_nearest(key)}" for key, place in places.items()
+    ]
+    raise ValueError(
+        f"{where}: " + "; ".join(f"{OLD_SECTION}.{key} {new}" for key, new in zip(keys, news, strict=True))
+    )
 
 
 def _refuse_bare_key(key: str, where: str) -> NoReturn:
     """A key without a section that is no run key."""
-    owners = _owners(key) or ([moved_to(key)] if moved_to(key) else [])
-    if owners:
-        raise ValueError(f"{where}: key {key} is not known; {_enumerate(owners)}")
-    raise ValueError(f"{where}: key {key} is not known; the nearest is {_nearest(key)}")
+    hint = _elsewhere(key) or f"the nearest is {_nearest(key)}"
+    raise ValueError(f"{where}: key {key} is not known; {hint}")
 
 
 def _check_key(section: str, key: str, where: str) -> None:
-    if key in KEYS[section]:
-        return
-    owners = [key] if key in RUN_KEYS else _owners(key) or ([moved_to(key)] if moved_to(key) else [])
-    if owners:
-        raise ValueError(f"{where}: key {section}.{key} is not known; {_enumerate(owners)}")
-    near = difflib.get_close_matches(key, KEYS[section], n=1, cutoff=0.0)[0]
-    raise ValueError(f"{where}: key {section}.{key} is not known; the nearest is {near}")
+    if key not in KEYS[section]:
+        near = difflib.get_close_matches(key, KEYS[section], n=1, cutoff=0.0)[0]
+        raise ValueError(f"{where}: key {section}.{key} is not known; {_elsewhere(key) or f'the nearest is {near}'}")
+
+
+def _elsewhere(key: str) -> str:
+    """Such as "optimizer.lr is", where other places have the key, or had it under this name; "" where none has."""
+    names = [key] if key in RUN_KEYS else _owners(key) or [name for name in [moved_to(key)] if name]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}" if names else ""
 
 
 def _owners(key: str) -> list[str]:
     """section.key of every section that has the key."""
     return [f"{section}.{key}" for section, keys in KEYS.items() if key in keys]
-
-
-def _enumerate(names: list[str]) -> str:
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _nearest(key: str) -> str:
@@ -179,7 +177,7 @@ def _resolve_name(name: str, where: str) -> tuple[str, str]:
     section, dot, key = name.rpartition(".")
     if dot:
         if section == OLD_SECTION:
-            _refuse_old_key(key, where)
+            _refuse_old_keys([key], where)
         if section not in SECTIONS:
             _refuse_name(section, {}, where)
         _check_key(section, key, where)
