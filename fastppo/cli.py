@@ -22,10 +22,6 @@ EXTRAS = {
     "data": "datasets",
     "math": "math_verify",
     "plot": "matplotlib",
-    "peft": "peft",
-    "bleu": "sacrebleu",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
     "flash-attn": "flash_attn",
     "trl": "trl",
 }
@@ -56,7 +52,7 @@ def _is_users(error: Exception) -> bool:
     """Whether users can mend it: shown as one line, with a traceback only under FASTPPO_TRACEBACK=1."""
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "fastppo":
         return False  # our own modules do not fit together
-    errors: list[type[Exception]] = [ValueError, TypeError, OSError, ImportError]
+    errors: list[type[Exception]] = [ValueError, OSError, ImportError]
     for module, name in (("fastppo.checkpoint", "CheckpointError"), ("fastppo.trainer", "TrainingError")):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
@@ -76,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train as a recipe file says.")
     train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/config.py")
     train.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. ppo.lr=1e-5"
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. optimizer.lr=1e-5"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     generate = add("generate", _generate, "Sample from a model, streaming to the terminal.")
@@ -114,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
     for section, key in (("model", "name"), ("data", "path"), ("reward", "function")):
         if not getattr(getattr(recipe, section), key):
             raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
-    check_usable(recipe.ppo.output_dir, resume=options.resume)  # before minutes go by in loading a model
+    check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
     reward = resolve_reward(recipe.reward)
 
     from fastppo.data import load_train_and_eval
@@ -128,7 +124,7 @@ def _train(options: argparse.Namespace) -> int:
         reward=reward,
         prompts=train,
         eval_prompts=held_out,
-        config=recipe.ppo,
+        config=recipe,
         tokenizer=tokenizer,
         dtype=recipe.model.dtype,
         recipe=dataclasses.asdict(recipe),
@@ -136,15 +132,13 @@ def _train(options: argparse.Namespace) -> int:
     try:
         metrics = trainer.train(resume=options.resume)
     except KeyboardInterrupt:
-        print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.ppo.output_dir)}", file=sys.stderr)
+        print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.output_dir)}", file=sys.stderr)
         return 130
     if not metrics:
-        print(
-            f"nothing to do: {recipe.ppo.output_dir} has all its {recipe.ppo.total_steps} steps; to go on, raise ppo.total_steps"
-        )
+        print(f"nothing to do: {recipe.output_dir} has all its {recipe.total_steps} steps; to go on, raise total_steps")
         return 0
     reward_now = metrics.get("eval/scores", metrics["objective/scores"])
-    print(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.ppo.output_dir}")
+    print(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.output_dir}")
     return 0
 
 
@@ -155,7 +149,7 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
 
     checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
     if not checkpoints:
-        return "there is no checkpoint yet (ppo.save_every sets how often one is written)"
+        return "there is no checkpoint yet (checkpoint.every sets how often one is written)"
     command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
 

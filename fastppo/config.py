@@ -246,7 +246,9 @@ class DataConfig:
     split: str = "train"
     """Split of a hub data set."""
     eval_path: str | None = None
-    """Held-out prompts, same format; when not given, `eval_size` rows are taken off the end of `path`."""
+    """Held-out prompts, same format; when neither it nor `eval_split` is given, `eval_size` rows are taken off the end of `path`."""
+    eval_split: str | None = None
+    """Split of the held-out prompts, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
     eval_size: OptionalCount = 0
     """Number of held-out prompts to evaluate on; 0 evaluates on none."""
     prompt_template: str = "{prompt}"
@@ -282,6 +284,7 @@ class Recipe(PPOConfig):
 
 # Where the settings of recipes with one section `ppo` have gone.
 MOVED = {
+    "temperature": "rollout.temperature",
     "rollout_batch_size": "rollout.batch_size",
     "reward_timeout": "reward.timeout",
     "reward_retries": "reward.retries",

@@ -50,8 +50,8 @@ class PromptDataset:
         first_row: number of the first row in its source, for messages.
 
     Raises:
-        ValueError: no rows, an empty or too long prompt, an unknown column, settings that do not fit the tokenizer.
-        TypeError: rows or prompts of another type.
+        ValueError: no rows, an empty or too long prompt, an unknown column or one that makes no prompt, settings that do not fit the tokenizer.
+        TypeError: rows that are neither texts, conversations nor dicts.
     """
 
     def __init__(
@@ -147,7 +147,8 @@ def load_train_and_eval(
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """(prompts to train on, `eval_size` held-out prompts or None).
 
-    The held-out rows are the first of `eval_path`, or, without one, the last of `path`, which are then not trained on.
+    The held-out rows are the first of `eval_path` or of the split `eval_split`, or, without either, the last of `path`, which are then not
+    trained on.
 
     Raises what `load_prompts` raises; ValueError where `path` is empty or there are fewer rows than `eval_size` asks for.
     """
@@ -164,12 +165,15 @@ def load_train_and_eval(
 def _hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:
     """Rows to train on, held-out rows, the number of the first of these in its source."""
     size = config.eval_size
-    if config.eval_path is not None:
-        held_out = _rows_of(config.eval_path, config.split)
-        if len(held_out) < size:
+    if config.eval_path is not None or config.eval_split is not None:
+        source = config.path if config.eval_path is None else config.eval_path
+        if config.eval_path is None and Path(source).expanduser().is_file():
             raise ValueError(
-                f"eval_size is {size}, expected at most {len(held_out)}, the number of rows in {config.eval_path}"
+                f"eval_split is {config.eval_split!r}, but {source} is a file, which has no splits: set eval_path, or leave eval_split out"
             )
+        held_out = _rows_of(source, config.eval_split or config.split)
+        if len(held_out) < size:
+            raise ValueError(f"eval_size is {size}, expected at most {len(held_out)}, the number of rows in {source}")
         return rows, held_out[:size], 0
     if len(rows) <= size:
         raise ValueError(f"eval_size is {size}, expected less than {len(rows)}, the number of rows in {config.path}")
@@ -250,7 +254,7 @@ class _PromptWriter:
         """Reward functions take all prompts as texts or all as conversations."""
         if len(self._first_of_kind) > 1:
             found = " and ".join(f"{kind} (row {number})" for kind, number in self._first_of_kind.items())
-            raise TypeError(f"the prompts are of two kinds, {found}: expected all texts or all conversations")
+            raise ValueError(f"the prompts are of two kinds, {found}: expected all texts or all conversations")
 
     def _render(self, messages: list[Row], number: int) -> str:
         if not self._chat:
@@ -322,7 +326,7 @@ def _field(row: Row, column: str | None, number: int) -> str:
     value = "" if column is None else row[column]
     if isinstance(value, str | int | float):
         return str(value)
-    raise TypeError(f"column {column!r} of row {number} is {type(value).__name__}, expected a text or a number")
+    raise ValueError(f"column {column!r} of row {number} is {type(value).__name__}, expected a text or a number")
 
 
 def _check_messages(messages: list[Any], number: int) -> list[Row]:
@@ -332,7 +336,7 @@ def _check_messages(messages: list[Any], number: int) -> list[Row]:
     for message in messages:
         fits = isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fits:
-            raise TypeError(
+            raise ValueError(
                 f"the prompt of row {number} has the message {message!r}, expected a dict with texts 'role' and 'content'"
             )
     if messages[-1]["role"] == "assistant":

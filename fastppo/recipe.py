@@ -13,15 +13,19 @@ import typing
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.config import Recipe, RewardConfig
+from fastppo.config import MOVED, Recipe, RecipeRewardConfig, moved_to
 
-SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Recipe)}
+SECTIONS = {
+    spec.name: spec.default_factory for spec in dataclasses.fields(Recipe) if isinstance(spec.default_factory, type)
+}
 KEYS = {name: [key.name for key in dataclasses.fields(section)] for name, section in SECTIONS.items()}
+RUN_KEYS = [spec.name for spec in dataclasses.fields(Recipe) if spec.name not in SECTIONS]  # at the recipe's top level
+OLD_SECTION = "ppo"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -40,7 +44,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe at `path` with `overrides` such as "ppo.lr=1e-5", or "lr=1e-5" where only one section has the key.
+    """The recipe at `path` with `overrides`: "optimizer.lr=1e-5", "total_steps=5", or "gamma=0.9" where only one section has the key.
 
     Files that the recipe names relative to itself are found from any working directory. Raises FileNotFoundError, or ValueError that names
     the key, what it was and what it should be.
@@ -49,7 +53,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     settings = _read(path)
     for override in overrides:
         section, key, value = _parse_override(override)
-        settings.setdefault(section, {})[key] = value
+        (settings.setdefault(section, {}) if section else settings)[key] = value
     _refuse_booleans(settings)
     try:
         recipe = TypeAdapter(Recipe).validate_python(settings)
@@ -59,8 +63,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return recipe
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """section -> key -> value, with every name checked."""
+def _read(path: Path) -> dict[str, Any]:
+    """Run key -> value and section -> key -> value, with every name checked."""
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
@@ -69,37 +73,87 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} is {type(settings).__name__}, expected sections: {', '.join(SECTIONS)}")
-    for section, values in settings.items():
-        _check_name(str(section), SECTIONS, f"recipe {path}: section")
+    for name, values in settings.items():
+        if name in RUN_KEYS:
+            continue
+        if name not in SECTIONS:
+            _refuse_name(str(name), values, f"recipe {path}")
         if not isinstance(values, dict):
-            raise ValueError(f"recipe {path}: {section} is {values!r}, expected keys and values")
+            raise ValueError(f"recipe {path}: {name} is {values!r}, expected keys and values{_moved_hint(name)}")
         for key in values:
-            _check_key(section, str(key), f"recipe {path}")
+            _check_key(name, str(key), f"recipe {path}")
     return settings
 
 
-def _check_name(name: str, known: Any, what: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-        raise ValueError(f"{what} {name} is not known; the nearest is {near}")
+def _refuse_name(name: str, values: Any, where: str) -> NoReturn:
+    """A name at the top level that is neither a section nor a run key: where it belongs, or what is nearest."""
+    if name == OLD_SECTION and isinstance(values, dict) and values:
+        _refuse_old_keys(list(map(str, values)), where)
+    if isinstance(values, dict):
+        near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{where}: section {name} is not known; the nearest is {near}")
+    _refuse_bare_key(name, where)
+
+
+def _refuse_old_keys(keys: list[str], where: str) -> NoReturn:
+    """Keys under `ppo`, the one section that all of PPO's settings used to stand in: where each stands now."""
+    places = {key: key if key in RUN_KEYS else moved_to(key) for key in keys}
+    news = [
+        f"is now {place}" if place else f"is not known; the nearest is {_nearest(key)}" for key, place in places.items()
+    ]
+    raise ValueError(
+        f"{where}: " + "; ".join(f"{OLD_SECTION}.{key} {new}" for key, new in zip(keys, news, strict=True))
+    )
+
+
+def _refuse_bare_key(key: str, where: str) -> NoReturn:
+    """A key without a section that is no run key."""
+    hint = _elsewhere(key) or f"the nearest is {_nearest(key)}"
+    raise ValueError(f"{where}: key {key} is not known; {hint}")
 
 
 def _check_key(section: str, key: str, where: str) -> None:
-    owners = [owner for owner, keys in KEYS.items() if key in keys]
-    if owners and section not in owners:
-        raise ValueError(f"{where}: key {section}.{key} is not known; {owners[0]}.{key} is")
-    if not owners:
+    if key not in KEYS[section]:
         near = difflib.get_close_matches(key, KEYS[section], n=1, cutoff=0.0)[0]
-        raise ValueError(f"{where}: key {section}.{key} is not known; the nearest is {near}")
+        raise ValueError(f"{where}: key {section}.{key} is not known; {_elsewhere(key) or f'the nearest is {near}'}")
 
 
-def _refuse_booleans(settings: dict[str, dict[str, Any]]) -> None:
+def _elsewhere(key: str) -> str:
+    """Such as "optimizer.lr is", where other places have the key, or had it under this name; "" where none has."""
+    names = [key] if key in RUN_KEYS else _owners(key) or [name for name in [moved_to(key)] if name]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}" if names else ""
+
+
+def _owners(key: str) -> list[str]:
+    """section.key of every section that has the key."""
+    return [f"{section}.{key}" for section, keys in KEYS.items() if key in keys]
+
+
+def _nearest(key: str) -> str:
+    """The run key, or section.key, whose own name is nearest."""
+    known = {name: name for name in RUN_KEYS}
+    for section, keys in KEYS.items():
+        known |= {name: f"{section}.{name}" for name in keys if name not in known}
+    return known[difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]]
+
+
+def _moved_hint(section: str) -> str:
+    """`critic: shared` was a key before it became a section."""
+    return f" ({section} is now {MOVED[section]})" if section in MOVED else ""
+
+
+def _refuse_booleans(settings: dict[str, Any]) -> None:
     """`lr: yes` is a slip of the pen, but Python, and so pydantic, takes True for the number 1."""
-    for section, values in settings.items():
-        types = typing.get_type_hints(SECTIONS[section])
-        for key, value in values.items():
-            if isinstance(value, bool) and bool not in (types[key], *typing.get_args(types[key])):
-                raise ValueError(f"{section}.{key} is {value!r}: expected no true or false")
+    _refuse_booleans_in({key: settings[key] for key in RUN_KEYS if key in settings}, Recipe, "")
+    for section in SECTIONS:
+        _refuse_booleans_in(settings.get(section, {}), SECTIONS[section], f"{section}.")
+
+
+def _refuse_booleans_in(values: dict[str, Any], owner: type, prefix: str) -> None:
+    types = typing.get_type_hints(owner)
+    for key, value in values.items():
+        if isinstance(value, bool) and bool not in (types[key], *typing.get_args(types[key])):
+            raise ValueError(f"{prefix}{key} is {value!r}: expected no true or false")
 
 
 def _one_line(error: Exception) -> str:
@@ -107,26 +161,37 @@ def _one_line(error: Exception) -> str:
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
-    """(section, key, value) of "section.key=value" or "key=value"."""
+    """(section or "" for a run key, key, value) of "section.key=value" or "key=value"."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"override {override!r} has no '=', expected section.key=value, for example ppo.lr=1e-5")
-    section, dot, key = name.strip().rpartition(".")
-    if not dot:
-        owners = [owner for owner, keys in KEYS.items() if key in keys]
-        if not owners:
-            _check_name(key, [known for keys in KEYS.values() for known in keys], "override: key")
-        if len(owners) > 1:
-            raise ValueError(
-                f"override {override!r}: {key} stands in {' and '.join(owners)}; write {owners[0]}.{key}=..."
-            )
-        section = owners[0]
-    _check_name(section, SECTIONS, "override: section")
-    _check_key(section, key, "override")
+        raise ValueError(f"override {override!r} has no '=', expected section.key=value, for example optimizer.lr=1e-5")
+    section, key = _resolve_name(name.strip(), f"override {override!r}")
     try:
         return section, key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+
+
+def _resolve_name(name: str, where: str) -> tuple[str, str]:
+    """(section or "", key) of "section.key", of a run key, or of a key that one section alone has."""
+    section, dot, key = name.rpartition(".")
+    if dot:
+        if section == OLD_SECTION:
+            _refuse_old_keys([key], where)
+        if section not in SECTIONS:
+            _refuse_name(section, {}, where)
+        _check_key(section, key, where)
+        return section, key
+    if key in RUN_KEYS:
+        return "", key
+    if key in SECTIONS:
+        raise ValueError(f"{where}: {key} is a section, expected {key}.key=value{_moved_hint(key)}")
+    owners = _owners(key)
+    if not owners:
+        _refuse_bare_key(key, where)
+    if len(owners) > 1:
+        raise ValueError(f"{where}: several sections have {key}; write {' or '.join(owners)}")
+    return owners[0].partition(".")[0], key
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -154,7 +219,7 @@ def _find_files(recipe: Recipe, folder: Path) -> None:
         recipe.reward.function = f"{(folder / file).resolve()}:{function}"
 
 
-def resolve_reward(config: RewardConfig) -> Callable[..., Any]:
+def resolve_reward(config: RecipeRewardConfig) -> Callable[..., Any]:
     """The function that `reward.function` names, with `reward.arguments` bound to it.
 
     Raises FileNotFoundError or ValueError when it cannot be imported, is not there, or does not take the arguments.

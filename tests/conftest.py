@@ -105,3 +105,9 @@ def stories_model() -> Path:
 def gsm8k_train() -> Path:
     """GSM8K's training split as JSON Lines, gzipped."""
     return _shared("data/gsm8k_train.jsonl.gz")
+
+
+@pytest.fixture
+def gsm8k_test() -> Path:
+    """GSM8K's test split, in the same format."""
+    return _shared("data/gsm8k_test.jsonl.gz")

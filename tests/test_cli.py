@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,13 @@ from fastppo import cli
 from fastppo.checkpoint import CheckpointError, save_checkpoint
 from fastppo.run_folder import RunFolder
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RECIPE = """
+total_steps: 1
+output_dir: '{run}'
 model: {{name: {model}}}
 data: {{path: {data}}}
 reward: {{function: '{reward}'}}
-ppo: {{total_steps: 1, output_dir: '{run}'}}
 """
 
 
@@ -43,7 +46,7 @@ def error_of(capsys, *arguments) -> str:
 
 def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert "nowhere.yaml" in error_of(capsys, "train", tmp_path / "nowhere.yaml")
-    assert "nearest is lr" in error_of(capsys, "train", write_recipe(tmp_path), "ppo.lrr=1")
+    assert "nearest is lr" in error_of(capsys, "train", write_recipe(tmp_path), "optimizer.lrr=1")
     assert "no-model" in error_of(capsys, "train", write_recipe(tmp_path))
     assert "sqr" in error_of(capsys, "train", write_recipe(tmp_path, reward="math:sqr"))
     assert "data.path is empty" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=''")
@@ -101,18 +104,20 @@ def fake_trainer(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer, TrainingError=RuntimeError))
     monkeypatch.setitem(sys.modules, "fastppo.data", data)
     monkeypatch.setitem(
-        sys.modules, "fastppo.models", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")
+        sys.modules, "fastppo.model", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")
     )
     return fake
 
 
 def test_the_recipe_reaches_the_trainer(tmp_path, fake_trainer, capsys):
     path = write_recipe(tmp_path)
-    assert cli.main(["train", str(path), "model.dtype=float32", "model.tokenizer=t", "lr=0.5", "--resume"]) == 0
+    assert (
+        cli.main(["train", str(path), "model.dtype=float32", "model.tokenizer=t", "optimizer.lr=0.5", "--resume"]) == 0
+    )
     seen = fake_trainer.seen
     assert (seen["model"], seen["tokenizer"], seen["dtype"]) == ("./no-model", "tokenizer of t", "float32")
     assert (seen["prompts"], seen["eval_prompts"], seen["resume"]) == ("train", "held out", True)
-    assert seen["config"].lr == seen["recipe"]["ppo"]["lr"] == 0.5 and callable(seen["reward"])
+    assert seen["config"].optimizer.lr == seen["recipe"]["optimizer"]["lr"] == 0.5 and callable(seen["reward"])
     assert "done: reward 0.500" in capsys.readouterr().out
 
 
@@ -126,13 +131,13 @@ def test_a_folder_that_is_taken_is_noticed_before_anything_is_loaded(tmp_path, f
 def test_a_finished_run_has_nothing_to_resume(tmp_path, fake_trainer, capsys):
     fake_trainer.outcome = {}
     assert cli.main(["train", str(write_recipe(tmp_path)), "--resume"]) == 0
-    assert "raise ppo.total_steps" in capsys.readouterr().out
+    assert "raise total_steps" in capsys.readouterr().out
 
 
 def test_interrupting_a_run_says_how_to_go_on(tmp_path, fake_trainer, capsys):
     """The command that is shown is the one that was given: without its overrides it would look in another folder."""
     fake_trainer.outcome = KeyboardInterrupt()
-    recipe, override = write_recipe(tmp_path), f"ppo.output_dir={tmp_path / 'a run'}"
+    recipe, override = write_recipe(tmp_path), f"output_dir={tmp_path / 'a run'}"
     assert cli.main(["train", str(recipe), override]) == 130
     assert "no checkpoint yet" in capsys.readouterr().err
     folder = RunFolder(tmp_path / "a run", {})
@@ -145,14 +150,16 @@ def test_interrupting_a_run_says_how_to_go_on(tmp_path, fake_trainer, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("two\nlines"), TypeError(), CheckpointError("two\nlines"), OSError("two\nlines")]
+    "error", [ValueError("two\nlines"), ValueError(), CheckpointError("two\nlines"), OSError("two\nlines")]
 )
 def test_every_error_of_the_user_is_one_line(tmp_path, fake_trainer, capsys, error):
     fake_trainer.outcome = error
-    assert (str(error) and "two lines" or "TypeError") in error_of(capsys, "train", write_recipe(tmp_path))
+    assert ("two lines" if str(error) else "ValueError") in error_of(capsys, "train", write_recipe(tmp_path))
 
 
-@pytest.mark.parametrize("fault", [ZeroDivisionError(), ImportError("no such name", name="fastppo.ops")])
+@pytest.mark.parametrize(
+    "fault", [ZeroDivisionError(), TypeError("int + None"), ImportError("no such name", name="fastppo.ops")]
+)
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, fake_trainer, fault):
     fake_trainer.outcome = fault
     with pytest.raises(type(fault)):
@@ -172,7 +179,13 @@ def train(recipe, *arguments) -> int:
     return cli.main(["train", str(recipe), "device=cpu", *map(str, arguments)])
 
 
-TINY_STEPS = ["ppo.total_steps=2", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=1", "ppo.max_new_tokens=16"]
+TINY_STEPS = [
+    "total_steps=2",
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=1",
+    "rollout.max_new_tokens=16",
+    "data.eval_size=4",
+]
 
 
 def test_generate_streams_what_the_engine_samples(stories_model, capsys):
@@ -196,18 +209,18 @@ def test_generate_names_mistakes(stories_model, capsys):
 def test_training_a_real_model_from_its_recipe(stories_model, tmp_path, capsys):
     """recipes/stories.yaml on the real pretrained Llama, shortened: runs, records, plots, resumes."""
     run = tmp_path / "run"
-    arguments = [*TINY_STEPS, "data.eval_size=4", f"ppo.output_dir={run}"]
-    assert train("recipes/stories.yaml", *arguments) == 0
+    arguments = [*TINY_STEPS, f"model.name={stories_model}", f"output_dir={run}"]
+    assert train(RECIPES / "stories.yaml", *arguments) == 0
     assert "done: reward" in capsys.readouterr().out
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model"} <= {
         p.name for p in run.iterdir()
     }
     assert cli.main(["plot", str(run), "-o", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").exists()
-    assert "--resume" in error_of(capsys, "train", "recipes/stories.yaml", *arguments)
-    assert train(run / "config.yaml", "ppo.total_steps=3", "--resume") == 0
+    assert "--resume" in error_of(capsys, "train", RECIPES / "stories.yaml", *arguments)
+    assert train(run / "config.yaml", "total_steps=3", "--resume") == 0
 
 
-def test_gsm8k_end_to_end_on_a_tiny_model_of_its_architecture(gsm8k_train, stories_model, tmp_path):
+def test_gsm8k_end_to_end_on_a_tiny_model_of_its_architecture(gsm8k_train, gsm8k_test, stories_model, tmp_path):
     """recipes/gsm8k.yaml with a random Qwen2 of two layers: real questions, the real reward, every part of the path."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -220,6 +233,6 @@ def test_gsm8k_end_to_end_on_a_tiny_model_of_its_architecture(gsm8k_train, stori
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     run = tmp_path / "run"
-    changes = [f"model.name={tmp_path / 'model'}", f"ppo.output_dir={run}", "data.eval_size=4", *TINY_STEPS]
-    assert train("recipes/gsm8k.yaml", *changes) == 0
+    files = [f"model.name={tmp_path / 'model'}", f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}"]
+    assert train(RECIPES / "gsm8k.yaml", *TINY_STEPS, *files, f"output_dir={run}") == 0
     assert (run / "model" / "model.safetensors").exists()

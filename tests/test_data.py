@@ -206,8 +206,8 @@ def test_without_datasets(tokenizer, tmp_path, monkeypatch):
         (["a", 3], TypeError, "row 1 is int"),
         ([{"prompt": "a"}, {1: "b"}], TypeError, "row 1 is dict"),
         (["a", " \n"], ValueError, "the prompt of row 1 is empty"),
-        ([{"prompt": "a"}, {"prompt": None}], TypeError, "column 'prompt' of row 1 is NoneType"),
-        ([{"prompt": {"a": 1}}], TypeError, "column 'prompt' of row 0 is dict"),
+        ([{"prompt": "a"}, {"prompt": None}], ValueError, "column 'prompt' of row 1 is NoneType"),
+        ([{"prompt": {"a": 1}}], ValueError, "column 'prompt' of row 0 is dict"),
         ([{"prompt": "a", "prompt_ids": [1]}], ValueError, "a column 'prompt_ids'"),
         ([{"prompt": "a", "completions": "b"}], ValueError, "a column 'completions'"),
     ],
@@ -312,10 +312,10 @@ def user(text):
             "row 1 ends with the assistant's turn",
         ),
         ([[]], {}, ValueError, "row 0 is a conversation without messages"),
-        ([["hi"]], {}, TypeError, "row 0 has the message 'hi'"),
-        ([[{"role": "user", "content": None}]], {}, TypeError, "expected a dict with texts 'role' and 'content'"),
+        ([["hi"]], {}, ValueError, "row 0 has the message 'hi'"),
+        ([[{"role": "user", "content": None}]], {}, ValueError, "expected a dict with texts 'role' and 'content'"),
         ([[{"role": "alien", "content": "x"}]], {}, ValueError, "chat template refuses the prompt of row 0: no aliens"),
-        ([user("hi"), "hi"], {}, TypeError, r"two kinds, a conversation \(row 0\) and a text \(row 1\)"),
+        ([user("hi"), "hi"], {}, ValueError, r"two kinds, a conversation \(row 0\) and a text \(row 1\)"),
     ],
 )
 def test_wrong_conversations(chat_tokenizer, source, config, error, words):
@@ -425,6 +425,22 @@ def test_held_out_prompts_of_their_own_file(tokenizer, data_file, tmp_path):
     assert (len(train), answers(held_out)) == (6, ["0", "2", "4"])
     with pytest.raises(ValueError, match="eval_size is 5, expected at most 4"):
         split(tokenizer, path=data_file, eval_path=eval_path, eval_size=5)
+
+
+def test_held_out_prompts_of_their_own_split(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": ROWS, "test": ROWS[:2]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(splits[split]))
+    train, held_out = split(tokenizer, path="openai/gsm8k:main", eval_split="test", eval_size=2)
+    assert (len(train), answers(held_out)) == (6, ["0", "2"])
+    with pytest.raises(ValueError, match="eval_size is 3, expected at most 2, the number of rows in openai/gsm8k:main"):
+        split(tokenizer, path="openai/gsm8k:main", eval_split="test", eval_size=3)
+
+
+def test_a_file_has_no_splits_to_hold_out(tokenizer, data_file):
+    """Its own rows would be trained on and evaluated on."""
+    with pytest.raises(ValueError, match="eval_split is 'test', but .*train.jsonl is a file, which has no splits"):
+        split(tokenizer, path=data_file, eval_split="test", eval_size=2)
 
 
 def test_wrong_splits(tokenizer, data_file):

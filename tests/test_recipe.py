@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fastppo.config import Recipe, RewardConfig
+from fastppo.config import Recipe, RecipeRewardConfig
 from fastppo.recipe import load_recipe, resolve_reward
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
-MINIMAL = "model: {name: m}\ndata: {path: p}\nreward: {function: 'math:sqrt'}\nppo: {total_steps: 5, lr: 1e-5}\n"
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MINIMAL = "total_steps: 5\nmodel: {name: m}\ndata: {path: p}\nreward: {function: 'math:sqrt'}\noptimizer: {lr: 1e-5}\n"
 
 
 def write(tmp_path, text=MINIMAL) -> Path:
@@ -28,25 +30,46 @@ def test_our_recipes_are_valid(path):
     assert callable(resolve_reward(recipe.reward))
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_our_recipes_need_nothing_outside_the_repository_but_the_hub(path):
+    """A recipe that names a file beside the checkout fails for everyone who has only cloned it."""
+    recipe = load_recipe(path)
+    for name in (recipe.model.name, recipe.model.tokenizer, recipe.data.path, recipe.data.eval_path):
+        if name:
+            hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not name.startswith(".")
+            assert hub_name or (Path(name).is_relative_to(ROOT) and Path(name).exists()), name
+
+
 def test_values_and_overrides(tmp_path):
-    recipe = load_recipe(write(tmp_path), ["ppo.lr=2e-5", "gamma=0.9", "data.chat=false", "ppo.stop_strings=[a, b]"])
-    assert (recipe.ppo.total_steps, recipe.ppo.lr, recipe.ppo.gamma) == (5, 2e-5, 0.9)
-    assert recipe.data.chat is False and recipe.ppo.stop_strings == ("a", "b")
+    changes = [
+        "optimizer.lr=2e-5",
+        "gamma=0.9",
+        "data.chat=false",
+        "rollout.stop_strings=[a, b]",
+        "total_steps=7",
+        "seed=3",
+    ]
+    recipe = load_recipe(write(tmp_path), changes)
+    assert (recipe.total_steps, recipe.seed, recipe.optimizer.lr, recipe.advantage.gamma) == (7, 3, 2e-5, 0.9)
+    assert recipe.data.chat is False and recipe.rollout.stop_strings == ("a", "b")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ppo.lrr=1", "key ppo.lrr is not known; the nearest is lr"),
-        ("gama=1", "key gama is not known; the nearest is gamma"),
-        ("ppoo.lr=1", "section ppoo is not known; the nearest is ppo"),
-        ("ppo.lr", "has no '='"),
-        ("ppo.lr=fast", "ppo.lr is 'fast'"),
-        ("ppo.lr=-1", "ppo.lr is -1: expected greater than or equal to 0"),
-        ("ppo.critic=both", "ppo.critic is 'both': expected 'separate' or 'shared'"),
-        ("ppo.total_steps=2.5", "ppo.total_steps is 2.5"),
-        ("ppo.min_new_tokens=1000", "ppo.min_new_tokens is 1000, expected at most max_new_tokens = 256"),
-        ("ppo.lr=[", "not valid YAML"),
+        ("optimizer.lrr=1", "key optimizer.lrr is not known; the nearest is lr"),
+        ("gama=1", "key gama is not known; the nearest is advantage.gamma"),
+        ("total_step=1", "key total_step is not known; the nearest is total_steps"),
+        ("optimiser.lr=1", "section optimiser is not known; the nearest is optimizer"),
+        ("lr=1", "several sections have lr; write critic.lr or optimizer.lr"),
+        ("rollout=1", "rollout is a section, expected rollout.key=value"),
+        ("optimizer.lr", "has no '='"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
+        ("optimizer.lr=-1", "optimizer.lr is -1: expected greater than or equal to 0"),
+        ("critic.kind=both", "critic.kind is 'both': expected 'separate' or 'shared'"),
+        ("total_steps=2.5", "total_steps is 2.5"),
+        ("rollout.min_new_tokens=1000", "rollout.min_new_tokens is 1000, expected at most max_new_tokens = 256"),
+        ("optimizer.lr=[", "not valid YAML"),
     ],
 )
 def test_wrong_overrides(tmp_path, override, message):
@@ -60,17 +83,62 @@ def test_wrong_overrides(tmp_path, override, message):
     [
         ("", "expected sections"),
         ("- a", "is list, expected sections"),
-        ("ppo: 3", "ppo is 3, expected keys and values"),
-        ("ppo: {lr: 1, lr: 2}", "lr stands there twice"),
-        ("ppo: {lr: 1", "not valid YAML"),
-        ("pppo: {}", "section pppo is not known; the nearest is ppo"),
-        ("ppo: {learning_rate: 1}", "key ppo.learning_rate is not known"),
-        ("ppo: {lr: !!python/object/apply:os.system [ls]}", "not valid YAML"),
+        ("loss: 3", "loss is 3, expected keys and values"),
+        ("loss:", "loss is None, expected keys and values"),
+        ("critic: {lr: 1, lr: 2}", "lr stands there twice"),
+        ("seed: 1\nseed: 2", "seed stands there twice"),
+        ("loss: {clip_low: 1", "not valid YAML"),
+        ("optimiser: {}", "section optimiser is not known; the nearest is optimizer"),
+        ("ouput_dir: x", "key ouput_dir is not known; the nearest is output_dir"),
+        ("optimizer: {learning_rate: 1}", "key optimizer.learning_rate is not known"),
+        ("critic: {lr: !!python/object/apply:os.system [ls]}", "not valid YAML"),
     ],
 )
 def test_wrong_files(tmp_path, text, message):
     with pytest.raises(ValueError, match=message.replace("!", ".")):
         load_recipe(write(tmp_path, text))
+
+
+OLD_NAMES = [
+    ("lr", "optimizer.lr"),
+    ("critic_lr", "critic.lr"),
+    ("critic", "critic.kind"),
+    ("gamma", "advantage.gamma"),
+    ("total_steps", "total_steps"),
+    ("temperature", "rollout.temperature"),
+    ("save_every", "checkpoint.every"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+def test_a_setting_of_the_old_ppo_section_is_an_error_that_names_its_place(tmp_path, old, new):
+    message = f"ppo.{old} is now {re.escape(new)}$"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, f"ppo: {{{old}: 1}}"))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path), [f"ppo.{old}=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("critic_lr: 1", "critic_lr=1", "key critic_lr is not known; critic.lr is"),
+        ("gamma: 1", None, "key gamma is not known; advantage.gamma is"),
+        ("critic: shared", "critic=shared", r"critic.kind"),
+        ("optimizer: {lr_schedule: cosine}", "optimizer.lr_schedule=cosine", "optimizer.schedule is"),
+        ("loss: {total_steps: 3}", "loss.total_steps=3", "key loss.total_steps is not known; total_steps is"),
+        ("ppo: {larning_rate: 1}", "ppo.larning_rate=1", "ppo.larning_rate is not known; the nearest is"),
+        ("ppo: {lr: 1, seed: 2}", None, "ppo.lr is now optimizer.lr; ppo.seed is now seed"),
+        ("ppo: {}", None, "section ppo is not known"),
+        ("ppo: 3", None, "key ppo is not known"),
+    ],
+)
+def test_a_key_that_stands_elsewhere_now_is_found(tmp_path, text, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, text))
+    if override:
+        with pytest.raises(ValueError, match=message):
+            load_recipe(write(tmp_path), [override])
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -104,7 +172,7 @@ def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
 )
 def test_wrong_reward_names(function, message):
     with pytest.raises(ValueError, match=message):
-        resolve_reward(RewardConfig(function=function))
+        resolve_reward(RecipeRewardConfig(function=function))
 
 
 def test_the_written_config_is_a_recipe_again(tmp_path):
@@ -112,18 +180,18 @@ def test_the_written_config_is_a_recipe_again(tmp_path):
 
     from fastppo.run_folder import RunFolder
 
-    recipe = load_recipe(write(tmp_path), ["ppo.stop_token_ids=[3]"])
+    recipe = load_recipe(write(tmp_path), ["rollout.stop_token_ids=[3]"])
     folder = RunFolder(tmp_path / "run", dataclasses.asdict(recipe))
     assert load_recipe(folder.path / "config.yaml") == recipe
-    assert yaml.safe_load((folder.path / "config.yaml").read_text())["ppo"]["total_steps"] == 5
+    assert yaml.safe_load((folder.path / "config.yaml").read_text())["total_steps"] == 5
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ppo.lr=true", "ppo.lr is True: expected no true or false"),
-        ("total_steps=yes", "ppo.total_steps is True"),
-        ("model.lr=1", "key model.lr is not known; ppo.lr is"),
+        ("optimizer.lr=true", "optimizer.lr is True: expected no true or false"),
+        ("total_steps=yes", "total_steps is True"),
+        ("model.lr=1", "key model.lr is not known; critic.lr and optimizer.lr are"),
         ("reward.arguments=on", "reward.arguments is True"),
     ],
 )
@@ -132,7 +200,7 @@ def test_slips_that_would_pass_for_a_number_or_hide_in_another_section(tmp_path,
         load_recipe(write(tmp_path), [override])
 
 
-@pytest.mark.parametrize("text", ["ppo: {lr: 1", "? [a]\n: 1", "a: b: c"])
+@pytest.mark.parametrize("text", ["critic: {lr: 1", "? [a]\n: 1", "a: b: c"])
 def test_a_yaml_error_is_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="not valid YAML") as error:
         load_recipe(write(tmp_path, text))
@@ -142,7 +210,7 @@ def test_a_yaml_error_is_one_line(tmp_path, text):
 def reward(tmp_path, code, **arguments):
     path = tmp_path / "my_reward.py"
     path.write_text(code)
-    return resolve_reward(RewardConfig(function=f"{path}:f", arguments=arguments))
+    return resolve_reward(RecipeRewardConfig(function=f"{path}:f", arguments=arguments))
 
 
 def test_a_bound_argument_that_the_function_requires_is_not_asked_for_again(tmp_path):
@@ -178,4 +246,4 @@ def test_a_file_named_as_a_module_gets_a_hint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     with pytest.raises(ValueError, match=r"write \./score_xyz.py:function"):
-        resolve_reward(RewardConfig(function="score_xyz:f"))
+        resolve_reward(RecipeRewardConfig(function="score_xyz:f"))

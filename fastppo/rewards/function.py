@@ -111,10 +111,10 @@ def _keyword_parameters(function: Callable[..., Any], name: str) -> dict[str, in
     try:
         parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"reward {name!r} has no signature to read ({error}), expected a Python function") from error
+        raise ValueError(f"reward {name!r} has no signature to read ({error}), expected a Python function") from error
     for parameter in parameters.values():
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise TypeError(
+            raise ValueError(
                 f"reward {name!r} takes {parameter.name!r} by position only, expected keywords: "
                 "prompts, completions, completion_ids and the data's columns"
             )

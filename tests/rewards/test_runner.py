@@ -226,7 +226,7 @@ def test_sys_exit_does_not_end_the_run(make, timeout):
         (length, {"timeout": math.inf}, ValueError, "timeout is inf"),
         (length, {"timeout": "60"}, ValueError, "timeout is '60'"),
         (length, {"retries": -1}, ValueError, "retries is -1"),
-        (lambda completions, /: [], {}, TypeError, "by position only"),
+        (lambda completions, /: [], {}, ValueError, "by position only"),
     ],
 )
 def test_construction_errors(functions, options, error, words):
