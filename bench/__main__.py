@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from fastppo.bench import compare, peers, plots, record, report, targets
+from fastppo.bench import compare, isa, peers, plots, record, report, targets
 from fastppo.bench.catalog import OPS, check_op, ops_on, size_names, takes_dtype
 from fastppo.bench.run import Plan, run
 from fastppo.bench.setting import DTYPES, Setting, parse_sizes
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--sizes", metavar="SIZES", help="with one --op: sizes for it, e.g. 512x32000,1024x50257")
     what.add_argument("--dtype", choices=tuple(DTYPES), help="type of the logits, heads or caches")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    what.add_argument("--isa", choices=tuple(isa.VARIABLES), help="hold our kernels, torch, oneDNN and MKL to it")
     what.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
     what.add_argument("--rounds", type=int, metavar="N", help=f"turns of each provider (default {ROUNDS})")
     add("--json", type=Path, metavar="FILE", help="write the record; a folder gets <machine>-<date>.json")
@@ -50,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check_options(options: argparse.Namespace) -> None:
     """ValueError that names the option which cannot be."""
+    if options.isa and options.device == "cuda":
+        raise ValueError("--isa is of CPU kernels: drop --device cuda")
+    if options.isa:
+        isa.check(options.isa)
     if options.device == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(
@@ -72,7 +78,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> Plan:
     """What the options ask for; ValueError names the one that cannot be."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if torch.cuda.is_available() and not options.isa else "cpu")
     for op in options.op or ():
         check_op(op, device)
     peers.check(options.against or ())
@@ -146,7 +152,10 @@ def show(old: Path, new: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(arguments)
+    if options.isa and not isa.held_to(options.isa, os.environ):
+        isa.start_again(options.isa, arguments)
     try:
         if options.compare or options.write_docs:
             show(*options.compare) if options.compare else write_docs(options.write_docs, options.plot)

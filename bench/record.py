@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fastppo import native
-from fastppo.bench import peers
+from fastppo.bench import isa, peers
 from fastppo.bench.floors import Ceilings
 from fastppo.bench.harness import Row
 
@@ -27,8 +27,8 @@ PACKAGES = ("fastppo", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a record was made. `isa` and `threads` are the CPU kernels'; `copy_bandwidth` counts reads and writes; `matmul_rates` are flops
-    a second by type."""
+    """Where a record was made. `isa` and `threads` are the CPU kernels', `torch_isa` torch's; `copy_bandwidth` counts reads and writes;
+    `matmul_rates` are flops a second by type."""
 
     device: str
     processor: str
@@ -38,6 +38,7 @@ class Machine:
     cache_bytes: int
     copy_bandwidth: float
     matmul_rates: dict[str, float] = field(default_factory=dict)
+    torch_isa: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Record:
     scaling: list[Row] = field(default_factory=list)
 
     def file_name(self) -> str:
-        """<machine>-<date>.json"""
-        threads = f" {self.machine.threads}t" if self.machine.device == "cpu" else ""
-        machine = re.sub(r"[^a-z0-9]+", "-", f"{self.machine.processor}{threads}".lower()).strip("-")
+        """<machine>-<date>.json, on a CPU <machine>-<threads>t-<instruction set>-<date>.json"""
+        kernels = f" {self.machine.threads}t {self.machine.isa}" if self.machine.device == "cpu" else ""
+        machine = re.sub(r"[^a-z0-9]+", "-", f"{self.machine.processor}{kernels}".lower()).strip("-")
         return f"{machine}-{self.date[:10]}.json"
 
 
@@ -64,6 +65,7 @@ def this_machine(device: torch.device, cache_bytes: int, ceilings: Ceilings) -> 
         processor=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         threads=native.threads(),
         isa=native.cpu_isa(),
+        torch_isa=isa.of_torch(),
         system=f"{platform.system()} {platform.release()}",
         cache_bytes=cache_bytes,
         copy_bandwidth=ceilings.copy_bandwidth,

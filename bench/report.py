@@ -102,7 +102,7 @@ def terminal_table(record: Record) -> Table:
     copy = f"copy {machine.copy_bandwidth / 1e9:.1f} GB/s{matmul(machine)}"
     table = Table(
         title=f"{kernels(machine, machine.isa)}, {copy}",
-        caption="quick: small inputs and few rounds, times mean nothing" if record.quick else None,
+        caption=caption(record),
     )
     for column in COLUMNS:
         table.add_column(
@@ -116,6 +116,15 @@ def terminal_table(record: Record) -> Table:
             table.add_section()
         table.add_row(title, *cells(row), style=style)
     return table
+
+
+def caption(record: Record) -> str | None:
+    notes = []
+    if record.machine.device == "cpu" and record.machine.torch_isa:
+        notes.append(f"instruction sets: fastppo {record.machine.isa}, torch {record.machine.torch_isa}")
+    if record.quick:
+        notes.append("quick: small inputs and few rounds, times mean nothing")
+    return "; ".join(notes) or None
 
 
 SCALING_COLUMNS = ("op", "over", "provider", "lengths", "seconds", "peak memory", "exponent")
@@ -155,6 +164,12 @@ def kernels(machine: Machine, isa: str) -> str:
     if machine.device != "cpu":
         return machine.processor
     return f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}, {isa}"
+
+
+def both_isas(machine: Machine) -> str:
+    """The instruction set of our kernels, and torch's where the record has it and it is another."""
+    other = machine.torch_isa not in (None, machine.isa)
+    return f"{machine.isa} kernels" + (f" (torch's {machine.torch_isa})" if other else "")
 
 
 def matmul(machine: Machine) -> str:
@@ -201,7 +216,7 @@ def markdown(record: Record, record_name: str) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     lines = [
         f"Measured {record.date[:10]} at revision `{(record.revision or 'unknown')[:12]}` on "
-        f"{kernels(machine, f'{machine.isa} kernels')}, {machine.cache_bytes >> 20} MiB last-level cache, "
+        f"{kernels(machine, both_isas(machine))}, {machine.cache_bytes >> 20} MiB last-level cache, "
         f"{machine.system}; copy bandwidth {machine.copy_bandwidth / 1e9:.1f} GB/s{matmul(machine)}; {versions}. "
         f"Record: `{record_name}`.",
         "",
@@ -236,7 +251,7 @@ def summary(record: Record, record_name: str) -> str:
                 row.memory_share, ", {:.0%} of the memory"
             )
             lines.append(f"| `{row.op}` {row.case} | {seconds(row.median_s)} | {baseline} | {ratio} |")
-    source = f"{kernels(machine, f'{machine.isa} kernels')}, torch {record.versions['torch']}"
+    source = f"{kernels(machine, both_isas(machine))}, torch {record.versions['torch']}"
     return "\n".join([*lines, "", f"{source}; record: `{record_name}`."]) + "\n"
 
 

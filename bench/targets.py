@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
+from fastppo import native
 from fastppo.bench.catalog import load_cases, ops_on
 from fastppo.bench.harness import Target
 from fastppo.bench.setting import Setting
@@ -19,6 +20,7 @@ else:
 
 DEFAULT = Path(__file__).with_name("targets.toml")
 DEVICES = ("cpu", "cuda")
+ISAS = ("avx512", "avx2", "plain")
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,20 @@ def read_target(file: Path, where: str, data: object) -> Target:
     names = [field.name for field in fields(Target)]
     for name, value in expect_table(file, where, data).items():
         expect_known(file, f"field of {where}", name, names)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{file}: {where}.{name} is {value!r}, expected a number above 0")
-    return Target(**data)
+        for number in of_each_isa(file, f"{where}.{name}", value).values():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+                raise ValueError(f"{file}: {where}.{name} is {number!r}, expected a number above 0")
+    here = native.cpu_isa()
+    return Target(**{name: of_each_isa(file, where, value).get(here) for name, value in data.items()})
+
+
+def of_each_isa(file: Path, where: str, value: object) -> dict[str, object]:
+    """The number that `value` is for every instruction set, or those that it names."""
+    if not isinstance(value, dict):
+        return dict.fromkeys((*ISAS, "none"), value)
+    for isa in value:
+        expect_known(file, f"instruction set of {where}", isa, ISAS)
+    return value
 
 
 def expect_table(file: Path, where: str, data: object) -> dict:

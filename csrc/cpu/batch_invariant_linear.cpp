@@ -8,13 +8,16 @@
 namespace fastppo::FASTPPO_ISA {
 namespace {
 
-// Outputs that are summed side by side: four columns, whose last additions are shared, and as many rows as there are registers for accumulators.
+// Outputs that are summed side by side: four columns, whose last additions are shared, and as many rows as there are registers for accumulators. Where
+// a vector is several registers, one of them a pass over k: 3 rows x 4 columns, 3 of x and 1 of W are AVX2's sixteen registers, and two multiplications
+// a cycle wait for no load. Of one row all of a vector in one pass: four accumulators would wait for each other.
 constexpr int kColumnsAtOnce = 4;
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 4;
 #else
-constexpr int kRowsAtOnce = 1;
+constexpr int kRowsAtOnce = 3;
 #endif
+constexpr int64_t kInnerAtOnce = vfloat::kParts == 1 ? INT64_MAX / 2 : 512;  // of a pass: the lines stay in L1 for the next one
 constexpr int64_t kTileColumns = 16;  // a cache line of fp32 results
 constexpr int64_t kProductsWorthAThread = 1 << 19;  // about 10 microseconds, several times what it takes to wake a thread
 
@@ -49,61 +52,106 @@ FASTPPO_INLINE void sum_block(const vfloat (&sums)[kRows][kColumns], float* out)
   }
 }
 
-// out[row, column] of kRows rows of x and kColumns of W's.
+// Adds the products of kRows rows of x and kColumns of W to the sums' registers `part` to part + kParts. k counts up to `inner`, a multiple of 16.
+template <class Storage, int kRows, int kColumns, int kParts>
+FASTPPO_INLINE void multiply_parts(
+    const Linear& a, const typename Storage::type* x, const typename Storage::type* w, int64_t inner, int part, bool first, vfloat (&sums)[kRows][kColumns]) {
+  vfloat::Register parts[kRows][kColumns][kParts];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j)
+      for (int p = 0; p < kParts; ++p) parts[i][j][p] = first ? vfloat::Register{} : sums[i][j].part[part + p];
+  for (int64_t k = part * kPartLanes; k < inner; k += kLanes) {
+    vfloat::Register rows[kRows][kParts];
+    for (int i = 0; i < kRows; ++i)
+      for (int p = 0; p < kParts; ++p) rows[i][p] = Storage::load_part(x + i * a.x_stride + k + p * kPartLanes);
+    for (int j = 0; j < kColumns; ++j)
+      for (int p = 0; p < kParts; ++p) {
+        const vfloat::Register weights = Storage::load_part(w + j * a.weight_stride + k + p * kPartLanes);
+        for (int i = 0; i < kRows; ++i) parts[i][j][p] = fma(rows[i][p], weights, parts[i][j][p]);
+      }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j)
+      for (int p = 0; p < kParts; ++p) sums[i][j].part[part + p] = parts[i][j][p];
+}
+
+// Adds the last `rest` < 16 products.
 template <class Storage, int kRows, int kColumns>
-void multiply_block(const Linear& a, int64_t row, int64_t column) {
-  using T = typename Storage::type;
-  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-  const T* w = static_cast<const T*>(a.weight) + column * a.weight_stride;
-  vfloat sums[kRows][kColumns];
-  for (auto& line : sums)
-    for (vfloat& sum : line) sum = 0.0f;
-  const auto add = [&](const auto& load) __attribute__((always_inline)) {
-    vfloat rows[kRows];
-    for (int i = 0; i < kRows; ++i) rows[i] = load(x + i * a.x_stride);
-    for (int j = 0; j < kColumns; ++j) {
-      const vfloat weights = load(w + j * a.weight_stride);
-      for (int i = 0; i < kRows; ++i) sums[i][j] = fma(rows[i], weights, sums[i][j]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= a.inner; k += kLanes) add([&](const T* p) __attribute__((always_inline)) { return Storage::load(p + k); });
-  const int rest = static_cast<int>(a.inner - k);
-  if (rest) add([&](const T* p) __attribute__((always_inline)) { return load_tail<Storage>(p + k, rest, 0); });
-  const T* bias = static_cast<const T*>(a.bias);
-  float line[kRows * kColumns];
-  sum_block<kRows, kColumns>(sums, line);
-  for (int i = 0; i < kRows; ++i) {
-    T* out = static_cast<T*>(a.out) + (row + i) * a.columns + column;
-    for (int j = 0; j < kColumns; ++j) {
-      const float sum = line[i * kColumns + j];
-      Storage::store_one(out + j, bias ? sum + Storage::load_one(bias + column + j) : sum);
-    }
+void multiply_rest(
+    const Linear& a, const typename Storage::type* x, const typename Storage::type* w, int rest, vfloat (&sums)[kRows][kColumns]) {
+  vfloat rows[kRows];
+  for (int i = 0; i < kRows; ++i) rows[i] = load_tail<Storage>(x + i * a.x_stride, rest, 0);
+  for (int j = 0; j < kColumns; ++j) {
+    const vfloat weights = load_tail<Storage>(w + j * a.weight_stride, rest, 0);
+    for (int i = 0; i < kRows; ++i)
+      for (int p = 0; p < vfloat::kParts; ++p) sums[i][j].part[p] = fma(rows[i].part[p], weights.part[p], sums[i][j].part[p]);
   }
 }
 
-// Asks for the weights of the next columns while these are multiplied. (Beyond the last weight a prefetch is harmless: it never faults.)
+// out[row, column] = the sums of the lanes, and the bias.
+template <class Storage, int kRows, int kColumns>
+FASTPPO_INLINE void store_block(const Linear& a, int64_t row, int64_t column, const vfloat (&sums)[kRows][kColumns]) {
+  using T = typename Storage::type;
+  const T* bias = static_cast<const T*>(a.bias);
+  float line[kRows * kColumns], added[kColumns] = {};
+  sum_block<kRows, kColumns>(sums, line);
+  if (bias)
+    for (int j = 0; j < kColumns; ++j) added[j] = Storage::load_one(bias + column + j);
+  for (int i = 0; i < kRows; ++i) {
+    T* out = static_cast<T*>(a.out) + (row + i) * a.columns + column;
+    if (bias)
+      for (int j = 0; j < kColumns; ++j) line[i * kColumns + j] += added[j];
+    if constexpr (std::is_same_v<Storage, F32>) std::memcpy(out, line + i * kColumns, kColumns * sizeof(float));
+    else
+      for (int j = 0; j < kColumns; ++j) Storage::store_one(out + j, line[i * kColumns + j]);
+  }
+}
+
+// out[row, column] of kRows rows of x and kColumns of W's. Never inline: where GCC inlines it beside the prefetches, one row is a tenth slower.
+template <class Storage, int kRows, int kColumns>
+__attribute__((noinline)) void multiply_block(const Linear& a, int64_t row, int64_t column) {
+  using T = typename Storage::type;
+  constexpr int kParts = kRows == 1 ? vfloat::kParts : 1;
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+  const T* w = static_cast<const T*>(a.weight) + column * a.weight_stride;
+  const int64_t whole = a.inner / kLanes * kLanes, at_once = kRows == 1 ? whole : kInnerAtOnce;
+  vfloat sums[kRows][kColumns];
+  int64_t k = 0;
+  do {
+    for (int part = 0; part < vfloat::kParts; part += kParts)
+      multiply_parts<Storage, kRows, kColumns, kParts>(a, x + k, w + k, std::min(at_once, whole - k), part, k == 0, sums);
+    k += at_once;
+  } while (k < whole);
+  if (whole < a.inner) multiply_rest<Storage>(a, x + whole, w + whole, static_cast<int>(a.inner - whole), sums);
+  store_block<Storage>(a, row, column, sums);
+}
+
+// Asks for elements [first, last) of the next columns' weights while these are multiplied. (Beyond the last weight a prefetch is harmless: it never faults.)
 template <class Storage>
-FASTPPO_INLINE void prefetch_columns(const Linear& a, int64_t column) {
+FASTPPO_INLINE void prefetch_columns(const Linear& a, int64_t column, int64_t first, int64_t last) {
   constexpr int64_t kLine = 64 / sizeof(typename Storage::type);
   const auto* w = static_cast<const typename Storage::type*>(a.weight) + column * a.weight_stride;
   for (int j = 0; j < kColumnsAtOnce; ++j)
-    for (int64_t k = 0; k < a.inner; k += kLine) __builtin_prefetch(w + j * a.weight_stride + k, 0, 2);
+    for (int64_t k = first; k < last; k += kLine) __builtin_prefetch(w + j * a.weight_stride + k, 0, 2);
 }
 
 // All rows of columns [first, last), at most kTileColumns: the weights stay in L1 from row to row, a row of x and its line of results from column to column.
 template <class Storage>
 void multiply_columns(const Linear& a, int64_t first, int64_t last) {
+  int64_t asked = 0;  // of the next tile's weights: the rows share them, so that memory is never asked for all at once
   const auto multiply_rows = [&](auto rows, int64_t row) {
+    const int64_t ask = row + rows == a.rows ? a.inner : a.inner * (row + rows) / a.rows / kLanes * kLanes;
     int64_t column = first;
     for (; column + kColumnsAtOnce <= last; column += kColumnsAtOnce) {
-      if (row == 0) prefetch_columns<Storage>(a, column + kTileColumns);
-      multiply_block<Storage, decltype(rows)::value, kColumnsAtOnce>(a, row, column);
+      prefetch_columns<Storage>(a, column + kTileColumns, asked, ask);
+      multiply_block<Storage, rows, kColumnsAtOnce>(a, row, column);
     }
-    for (; column < last; ++column) multiply_block<Storage, decltype(rows)::value, 1>(a, row, column);
+    for (; column < last; ++column) multiply_block<Storage, rows, 1>(a, row, column);
+    asked = ask;
   };
   int64_t row = 0;
   for (; row + kRowsAtOnce <= a.rows; row += kRowsAtOnce) multiply_rows(std::integral_constant<int, kRowsAtOnce>{}, row);
+  if (kRowsAtOnce == 3 && row + 2 <= a.rows) multiply_rows(std::integral_constant<int, 2>{}, row), row += 2;
   for (; row < a.rows; ++row) multiply_rows(std::integral_constant<int, 1>{}, row);
 }
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kTokensWorthAThread = 16384;
 constexpr int kGroup = kRegisterBytes / 4, kGroups = kLanes / kGroup;  // lanes of a register
-constexpr int kCacheLine = 64;
 constexpr int kWindow = 64;  // steps of a lane between two looks at where the lanes are: long enough that looking costs little
 // Flags of a step: it counts; nothing follows it; the recursion stops behind it.
 constexpr uint8_t kKeep = 1, kDone = 2, kCut = 4;
@@ -40,7 +39,7 @@ class Lanes {
       longest = std::max(longest, w.count);
       side_by_side_ &= w.count == kWindow && w.step == windows_[0].step && w.row == windows_[0].row + lane;
     }
-    first_column_ = (kWindow - longest) / kGroup * kGroup;
+    first_column_ = (kWindow - longest) / kLanes * kLanes;
     return longest > 0;
   }
 
@@ -75,8 +74,7 @@ class Lanes {
   bool side_by_side_ = false;
 };
 
-// A register's lanes advance side by side. The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: square
-// blocks turn from one into the other in registers, and each block reads and writes whole lines where a register is one (AVX-512).
+// The recursion wants a step as a vector of lanes where memory has a lane as a row of steps: square blocks turn from one into the other in registers.
 typedef vfloat::Register GroupFloat;
 typedef vint::Register GroupInt;
 
@@ -86,22 +84,44 @@ typedef vint::Register GroupInt;
 #define FASTPPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, GroupInt{__VA_ARGS__})
 #endif
 
+#if !defined(__AVX2__) || defined(__AVX512F__)
 // a[from], b[from], a[from + 1], b[from + 1], ...
 template <int from, class Group, int... i>
 FASTPPO_INLINE Group interleaved(const Group& a, const Group& b, std::integer_sequence<int, i...>) {
   return FASTPPO_SHUFFLE(a, b, (from + i / 2 + i % 2 * kGroup)...);
 }
 
+#endif
+
 template <class Group>
-struct Block {
+struct Square {
   Group at[kGroup];
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Squares of 4 x 4 in each half of the registers, then the halves: half the shuffles of interleaving whole registers.
+  FASTPPO_MEMBER Square transposed() const {
+    Square quads, out;
+    for (int k = 0; k < kGroup; k += 4) {
+      const Group low0 = FASTPPO_SHUFFLE(at[k], at[k + 1], 0, 8, 1, 9, 4, 12, 5, 13), high0 = FASTPPO_SHUFFLE(at[k], at[k + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+      const Group low1 = FASTPPO_SHUFFLE(at[k + 2], at[k + 3], 0, 8, 1, 9, 4, 12, 5, 13);
+      const Group high1 = FASTPPO_SHUFFLE(at[k + 2], at[k + 3], 2, 10, 3, 11, 6, 14, 7, 15);
+      quads.at[k] = FASTPPO_SHUFFLE(low0, low1, 0, 1, 8, 9, 4, 5, 12, 13), quads.at[k + 1] = FASTPPO_SHUFFLE(low0, low1, 2, 3, 10, 11, 6, 7, 14, 15);
+      quads.at[k + 2] = FASTPPO_SHUFFLE(high0, high1, 0, 1, 8, 9, 4, 5, 12, 13), quads.at[k + 3] = FASTPPO_SHUFFLE(high0, high1, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int k = 0; k < 4; ++k) {
+      out.at[k] = FASTPPO_SHUFFLE(quads.at[k], quads.at[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      out.at[k + 4] = FASTPPO_SHUFFLE(quads.at[k], quads.at[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    return out;
+  }
+#else
+
   // Each pass interleaves the rows of the two halves, which turns row and column numbers, taken as one binary number, by one bit.
-  FASTPPO_MEMBER Block transposed() const {
+  FASTPPO_MEMBER Square transposed() const {
     constexpr auto kIndices = std::make_integer_sequence<int, kGroup>();
-    Block block = *this;
+    Square block = *this;
     for (int pass = 1; pass < kGroup; pass *= 2) {
-      Block next;
+      Square next;
       for (int k = 0; k < kGroup / 2; ++k) {
         next.at[2 * k] = interleaved<0>(block.at[k], block.at[k + kGroup / 2], kIndices);
         next.at[2 * k + 1] = interleaved<kGroup / 2>(block.at[k], block.at[k + kGroup / 2], kIndices);
@@ -110,6 +130,7 @@ struct Block {
     }
     return block;
   }
+#endif
 };
 
 template <class Group, class T>
@@ -119,13 +140,22 @@ FASTPPO_INLINE Group load_group(const T* p) {
   return group;
 }
 
-// at[step] of a group of lanes' rows, from column `column` on.
-template <class Group, class T>
-FASTPPO_INLINE Block<Group> load_block(const T* const* rows, int column) {
-  Block<Group> block;
-  for (int k = 0; k < kGroup; ++k) block.at[k] = load_group<Group>(rows[k] + column);
-  return block.transposed();
-}
+// Sixteen steps of the sixteen lanes from column `column` on: a cache line of each row, which is read at once, as rows that lie a power of two apart push
+// each other out of L1.
+template <class T>
+struct Block {
+  Vec<T> at[kLanes];
+
+  FASTPPO_MEMBER void load(const T* const* rows, int column) {
+    for (int lane = 0; lane < kLanes; lane += kGroup)
+      for (int step = 0; step < kLanes; step += kGroup) {
+        Square<typename Vec<T>::Register> square;
+        for (int k = 0; k < kGroup; ++k) square.at[k] = load_group<typename Vec<T>::Register>(rows[lane + k] + column + step);
+        square = square.transposed();
+        for (int k = 0; k < kGroup; ++k) at[step + k].part[lane / kGroup] = square.at[k];
+      }
+  }
+};
 
 // Where each lane's window of an input lies: in the tensor itself, or converted and gathered here with zeros outside the window.
 template <class T>
@@ -144,11 +174,11 @@ void locate_time_major(const typename Storage::type* p, int64_t stride_step, Inp
     rows[k] = steps[k];
   }
   for (int lane = 0; lane < kLanes; ++lane) inputs.row[lane] = inputs.staged[lane];
-  for (int column = 0; column < kWindow; column += kGroup)
-    for (int lane = 0; lane < kLanes; lane += kGroup) {
-      const Block<GroupFloat> turned = load_block<GroupFloat>(rows + column, lane);
-      for (int k = 0; k < kGroup; ++k) std::memcpy(&inputs.staged[lane + k][column], &turned.at[k], sizeof(GroupFloat));
-    }
+  for (int column = 0; column < kWindow; column += kLanes) {
+    Block<float> turned;
+    turned.load(rows + column, 0);
+    for (int lane = 0; lane < kLanes; ++lane) F32::store(&inputs.staged[lane][column], turned.at[lane]);
+  }
 }
 
 template <class Storage>
@@ -236,7 +266,7 @@ TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& fl
 
 // What a lane carries from a step to the one before it.
 struct Carry {
-  GroupFloat gae[kGroups], next_value[kGroups], decay[kGroups];
+  vfloat gae, next_value, decay;
 };
 
 struct TileData {
@@ -245,64 +275,72 @@ struct TileData {
   Outputs advantages, returns;
 };
 
-// As many steps of a group of lanes as it has lanes, the latest first.
+// Writes sixteen steps of every lane, a cache line of each row at once.
+template <bool kMixed>
+FASTPPO_INLINE void store_block(const TileData& tile, const Block<float>& advantages, int column) {
+  for (int lane = 0; lane < kLanes; lane += kGroup) {
+    Square<GroupFloat> rows[kGroups];
+    for (int part = 0; part < kGroups; ++part) {
+      for (int k = 0; k < kGroup; ++k) rows[part].at[k] = advantages.at[part * kGroup + k].part[lane / kGroup];
+      rows[part] = rows[part].transposed();
+    }
+    for (int k = 0; k < kGroup; ++k)
+      for (int part = 0; part < kGroups; ++part) {
+        const int at = column + part * kGroup;
+        GroupFloat advantage = rows[part].at[k], target = advantage + load_group<GroupFloat>(tile.values.row[lane + k] + at);
+        if (kMixed) {
+          const GroupInt keep = (load_group<GroupInt>(tile.flags.row[lane + k] + at) & kKeep) != 0;
+          advantage = keep ? advantage : GroupFloat{};
+          target = keep ? target : GroupFloat{};
+        }
+        std::memcpy(tile.advantages.row[lane + k] + at, &advantage, sizeof advantage);
+        std::memcpy(tile.returns.row[lane + k] + at, &target, sizeof target);
+      }
+  }
+}
+
+// Sixteen steps, the latest first.
 template <bool kMixed, bool kNextValues>
-FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, GroupFloat& gae, GroupFloat& next_value,
-                              const GroupFloat& decay) {
-  const GroupFloat zero = {};
-  const Block<GroupFloat> rewards = load_block<GroupFloat>(tile.rewards.row + lane, column);
-  const Block<GroupFloat> values = load_block<GroupFloat>(tile.values.row + lane, column);
-  Block<GroupFloat> next_values, advantages;
-  Block<GroupInt> flags;
-  if (kNextValues) next_values = load_block<GroupFloat>(tile.next_values.row + lane, column);
-  if (kMixed) flags = load_block<GroupInt>(tile.flags.row + lane, column);
-  for (int k = kGroup - 1; k >= 0; --k) {
-    GroupFloat next = kNextValues ? next_values.at[k] : next_value, later = gae;
+FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int column, Carry& carry) {
+  const vfloat zero = 0.0f;
+  Block<float> rewards, values, next_values, advantages;
+  Block<int32_t> flags;
+  rewards.load(tile.rewards.row, column);
+  values.load(tile.values.row, column);
+  if (kNextValues) next_values.load(tile.next_values.row, column);
+  if (kMixed) flags.load(tile.flags.row, column);
+  for (int k = kLanes - 1; k >= 0; --k) {
+    vfloat next = kNextValues ? next_values.at[k] : carry.next_value, later = carry.gae;
     if (kMixed) {
-      next = (flags.at[k] & kDone) != 0 ? zero : next;
-      later = (flags.at[k] & kCut) != 0 ? zero : later;
+      next = select((flags.at[k] & kDone) != 0, zero, next);
+      later = select((flags.at[k] & kCut) != 0, zero, later);
     }
-    advantages.at[k] = ((rewards.at[k] + gamma * next) - values.at[k]) + decay * later;
-    const GroupInt keep = kMixed ? (flags.at[k] & kKeep) != 0 : GroupInt{};
-    gae = kMixed ? (keep ? advantages.at[k] : gae) : advantages.at[k];
-    next_value = kMixed ? (keep ? values.at[k] : next_value) : values.at[k];
+    advantages.at[k] = ((rewards.at[k] + gamma * next) - values.at[k]) + carry.decay * later;
+    const vint keep = kMixed ? (flags.at[k] & kKeep) != 0 : vint{};
+    carry.gae = kMixed ? select(keep, advantages.at[k], carry.gae) : advantages.at[k];
+    carry.next_value = kMixed ? select(keep, values.at[k], carry.next_value) : values.at[k];
   }
-  const Block<GroupFloat> rows = advantages.transposed();
-  for (int k = 0; k < kGroup; ++k) {
-    GroupFloat advantage = rows.at[k], target = advantage + load_group<GroupFloat>(tile.values.row[lane + k] + column);
-    if (kMixed) {
-      const GroupInt keep = (load_group<GroupInt>(tile.flags.row[lane + k] + column) & kKeep) != 0;
-      advantage = keep ? advantage : zero;
-      target = keep ? target : zero;
-    }
-    std::memcpy(tile.advantages.row[lane + k] + column, &advantage, sizeof advantage);
-    std::memcpy(tile.returns.row[lane + k] + column, &target, sizeof target);
+  store_block<kMixed>(tile, advantages, column);
+}
+
+// Asks L2 for what is read a window from now, which the hardware does not foresee: rows are read backwards, too many at a time. In L1 the lines of rows a
+// power of two apart would push each other out, and all requests of a window at once would wait for each other. An address before the tensor is
+// harmless: a prefetch never faults.
+FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int column) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    __builtin_prefetch(tile.rewards.row[lane] + column - kWindow, 0, 2);
+    __builtin_prefetch(tile.values.row[lane] + column - kWindow, 0, 2);
   }
 }
 
-// Asks L2 for what a group of lanes reads a window from now, which the hardware does not foresee: rows are read backwards, too many at a time. In L1
-// the lines of rows a power of two apart would push each other out, and all requests of a window at once would wait for each other. An address
-// before the tensor is harmless: a prefetch never faults.
-FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int lane, int column) {
-  if (column % (kCacheLine / 4) != 0) return;
-  for (int k = lane; k < lane + kGroup; ++k) {
-    __builtin_prefetch(tile.rewards.row[k] + column - kWindow, 0, 2);
-    __builtin_prefetch(tile.values.row[k] + column - kWindow, 0, 2);
-  }
-}
-
-// A group of lanes is finished before the next: so few rows at a time stay in L1 even where their addresses collide (T a power of two).
 template <bool kMixed, bool kNextValues>
 void run_tile(float gamma, const TileData& tile, int first_column, Carry& carry) {
-  for (int q = 0; q < kGroups; ++q) {
-    const int lane = q * kGroup;
-    GroupFloat gae = carry.gae[q], next_value = carry.next_value[q];
-    for (int column = kWindow - kGroup; column >= first_column; column -= kGroup) {
-      prefetch_earlier(tile, lane, column);
-      run_block<kMixed, kNextValues>(gamma, tile, lane, column, gae, next_value, carry.decay[q]);
-    }
-    carry.gae[q] = gae, carry.next_value[q] = next_value;
+  Carry running = carry;  // in registers
+  for (int column = kWindow - kLanes; column >= first_column; column -= kLanes) {
+    prefetch_earlier(tile, column);
+    run_block<kMixed, kNextValues>(gamma, tile, column, running);
   }
+  carry = running;
 }
 
 template <bool kNextValues>
@@ -310,10 +348,9 @@ void gae_range(const GaeInputs& in, const Sequences& sequences, float* advantage
   Lanes lanes(sequences, first, last);
   Carry carry = {};
   const auto begin = [&](int lane, int64_t sequence) {
-    const int q = lane / kGroup, k = lane % kGroup;
-    carry.gae[q][k] = 0;
-    carry.next_value[q][k] = in.bootstrap ? in.bootstrap[sequence] : 0;
-    carry.decay[q][k] = in.decays ? in.decays[sequence] : in.decay;
+    carry.gae.set(lane, 0);
+    carry.next_value.set(lane, in.bootstrap ? in.bootstrap[sequence] : 0);
+    carry.decay.set(lane, in.decays ? in.decays[sequence] : in.decay);
   };
   TileData tile;
   while (lanes.advance(begin)) {

@@ -29,6 +29,7 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
+constexpr int kPartLanes = kRegisterBytes / 4;  // of a vector in one register
 
 // Sixteen elements of a 4-byte type T in as many registers as that takes. GCC's own 64-byte vectors would do, but it splits their comparisons
 // into scalars where the machine has narrower registers.
@@ -154,15 +155,11 @@ FASTPPO_INLINE uint32_t lane_bits(const vint& mask) {
 }
 
 // a * b + c, rounded once where the machine can (AVX2 and AVX-512 alike), twice where it cannot.
-FASTPPO_INLINE vfloat fma(const vfloat& a, const vfloat& b, const vfloat& c) {
+FASTPPO_INLINE vfloat::Register fma(const vfloat::Register& a, const vfloat::Register& b, const vfloat::Register& c) {
 #if defined(__AVX512F__)
-  vfloat out;
-  out.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
-  return out;
+  return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
-  vfloat out;
-  for (int i = 0; i < vfloat::kParts; ++i) out.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
-  return out;
+  return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -185,19 +182,27 @@ FASTPPO_INLINE uint16_t float_to_half(float f) {
   return h;
 }
 
-// One storage type each: how 16 consecutive elements become floats and back (round to nearest even).
+template <class Storage>
+FASTPPO_INLINE vfloat load_parts(const typename Storage::type* p) {
+  vfloat v;
+  for (int i = 0; i < vfloat::kParts; ++i) v.part[i] = Storage::load_part(p + i * kPartLanes);
+  return v;
+}
+
+// One storage type each: how 16 consecutive elements, or as many as one register holds, become floats and back (round to nearest even).
 struct F32 {
   using type = float;
   FASTPPO_INLINE float load_one(const float* p) { return *p; }
   FASTPPO_INLINE void store_one(float* p, float x) { *p = x; }
-  // Register by register: GCC would move all 64 bytes through the stack, in pieces smaller than a register.
-  FASTPPO_INLINE vfloat load(const float* p) {
-    vfloat v;
-    for (int i = 0; i < vfloat::kParts; ++i) std::memcpy(&v.part[i], p + i * (kRegisterBytes / 4), kRegisterBytes);
-    return v;
+  FASTPPO_INLINE vfloat::Register load_part(const float* p) {
+    vfloat::Register part;
+    std::memcpy(&part, p, sizeof part);
+    return part;
   }
+  // Register by register: GCC would move all 64 bytes through the stack, in pieces smaller than a register.
+  FASTPPO_INLINE vfloat load(const float* p) { return load_parts<F32>(p); }
   FASTPPO_INLINE void store(float* p, const vfloat& v) {
-    for (int i = 0; i < vfloat::kParts; ++i) std::memcpy(p + i * (kRegisterBytes / 4), &v.part[i], kRegisterBytes);
+    for (int i = 0; i < vfloat::kParts; ++i) std::memcpy(p + i * kPartLanes, &v.part[i], kRegisterBytes);
   }
 };
 
@@ -215,22 +220,19 @@ struct BF16 {
     *p = lanes[0];
   }
   typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2)));  // as many elements as one register of floats
-  FASTPPO_INLINE vfloat load(const uint16_t* p) {
-    vuint bits;
-    for (int i = 0; i < vuint::kParts; ++i) {
-      Half h;
-      std::memcpy(&h, p + i * (kRegisterBytes / 4), sizeof h);
-      bits.part[i] = __builtin_convertvector(h, vuint::Register);
-    }
-    return bit_cast<float>(bits << 16);
+  FASTPPO_INLINE vfloat::Register load_part(const uint16_t* p) {
+    Half h;
+    std::memcpy(&h, p, sizeof h);
+    return reinterpret_cast<vfloat::Register>(__builtin_convertvector(h, vuint::Register) << 16);
   }
+  FASTPPO_INLINE vfloat load(const uint16_t* p) { return load_parts<BF16>(p); }
   FASTPPO_INLINE void store(uint16_t* p, const vfloat& v) {
     const vuint bits = bit_cast<uint32_t>(v);
     const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const vuint out = select(v != v, (bits >> 16) | 0x40u, rounded);  // a NaN stays a quiet NaN
     for (int i = 0; i < vuint::kParts; ++i) {
       const Half h = __builtin_convertvector(out.part[i], Half);
-      std::memcpy(p + i * (kRegisterBytes / 4), &h, sizeof h);
+      std::memcpy(p + i * kPartLanes, &h, sizeof h);
     }
   }
 };
@@ -239,18 +241,18 @@ struct F16 {
   using type = uint16_t;
   FASTPPO_INLINE float load_one(const uint16_t* p) { return half_to_float(*p); }
   FASTPPO_INLINE void store_one(uint16_t* p, float x) { *p = float_to_half(x); }
-  FASTPPO_INLINE vfloat load(const uint16_t* p) {
-    vfloat v;
-#if defined(__F16C__)
-    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
-    std::memcpy(&v, &low, sizeof low);
-    std::memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
+  FASTPPO_INLINE vfloat::Register load_part(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-    for (int i = 0; i < kLanes; ++i) v.set(i, half_to_float(p[i]));
+    vfloat::Register part;
+    for (int i = 0; i < kLanes / vfloat::kParts; ++i) part[i] = half_to_float(p[i]);
+    return part;
 #endif
-    return v;
   }
+  FASTPPO_INLINE vfloat load(const uint16_t* p) { return load_parts<F16>(p); }
   FASTPPO_INLINE void store(uint16_t* p, const vfloat& v) {
 #if defined(__F16C__)
     __m256 low, high;

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from fastppo import native
 from fastppo.bench import __main__ as cli
 from fastppo.bench import catalog, floors, peers, record, run
 from fastppo.bench.setting import Setting, parse_sizes
@@ -29,6 +30,8 @@ from tests.bench.toys import CEILINGS, toy_case
         (["--csv", "no/such/folder/r.csv"], "--csv: there is no folder no/such/folder"),
         (["--check", "no/such/targets.toml"], "no/such/targets.toml"),
         (["--sizes", "8x8"], "give exactly one --op"),
+        (["--isa", "avx2", "--device", "cuda"], "--isa is of CPU kernels: drop --device cuda"),
+        (["--isa", "avx2"], "--isa avx2: fastppo's kernels here are plain"),
         (["--op", "gae", "--sizes", "8"], "'8' is no size of gae, expected BxT"),
         (["--op", "gae", "--sizes", "8x0"], "'8x0' is no size of gae"),
         (["--op", "rollout", "--sizes", "8"], "rollout has no sizes to choose"),
@@ -38,6 +41,8 @@ from tests.bench.toys import CEILINGS, toy_case
 )
 def test_usage_errors_name_the_cause(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "cpu_isa", lambda: "plain")
+    monkeypatch.setattr(cli.isa, "start_again", lambda isa, arguments: None)
     assert cli.main(arguments) == 2 and message in capsys.readouterr().err
 
 
@@ -123,6 +128,23 @@ def test_check_sets_the_exit_status(one_toy, capsys, tmp_path):
     assert "below target: gae [256, 1024]: " in capsys.readouterr().err
     file.write_text('[cpu.gae]\n"[256, 1024]" = { speedup = 1e-6 }\n')
     assert cli.main([*command, "--check", str(file)]) == 0
+
+
+def test_an_instruction_set_starts_the_bench_again_with_every_library_held_to_it(monkeypatch):
+    for name in cli.isa.VARIABLES["avx2"]:
+        monkeypatch.delenv(name, raising=False)
+    started = []
+
+    def execve(path, command, environ):
+        started.append((path, command, environ))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit):
+        cli.main(["--isa", "avx2", "--op", "gae"])
+    ((path, command, environ),) = started
+    assert path == sys.executable and command[1:] == ["-m", "fastppo.bench", "--isa", "avx2", "--op", "gae"]
+    assert cli.isa.held_to("avx2", environ) and not cli.isa.held_to("avx2", os.environ)
 
 
 def test_cases_that_do_not_load_are_a_failure_with_its_reason(one_toy, monkeypatch, capsys):

@@ -315,7 +315,7 @@ def test_a_child_that_takes_too_long_is_ended(monkeypatch):
 
 def test_record_survives_json(tmp_path):
     file = record.save(a_record(), tmp_path)
-    assert file.name == "a-processor-r-3-2t-2026-11-22.json"
+    assert file.name == "a-processor-r-3-2t-avx2-2026-11-22.json"
     assert record.load(file) == a_record()
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
