@@ -16,26 +16,33 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fastppo import PPOConfig
-from fastppo.actor_critic import ActorCritic
+from fastppo.algorithms.ppo import PPO
 from fastppo.bench import floors, trl_ppo_step
 from fastppo.bench.gae import eager as gae
 from fastppo.bench.harness import Case, Tensors, WrongResult, relative_error
 from fastppo.bench.masked_whiten import eager as masked_whiten
 from fastppo.bench.ppo_loss import eager as ppo_loss
-from fastppo.bench.rollout import VOCABULARY, make_model, prompts_of
+from fastppo.bench.rollout_workload import VOCABULARY, make_model, prompts_of
 from fastppo.bench.setting import Setting
-from fastppo.experience import compute_advantages, evaluate_networks
-from fastppo.minibatch import plan_epochs
+from fastppo.evaluation import Evaluation
+from fastppo.learner import Learner
 from fastppo.model import prepare_model
-from fastppo.optimizer import Optimizer
+from fastppo.plan import plan_epochs
+from fastppo.rewards.scores import Scores
+from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
-from fastppo.update import update
+from fastppo.targets import Targets
 
 ROUNDS = 4  # a step takes seconds
 PER_TOKEN = ("old_logprobs", "values", "advantages", "returns")
 # Of a loss, in units of max(|exact|, 1): after AdamW's steps a rounded gradient's sign has moved some weights the other way.
 ALLOWED_LOSS_ERROR = 1e-4
-CONFIG = PPOConfig(kl_coef=0.05, lr=1e-4, critic_lr=1e-4, ppo_epochs=1, num_minibatches=4, tokens_per_microbatch=1024)
+CONFIG = PPOConfig(
+    reward={"kl_coef": 0.05},
+    optimizer={"lr": 1e-4},
+    critic={"lr": 1e-4},
+    learner={"epochs": 1, "num_minibatches": 4, "tokens_per_microbatch": 1024},
+)
 
 
 class Shape(NamedTuple):
@@ -62,7 +69,7 @@ def noisy(module: nn.Module, spread: float, seed: int) -> None:
 def minibatches(prompts: int) -> list[list[int]]:
     """The sequences of each optimizer step."""
     plan = plan_epochs(
-        torch.ones(prompts), epochs=1, num_minibatches=CONFIG.num_minibatches, max_tokens=1 << 30, seed=0
+        [1] * prompts, epochs=1, num_minibatches=CONFIG.learner.num_minibatches, max_tokens=1 << 30, seed=0
     )
     return [[index for indices in minibatch for index in indices] for epoch in plan for minibatch in epoch]
 
@@ -73,38 +80,36 @@ class FusedStep:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         model = prepare_model(make_model.__wrapped__(shape.hidden, shape.layers))
-        self.networks = ActorCritic(model, shared_trunk=False, with_reference=True)
-        noisy(self.networks.policy, 0.01, seed=1)
-        noisy(self.networks.critic.head, 0.05, seed=2)
+        self.algorithm = PPO(CONFIG)
+        self.roles = Roles(model, with_reference="reference" in self.algorithm.needs)
+        noisy(self.roles.policy, 0.01, seed=1)
+        noisy(self.roles.critic.head, 0.05, seed=2)
         self.engine = Engine(model, max_batch_size=shape.prompts)
-        self.optimizers = {
-            "policy": Optimizer(model.named_parameters(), CONFIG.lr, CONFIG),
-            "critic": Optimizer(self.networks.critic_parameters(), CONFIG.critic_lr, CONFIG),
-        }
+        settings = {"optimizer": CONFIG.optimizer, "critic": CONFIG.critic, "config": CONFIG.learner}
+        self.learner = Learner(self.roles, **settings, total_steps=CONFIG.total_steps)
 
     def __call__(self, x: Tensors) -> Tensors:
         new = self.shape.new_tokens
         rollout = self.engine.generate(prompts_of(x), SamplingParams(max_new_tokens=new, min_new_tokens=new))
-        rollout.scores = torch.tensor([score(completion) for completion in rollout.completions()])
-        plan = plan_epochs(
-            rollout.lengths,
-            epochs=CONFIG.ppo_epochs,
-            num_minibatches=CONFIG.num_minibatches,
-            max_tokens=CONFIG.tokens_per_microbatch,
-            seed=0,
-        )
-        in_order = [indices for minibatch in plan[0] for indices in minibatch]
-        compute_advantages(rollout, evaluate_networks(self.networks, rollout, in_order), CONFIG)
-        metrics = update(self.networks, self.optimizers, rollout, plan, CONFIG)
-        return self._outputs(rollout, metrics)
+        scores = Scores(torch.tensor([score(completion) for completion in rollout.completions()]), {})
+        plan = self.learner.plan(rollout, seed=0)
+        evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
+        targets = self.algorithm.credit(rollout, evaluation, scores)
+        metrics = self.algorithm.update(self.learner, rollout, evaluation, targets, plan)
+        return self._outputs(rollout, evaluation, targets, metrics)
 
-    def _outputs(self, rollout: Rollout, metrics: dict[str, float]) -> Tensors:
-        def actions(x: Tensor) -> Tensor:
-            return x[rollout.action_mask].view(-1, self.shape.new_tokens)
-
-        per_token = {name: actions(getattr(rollout, name)) for name in PER_TOKEN}
+    def _outputs(
+        self, rollout: Rollout, evaluation: Evaluation, targets: Targets, metrics: dict[str, float]
+    ) -> Tensors:
+        actions = {
+            "completions": rollout.tokens[rollout.actions],
+            "old_logprobs": evaluation.logprobs,
+            "values": evaluation.values,
+            "advantages": targets.advantages,
+            "returns": targets.returns,
+        }
         losses = torch.tensor([metrics["loss/policy_avg"], metrics["loss/value_avg"]])
-        return {"completions": actions(rollout.tokens), "losses": losses} | per_token
+        return {"losses": losses} | {name: x.view(-1, self.shape.new_tokens) for name, x in actions.items()}
 
 
 class PlainStep:
@@ -128,7 +133,7 @@ class PlainStep:
             list(self.policy.parameters()),
             [*self.critic.parameters(), *self.value_head.parameters()],
         ]
-        rates = (CONFIG.lr, CONFIG.critic_lr)
+        rates = (CONFIG.optimizer.lr, CONFIG.critic.lr)
         self.optimizers = [
             torch.optim.AdamW(group, lr=lr, weight_decay=0.0) for group, lr in zip(self.groups, rates, strict=True)
         ]
@@ -166,10 +171,10 @@ class PlainStep:
     def _experience(self, tokens: Tensor, attention: Tensor) -> Tensors:
         """Old and reference log-probs, values, KL-shaped rewards, advantages and returns, each [B, N]."""
         old, values = self._logprobs(self.policy, tokens, attention), self._values(tokens, attention)
-        rewards = -CONFIG.kl_coef * (old - self._logprobs(self.reference, tokens, attention))
+        rewards = -CONFIG.reward.kl_coef * (old - self._logprobs(self.reference, tokens, attention))
         completions = tokens[:, -self.shape.new_tokens :].tolist()
         rewards[:, -1] += torch.tensor([score(completion) for completion in completions])
-        advantages, returns = gae(rewards, values, gamma=CONFIG.gamma, lam=CONFIG.gae_lambda)
+        advantages, returns = gae(rewards, values, gamma=CONFIG.advantage.gamma, lam=CONFIG.advantage.gae_lambda)
         whitened = masked_whiten(advantages, torch.ones_like(advantages, dtype=torch.bool))
         return {"old_logprobs": old, "values": values, "advantages": whitened, "returns": returns}
 
@@ -178,14 +183,16 @@ class PlainStep:
         mask = torch.ones_like(batch["values"], dtype=torch.bool)
         logprobs = self._logprobs(self.policy, batch["tokens"], batch["attention"])
         values = self._values(batch["tokens"], batch["attention"])
-        clip = {"clip_low": CONFIG.clip_low, "clip_high": CONFIG.clip_high}
+        clip = {"clip_low": CONFIG.loss.clip_low, "clip_high": CONFIG.loss.clip_high}
         (policy,) = ppo_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, **clip)
-        clipped = batch["values"] + (values - batch["values"]).clamp(-CONFIG.value_clip, CONFIG.value_clip)
+        clipped = batch["values"] + (values - batch["values"]).clamp(
+            -CONFIG.critic.value_clip, CONFIG.critic.value_clip
+        )
         errors = (values - batch["returns"]).square(), (clipped - batch["returns"]).square()
         value = 0.5 * torch.maximum(*errors).mean()
-        (policy + CONFIG.vf_coef * value).backward()
+        (policy + CONFIG.critic.vf_coef * value).backward()
         for group, optimizer in zip(self.groups, self.optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(group, CONFIG.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(group, CONFIG.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         return torch.stack((policy.detach(), value.detach()))
@@ -262,7 +269,9 @@ def cases(setting: Setting) -> list[Case]:
             providers={name: Lazy(kind, shape) for name, kind in steps.items()},
             exact=lambda x: {},
             compare=checked(shape),
-            work=floors.ppo_step(model, shape.prompts, shape.longest // 4, shape.new_tokens, CONFIG.num_minibatches),
+            work=floors.ppo_step(
+                model, shape.prompts, shape.longest // 4, shape.new_tokens, CONFIG.learner.num_minibatches
+            ),
             rounds=ROUNDS,
         )
     ]

@@ -22,7 +22,7 @@ from transformers import (
 
 from fastppo.bench import clock, floors
 from fastppo.bench.harness import Case, Tensors
-from fastppo.bench.rollout import LONG_ROUNDS, Workload, prompts_of
+from fastppo.bench.rollout_workload import LONG_ROUNDS, Workload, prompts_of
 from fastppo.bench.setting import Setting
 from fastppo.rollout import Engine, SamplingParams
 

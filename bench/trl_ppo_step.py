@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastppo import PPOConfig
 from fastppo.bench.harness import Tensors
-from fastppo.bench.rollout import prompts_of
+from fastppo.bench.rollout_workload import prompts_of
 
 if TYPE_CHECKING:
     from fastppo.bench.ppo_step import PlainStep
@@ -82,11 +82,11 @@ class TRLStep:
         self.reward = Reward(score, self.shape.new_tokens)
         self.prompts: list[dict] = [{} for _ in range(self.shape.prompts)]
         self.order: list[int] = []
-        self.minibatches = config.num_minibatches
-        rates = (config.lr, config.critic_lr)
+        self.minibatches = config.learner.num_minibatches
+        rates = (config.optimizer.lr, config.critic.lr)
         groups = [{"params": group, "lr": lr} for group, lr in zip(plain.groups, rates, strict=True)]
         optimizer = ClippedAdamW(groups, weight_decay=0.0)
-        optimizer.max_grad_norm = config.max_grad_norm
+        optimizer.max_grad_norm = config.optimizer.max_grad_norm
         options = TRLConfig(
             output_dir=self.folder.name,
             report_to="none",
@@ -98,18 +98,18 @@ class TRLStep:
             per_device_train_batch_size=self.shape.prompts,
             gradient_accumulation_steps=1,
             local_rollout_forward_batch_size=self.shape.prompts,
-            num_mini_batches=config.num_minibatches,
-            num_ppo_epochs=config.ppo_epochs,
+            num_mini_batches=config.learner.num_minibatches,
+            num_ppo_epochs=config.learner.epochs,
             total_episodes=self.shape.prompts,
             num_sample_generations=0,
             response_length=self.shape.new_tokens,
             temperature=1.0,
-            kl_coef=config.kl_coef,
-            cliprange=config.clip_low,
-            cliprange_value=config.value_clip,
-            vf_coef=config.vf_coef,
-            gamma=config.gamma,
-            lam=config.gae_lambda,
+            kl_coef=config.reward.kl_coef,
+            cliprange=config.loss.clip_low,
+            cliprange_value=config.critic.value_clip,
+            vf_coef=config.critic.vf_coef,
+            gamma=config.advantage.gamma,
+            lam=config.advantage.gae_lambda,
         )
         self.trainer = PPOTrainer(
             args=options,

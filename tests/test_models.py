@@ -18,7 +18,6 @@ from fastppo.model import (
     load_tokenizer,
     packed_hidden,
     prepare_model,
-    shift_right,
 )
 from fastppo.rollout import Engine
 from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, WINDOW, make_chain, make_model
@@ -277,22 +276,6 @@ def test_context_length():
         rope_theta=1e4,
     )
     assert context_length(make_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)) == 16
-
-
-class TestShiftRight:
-    def test_inside_each_sequence(self):
-        bounds = torch.tensor([0, 0, 3, 3, 4, 6, 6], dtype=torch.int32)
-        assert shift_right(torch.arange(1.0, 7), bounds).tolist() == [0, 1, 2, 0, 0, 5]
-        pairs = torch.arange(12).view(6, 2)
-        assert shift_right(pairs, bounds).tolist() == [[0, 0], [0, 1], [2, 3], [0, 0], [0, 0], [8, 9]]
-        assert shift_right(torch.zeros(0), torch.tensor([0])).shape == (0,)
-
-    def test_nan_of_the_sequence_before_stays_there(self):
-        x = torch.tensor([1.0, torch.nan, 2.0], requires_grad=True)
-        y = shift_right(x, torch.tensor([0, 2, 3]))
-        assert y.tolist() == [0, 1, 0]
-        y.sum().backward()
-        assert x.grad.tolist() == [1, 0, 0]
 
 
 class TestCritic:

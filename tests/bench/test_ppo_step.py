@@ -24,7 +24,9 @@ def checked(monkeypatch, provider: str, **changes):
     inputs = make_inputs(case, CPU)
     run, config = case.providers[provider], ppo_step.CONFIG
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_step, "CONFIG", replace(config, **changes))
+        patch.setattr(
+            ppo_step, "CONFIG", replace(config, **{s: replace(getattr(config, s), **c) for s, c in changes.items()})
+        )
         outputs = run(inputs)
     frozen = replace(case, providers={provider: lambda x: outputs})
     return check_provider(frozen, provider, inputs, {})[0]
@@ -40,9 +42,9 @@ def test_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kl_coef": 0.5}, "advantages|returns|losses"),
-        ({"gae_lambda": 0.5}, "advantages|returns|losses"),
-        ({"lr": 1e-2}, "losses"),
+        ({"reward": {"kl_coef": 0.5}}, "advantages|returns|losses"),
+        ({"advantage": {"gae_lambda": 0.5}}, "advantages|returns|losses"),
+        ({"optimizer": {"lr": 1e-2}}, "losses"),
     ],
 )
 def test_a_step_that_does_something_else_is_wrong(monkeypatch, provider, change, reason):

@@ -92,8 +92,7 @@ class TestOrder:
         assert rollout.cu_seqlens.tolist() == [0, 4, 8]
         assert rollout.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
         assert rollout.action_mask.tolist() == [False, True, True, True, False, False, False, True]
-        assert not rollout.logprobs[~rollout.action_mask].any()
-        assert (rollout.logprobs[rollout.action_mask] < 0).all()
+        assert (rollout.logprobs < 0).all()
 
     def test_progress_counts_up_to_all(self):
         seen = []
@@ -111,7 +110,7 @@ def test_each_prompt_is_run_once_for_all_its_samples(llama, n, max_batch_size):
         rollout = _generate(llama, prompts, n=n, max_new_tokens=4, ignore_eos=True, max_batch_size=max_batch_size)
     finally:
         hook.remove()
-    decoded = int((rollout.completion_lengths - 1).sum())  # the last token of a completion is never run
+    decoded = rollout.num_actions - rollout.num_sequences  # the last token of a completion is never run
     shape_probe = 1  # token, by which a new engine learns what a layer keeps
     assert sum(sizes) == shape_probe + sum(map(len, prompts)) + decoded
 
@@ -195,8 +194,8 @@ def test_statistics_of_a_call(llama):
     rollout = engine.generate(ragged_prompts(), SamplingParams(n=2, max_new_tokens=9, ignore_eos=True))
     stats = engine.stats
     assert stats.prefill_tokens == sum(map(len, ragged_prompts())) == stats.shared_prompt_tokens
-    assert stats.decode_tokens == int((rollout.completion_lengths - 1).sum())
-    assert stats.new_tokens == int(rollout.completion_lengths.sum()) and stats.tokens_per_second > 0
+    assert stats.decode_tokens == rollout.num_actions - rollout.num_sequences
+    assert stats.new_tokens == rollout.num_actions and stats.tokens_per_second > 0
     assert stats.shared_prompt_share == 0.5
     assert stats.slots == 4 and 0.5 < stats.occupancy <= 1
     read_a_step = 4 * (llama.num_parameters() - llama.get_input_embeddings().weight.numel())
@@ -266,12 +265,11 @@ class TestFinish:
         model = make_chain(self.chain, gap=3.0)
         rollout = _generate(model, [[1]], n=64, min_new_tokens=1, max_new_tokens=1, seed=3)
         assert 0 not in sum(rollout.completions(), [])
-        actions = rollout.action_mask
         # 8 tokens, EOS is 3 nats ahead of 7 others, which share the distribution when it is banned.
         untouched = -torch.log(torch.tensor(3.0).exp() + 7)
-        torch.testing.assert_close(rollout.logprobs[actions], untouched.expand(64), atol=1e-4, rtol=0)
+        torch.testing.assert_close(rollout.logprobs, untouched.expand(64), atol=1e-4, rtol=0)
         banned = -torch.log(torch.tensor(7.0))
-        torch.testing.assert_close(rollout.processed_logprobs[actions], banned.expand(64), atol=1e-4, rtol=0)
+        torch.testing.assert_close(rollout.processed_logprobs, banned.expand(64), atol=1e-4, rtol=0)
 
 
 class TestNaN:
@@ -295,7 +293,7 @@ class TestNaN:
         expected = _generate(poisoned, good, **params).completions()
         assert [completions[i] for i in (0, 2, 4, 5)] == expected
         assert rollout.logprobs.isfinite().all()
-        assert rollout.last_action.tolist()[1] == -1
+        assert rollout.action_counts[1] == 0
 
     def test_in_the_middle(self):
         model = prepare_model(make_chain([0, 0, 1, 2, 3, 4]))
@@ -429,9 +427,8 @@ class TestSampling:
 
     def test_top_k_keeps_raw_and_processed_apart(self, llama):
         rollout = _generate(llama, ragged_prompts(), top_k=3, temperature=1.5, max_new_tokens=6)
-        actions = rollout.action_mask
-        assert (rollout.processed_logprobs[actions] >= rollout.logprobs[actions] - 1e-6).all()
-        assert (rollout.processed_logprobs[actions] > rollout.logprobs[actions] + 1e-3).any()
+        assert (rollout.processed_logprobs >= rollout.logprobs - 1e-6).all()
+        assert (rollout.processed_logprobs > rollout.logprobs + 1e-3).any()
 
     def test_half_precision_logits_are_not_rounded(self):
         model = prepare_model(make_model("qwen2", dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Rollout: the packed batch and its sub-batches."""
+"""Rollout: the packed batch, what is derived from it, and its sub-batches."""
 
 from __future__ import annotations
 
@@ -6,48 +6,41 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastppo.evaluation import Evaluation
 from fastppo.rollout import FinishReason, Rollout
 
-TOKEN_FIELDS = [
-    "logprobs",
-    "processed_logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "values",
-    "rewards",
-    "advantages",
-    "returns",
-]
+ACTIONS = [2, 3, 4, 6, 10, 13]
+ACTION_BOUNDS = [0, 3, 4, 4, 6]
 
 
 def _rollout(**changes) -> Rollout:
     """Four sequences: prompt 2 + 3 new, prompt 1 + 1, prompt 2 + none, prompt 1 + 4 of which two (a tool's) are not actions."""
-    action = [0, 0, 1, 1, 1] + [0, 1] + [0, 0] + [0, 1, 0, 0, 1]
-    action_mask = torch.tensor(action, dtype=torch.bool)
-    total = len(action)
+    action_mask = torch.zeros(14, dtype=torch.bool)
+    action_mask[ACTIONS] = True
     fields = dict(
-        tokens=torch.arange(100, 100 + total),
+        tokens=torch.arange(100, 114),
         cu_seqlens=torch.tensor([0, 5, 7, 9, 14], dtype=torch.int32),
         position_ids=torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1, 0, 1, 2, 3, 4]),
         action_mask=action_mask,
+        logprobs=torch.arange(6) + 1000.0,
+        processed_logprobs=torch.arange(6) + 2000.0,
         finish_reasons=torch.tensor([0, 1, 2, 0], dtype=torch.int8),
         prompt_index=torch.tensor([0, 0, 1, 1]),
         temperature=0.7,
-        scores=torch.tensor([1.0, 2.0, torch.nan, 4.0]),
     )
-    fields |= {name: torch.arange(total) + 1000.0 * (i + 1) for i, name in enumerate(TOKEN_FIELDS)}
     return Rollout(**{**fields, **changes})
 
 
-def test_lengths():
+def test_what_is_derived():
     rollout = _rollout()
-    assert (rollout.num_sequences, rollout.num_tokens) == (4, 14)
-    assert rollout.lengths.tolist() == [5, 2, 2, 5]
-    assert rollout.prompt_lengths.tolist() == [2, 1, 2, 1]
-    assert rollout.completion_lengths.tolist() == [3, 1, 0, 4]
-    assert rollout.last_action.tolist() == [4, 6, -1, 13]
-    assert rollout.sequence_ids().tolist() == [0] * 5 + [1] * 2 + [2] * 2 + [3] * 5
+    assert (rollout.num_sequences, rollout.num_tokens, rollout.num_actions) == (4, 14, 6)
+    assert rollout.lengths == [5, 2, 2, 5] and rollout.bounds == [0, 5, 7, 9, 14]
+    assert rollout.actions.tolist() == ACTIONS and rollout.action_bounds == ACTION_BOUNDS
+    assert rollout.action_counts == [3, 1, 0, 2], "the tokens of a tool are no actions"
+    assert rollout.action_cu_seqlens.tolist() == ACTION_BOUNDS and rollout.action_cu_seqlens.dtype == torch.int32
+    assert rollout.prompt_lengths == [2, 1, 2, 1]
 
 
 def test_token_lists():
@@ -60,48 +53,78 @@ def test_finish_reasons_are_integers():
     assert [FinishReason(i).name for i in _rollout().finish_reasons.tolist()] == ["STOP", "LENGTH", "ERROR", "STOP"]
 
 
-@pytest.mark.parametrize(
-    "indices", [[3, 0, 0], torch.tensor([1]), torch.tensor([True, False, False, True]), [], range(4)]
-)
-def test_select_carries_every_tensor(indices):
+def test_a_record_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _rollout().temperature = 1.0
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_sequence_cannot_begin_with_an_action(place):
+    """hidden[place - 1], which would have to score it, is another sequence's, or wraps round to the last."""
+    mask = _rollout().action_mask.clone()
+    mask[place] = True
+    with pytest.raises(ValueError, match=f"action_mask is True at place {place}"):
+        _rollout(action_mask=mask, logprobs=torch.zeros(7), processed_logprobs=torch.zeros(7))
+
+
+@pytest.mark.parametrize("indices", [[3, 0, 0], [1], [2], [], range(4)])
+def test_select_is_what_would_have_been_made_of_those_sequences(indices):
+    """Every tensor, and everything derived, is that of a rollout built from the chosen sequences."""
     rollout = _rollout()
-    chosen = torch.as_tensor(indices)
-    chosen = (chosen.nonzero().squeeze(1) if chosen.dtype == torch.bool else chosen).tolist()
     part = rollout.select(indices)
-    assert part.num_sequences == len(chosen) and part.temperature == 0.7
-    assert part.completions() == [rollout.completions()[int(i)] for i in chosen]
-    spans = [range(*rollout.cu_seqlens.tolist()[int(i) : int(i) + 2]) for i in chosen]
-    places = [place for span in spans for place in span]
+    tokens = [p for i in indices for p in range(*rollout.bounds[i : i + 2])]
+    actions = [p for i in indices for p in range(*ACTION_BOUNDS[i : i + 2])]
+    lengths = torch.tensor([rollout.lengths[i] for i in indices], dtype=torch.int32)
+    built = Rollout(
+        **{name: getattr(rollout, name)[tokens] for name in ("tokens", "position_ids", "action_mask")},
+        **{name: getattr(rollout, name)[actions] for name in ("logprobs", "processed_logprobs")},
+        **{name: getattr(rollout, name)[list(indices)] for name in ("finish_reasons", "prompt_index")},
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
+        temperature=0.7,
+    )
     for field in dataclasses.fields(Rollout):
-        value, kept = getattr(rollout, field.name), getattr(part, field.name)
-        if field.name not in ("cu_seqlens", "temperature"):
-            expected = value[places if len(value) == 14 else chosen]
-            torch.testing.assert_close(kept, expected, rtol=0, atol=0, equal_nan=True)
-    assert part.cu_seqlens.dtype == torch.int32 and part.lengths.tolist() == [len(span) for span in spans]
+        found, expected = getattr(part, field.name), getattr(built, field.name)
+        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected, field.name
+    assert (part.bounds, part.action_bounds) == (built.bounds, built.action_bounds)
+    assert torch.equal(part.actions, built.actions) and torch.equal(part.action_cu_seqlens, built.action_cu_seqlens)
 
 
-def test_cat_undoes_select():
+def test_records_of_actions_take_the_same_sequences():
+    evaluation = Evaluation(ACTION_BOUNDS, logprobs=torch.arange(6.0), final_values=torch.arange(4.0))
+    part = evaluation.select([3, 0])
+    assert part.logprobs.tolist() == [4, 5, 0, 1, 2] and part.final_values.tolist() == [3, 0]
+    assert part.action_bounds == [0, 2, 5] and part.values is None
+    with pytest.raises(ValueError, match=r"values has shape \[4\], expected \[6\]"):
+        Evaluation(ACTION_BOUNDS, values=torch.zeros(4))
+
+
+class _Waits(TorchDispatchMode):
+    """Notes operations for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "unique_dim", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_taking_sequences_waits_for_nothing():
     rollout = _rollout()
-    joined = Rollout.cat([rollout.select([0, 1]), rollout.select([]), rollout.select([2, 3])])
-    for field in dataclasses.fields(Rollout):
-        if field.name != "temperature":
-            found, expected = getattr(joined, field.name), getattr(rollout, field.name)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_cat_errors():
-    with pytest.raises(ValueError, match="rollouts is empty"):
-        Rollout.cat([])
-    with pytest.raises(ValueError, match="temperature"):
-        Rollout.cat([_rollout(), _rollout(temperature=1.0)])
-    with pytest.raises(ValueError, match="values"):
-        Rollout.cat([_rollout(), _rollout(values=None)])
+    evaluation = Evaluation(rollout.action_bounds, logprobs=torch.zeros(6))
+    with _Waits() as waits:
+        part = rollout.select([3, 1])
+        assert len(part.actions) == part.num_actions == len(evaluation.select([3, 1]).logprobs)
+        assert part.action_cu_seqlens.shape == (3,) and part.lengths == [5, 2]
+    assert waits.found == []
 
 
 def test_to_moves_every_tensor():
-    moved = _rollout(values=None).to("meta")
-    tensors = [getattr(moved, field.name) for field in dataclasses.fields(Rollout) if field.name != "temperature"]
-    assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
+    moved = _rollout().to("cpu")
+    assert torch.equal(moved.tokens, _rollout().tokens) and moved.temperature == 0.7
 
 
 @pytest.mark.parametrize(
@@ -111,10 +134,8 @@ def test_to_moves_every_tensor():
         ("position_ids", torch.zeros(13, dtype=torch.int64), ValueError),
         ("action_mask", torch.zeros(14, dtype=torch.int64), TypeError),
         ("logprobs", None, TypeError),
+        ("logprobs", torch.zeros(14), ValueError),
         ("finish_reasons", torch.zeros(3, dtype=torch.int8), ValueError),
-        ("scores", torch.zeros(14), ValueError),
-        ("values", torch.zeros(4), ValueError),
-        ("values", [0.0] * 14, TypeError),
         ("cu_seqlens", torch.zeros(0, dtype=torch.int32), ValueError),
     ],
 )
