@@ -20,7 +20,7 @@ from fastppo.ops._precision import FullPrecision
 from tests.calls import CALLS, assert_equal, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("fastppo/native", "fastppo/ops", "fastppo/reference", "kernels")
+FOLDERS = ("fastppo/native", "fastppo/ops", "fastppo/reference", "fastppo/model", "fastppo/rollout", "kernels")
 FACTORIES = {
     "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "scalar_tensor", "tensor", "zeros",

@@ -5,9 +5,11 @@ On a CPU the linear layers are swapped for `batch_invariant_linear` while a step
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,32 @@ class ModuleDecoder:
         hidden = run_trunk(self._model, tokens, lengths - 1, context)
         self._switch.decoding = False
         return hidden
+
+
+_ALONE: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+_SAMPLING = threading.local()  # .models: those that this thread samples from just now
+_MAKING = threading.Lock()
+
+
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """Inside the block no other thread samples from `model`: a call changes its modes and layers for its own time. Others wait.
+
+    Raises RuntimeError where this very thread is sampling from it already, for which it would wait for ever.
+    """
+    mine = vars(_SAMPLING).setdefault("models", [])
+    if any(other is model for other in mine):
+        raise RuntimeError(
+            "generate was called while this thread is sampling from the same model, expected it to have ended"
+        )
+    with _MAKING:
+        lock = _ALONE.setdefault(model, threading.Lock())
+    with lock:
+        mine.append(model)
+        try:
+            yield
+        finally:
+            mine.pop()
 
 
 class DecodeSwitch:

@@ -15,7 +15,7 @@ from fastppo.model.packed import context_length, evaluating, require_prepared, r
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
-from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder, decode_linears
+from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder, alone_with, decode_linears
 from fastppo.rollout.generation import (
     Generation,
     GenerationStats,
@@ -99,6 +99,7 @@ class Engine:
         Raises:
             TypeError, ValueError: no prompt, an empty prompt or one that leaves no room in the model's context, an id outside the
             vocabulary, text or stop strings without a tokenizer, a sequence that alone needs more than `kv_memory`.
+            RuntimeError: called from a callback of a call on the same model. Other threads wait for each other, whatever engine they use.
         """
         require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
@@ -106,25 +107,26 @@ class Engine:
         token_lists = self._encode(prompts)
         self._check_stop_ids(sampling)
         slots = min(self.max_batch_size, len(token_lists) * sampling.n)
-        parts = self._parts()  # the model as it is, before its layers are swapped
-        with evaluating(self.model), decode_linears(self.model) as switch:
-            cache = self._make_cache(token_lists, sampling)
-            limits = new_token_limits(self.model, token_lists, sampling)
-            longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
-            generation = Generation(
-                self.model,
-                cache,
-                self._make_decoder(parts, cache, switch, rows=slots, positions=longest),
-                token_lists,
-                sampling,
-                slots=slots,
-                stop_ids=self._stop_ids(sampling),
-                stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
-                progress=progress,
-                on_tokens=on_tokens,
-            )
-            self.stats = generation.stats
-            return generation.run()
+        with alone_with(self.model):
+            parts = self._parts()  # the model as it is, before its layers are swapped
+            with evaluating(self.model), decode_linears(self.model) as switch:
+                cache = self._make_cache(token_lists, sampling)
+                limits = new_token_limits(self.model, token_lists, sampling)
+                longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
+                generation = Generation(
+                    self.model,
+                    cache,
+                    self._make_decoder(parts, cache, switch, rows=slots, positions=longest),
+                    token_lists,
+                    sampling,
+                    slots=slots,
+                    stop_ids=self._stop_ids(sampling),
+                    stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
+                    progress=progress,
+                    on_tokens=on_tokens,
+                )
+                self.stats = generation.stats
+                return generation.run()
 
     def _make_cache(self, prompts: list[list[int]], sampling: SamplingParams) -> PagedCache:
         """As many pages as the call can use, within the budget."""

@@ -88,6 +88,8 @@ class GraphDecoder:
             inputs = self._tokens[:size], self._lengths[:size], self._block_table[:size]
             try:
                 self._captured[size] = self._capture(lambda: self._decoder.step(*inputs))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 self._captured = None
                 return self._decoder.step(tokens, lengths, block_table)

@@ -73,6 +73,17 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
     assert torch.equal(Engine(model).generate(ragged_prompts(), SAMPLING).tokens, expected.tokens)
 
 
+def test_memory_that_runs_out_in_a_capture_is_not_passed_over(monkeypatch):
+    """It would be found again, by a step without graphs, or later in training where nothing points here."""
+
+    def exhaust(run):
+        raise torch.OutOfMemoryError("no memory left for a graph")
+
+    with_graphs(monkeypatch, exhaust)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(make_model("llama")).generate(ragged_prompts(), SAMPLING)
+
+
 def test_graphs_outlast_updates_in_place_and_nothing_else(monkeypatch):
     model = make_model("llama")
     made = with_graphs(monkeypatch, Recorder())
