@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastppo import PPOConfig, PPOTrainer
+from fastppo.rewards import RewardResult
 from fastppo.rewards.scores import Scores
 from fastppo.rollout import FinishReason
 from fastppo.run_folder import read_metrics
@@ -126,6 +127,21 @@ def test_invalid_samples_are_left_out_never_scored_zero(make_trainer):
     metrics = make_trainer(sometimes, total_steps=1).train()
     assert metrics["objective/scores"] == 1.0
     assert metrics["rewards/sometimes/mean"] == 1.0
+
+
+def test_samples_whose_logits_broke_are_left_out(make_trainer):
+    """What was drawn before the logits became NaN is no ending that a reward should speak about."""
+    model = make_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.nan  # whoever draws this letter has no next one
+    trainer = make_trainer(model=model, reward__max_failure_rate=1.0)
+    rollout = trainer.engine.generate([[2, 3]] * 64, trainer.config.rollout.sampling(0))
+    broken = rollout.finish_reasons == FinishReason.ERROR
+    begun = torch.tensor(rollout.action_counts) > 0
+    assert (broken & begun).any() and not broken.all(), "the case this test is about occurs"
+    kept, scores = trainer._keep_valid(rollout, RewardResult([1.0] * 64, {}, 0, []))
+    assert kept.num_sequences == len(scores.values) == int((~broken).sum())
+    assert not (kept.finish_reasons == FinishReason.ERROR).any()
 
 
 def test_missing_eos_penalty_follows_the_finish_reason(make_trainer):
