@@ -131,10 +131,9 @@ def test_invalid_samples_are_left_out_never_scored_zero(make_trainer):
 
 def test_samples_whose_logits_broke_are_left_out(make_trainer):
     """What was drawn before the logits became NaN is no ending that a reward should speak about."""
-    model = make_model()
+    trainer = make_trainer(reward__max_failure_rate=1.0)
     with torch.no_grad():
-        model.get_input_embeddings().weight[5] = torch.nan  # whoever draws this letter has no next one
-    trainer = make_trainer(model=model, reward__max_failure_rate=1.0)
+        trainer.model.get_input_embeddings().weight[5] = torch.nan  # whoever draws this letter has no next one
     rollout = trainer.engine.generate([[2, 3]] * 64, trainer.config.rollout.sampling(0))
     broken = rollout.finish_reasons == FinishReason.ERROR
     begun = torch.tensor(rollout.action_counts) > 0
