@@ -7,7 +7,7 @@ and masks count as they are stored (int64, bool). Flops: those of matrix product
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,9 +20,7 @@ from fastppo.bench.setting import DTYPES
 
 INT64, FP32, BOOL = 8, 4, 1
 UNKNOWN_CACHE_BYTES = 32 << 20
-# Of the square products that show how fast the machine multiplies, and the types that are asked for.
-MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
-MATMUL_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}  # of the square products that show how fast the machine multiplies
 
 
 class Work(NamedTuple):
@@ -153,9 +151,9 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=UNKNOWN_CACHE_BYTES)
 
 
-def ceilings(device: torch.device, rounds: int) -> Ceilings:
-    rates = {dtype: matmul_rate(device, dtype, rounds) for dtype in MATMUL_DTYPES[device.type]}
-    return Ceilings(copy_bandwidth(device, rounds), rates)
+def ceilings(device: torch.device, rounds: int, dtypes: Iterable[str]) -> Ceilings:
+    """`dtypes`: those that something is multiplied in. A CPU without instructions for bf16 takes seconds for one product."""
+    return Ceilings(copy_bandwidth(device, rounds), {dtype: matmul_rate(device, dtype, rounds) for dtype in dtypes})
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:

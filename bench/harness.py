@@ -34,7 +34,7 @@ ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
 LEAST_TURNS = 2
-LEAST_COMPARED_TURNS = 5  # of ours and of eager, whose ratio is the promise
+LEAST_COMPARED_TURNS = 3  # of ours and of eager, whose ratio is the promise
 REFERENCE_TENSORS = 6  # as large as a case's largest one, in fp64: what a reference and its gradients hold at a time
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.

@@ -14,7 +14,7 @@ from fastppo.reference import linear_token_logprobs as reference
 
 SIZES = ("N", "H", "V")
 USUAL = {"quick": (32, 64, 1000), "cpu": (2048, 512, 32000), "cuda": (8192, 4096, 131072)}
-SCALED = {"N": 16}
+SCALED = {"N": 8}
 SCALED_FROM = {"cpu": (1024, 32, 8000)}  # a smaller head, over enough tokens to fill the tiles
 TYPED = True
 

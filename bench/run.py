@@ -92,7 +92,8 @@ def run(plan: Plan, console: Console) -> record.Record:
         memory.PeakProcess() as peaks,
     ):
         bar = progress.add_task("ceilings", total=len(todo) * plan.rounds)
-        ceilings = floors.ceilings(plan.device, plan.rounds)
+        dtypes = sorted({job.case.dtype for job in todo if isinstance(job, Job) and job.case.work.flops})
+        ceilings = floors.ceilings(plan.device, plan.rounds, dtypes)
         for done, job in enumerate(todo):
             if isinstance(job, Row):
                 rows.append(job)

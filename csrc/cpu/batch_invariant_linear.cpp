@@ -19,6 +19,7 @@ constexpr int kRowsAtOnce = 3;
 #endif
 constexpr int64_t kInnerAtOnce = vfloat::kParts == 1 ? INT64_MAX / 2 : 512;  // of a pass: the lines stay in L1 for the next one
 constexpr int64_t kTileColumns = 16;  // a cache line of fp32 results
+constexpr int64_t kTileBytes = 1 << 14;  // of weights that stay in L1 beside rows of x
 constexpr int64_t kProductsWorthAThread = 1 << 19;  // about 10 microseconds, several times what it takes to wake a thread
 
 // The sums of the lanes of every vector, in sum_lanes' order of additions.
@@ -135,6 +136,13 @@ FASTPPO_INLINE void prefetch_columns(const Linear& a, int64_t column, int64_t fi
     for (int64_t k = first; k < last; k += kLine) __builtin_prefetch(w + j * a.weight_stride + k, 0, 2);
 }
 
+// How many columns go through the rows together: fewer than a line of results where that keeps their weights in L1.
+template <class Storage>
+int64_t tile_columns(const Linear& a) {
+  const int64_t bytes = a.inner * sizeof(typename Storage::type);
+  return kTileColumns * bytes > kTileBytes && kColumnsAtOnce * bytes <= kTileBytes ? kColumnsAtOnce : kTileColumns;
+}
+
 // All rows of columns [first, last), at most kTileColumns: the weights stay in L1 from row to row, a row of x and its line of results from column to column.
 template <class Storage>
 void multiply_columns(const Linear& a, int64_t first, int64_t last) {
@@ -162,8 +170,9 @@ void batch_invariant_linear(const Linear& a, int threads) {
   const int64_t grain = std::max<int64_t>(1, kProductsWorthAThread / std::max<int64_t>(1, kTileColumns * a.rows * a.inner));
   parallel_ranges(tiles, threads, grain, [&](int64_t first, int64_t last) {
     with_storage(a.dtype, [&](auto storage) {
-      for (int64_t tile = first; tile < last; ++tile)
-        multiply_columns<decltype(storage)>(a, tile * kTileColumns, std::min((tile + 1) * kTileColumns, a.columns));
+      const int64_t end = std::min(last * kTileColumns, a.columns), width = tile_columns<decltype(storage)>(a);
+      for (int64_t column = first * kTileColumns; column < end; column += width)
+        multiply_columns<decltype(storage)>(a, column, std::min(column + width, end));
     });
   });
 }

@@ -18,6 +18,10 @@ constexpr int64_t kRowsTogether = 8;  // most rows of a prompt for which a tile 
 // Elements [0, size) of a head as kVectors vectors; lanes beyond are 0.
 template <class Storage, int kVectors>
 FASTPPO_INLINE void load_head(const typename Storage::type* p, int size, vfloat* out) {
+  if (size == kVectors * kLanes) {
+    for (int i = 0; i < kVectors; ++i) F32::store(reinterpret_cast<float*>(out + i), Storage::load(p + i * kLanes));
+    return;
+  }
   for (int i = 0; i < kVectors; ++i) {
     const int rest = size - i * kLanes;
     out[i] = rest >= kLanes ? Storage::load(p + i * kLanes) : rest > 0 ? load_tail<Storage>(p + i * kLanes, rest, 0) : vfloat(0.0f);
@@ -30,16 +34,17 @@ struct Tile {
   vfloat keys[kTile][kVectors], values[kTile][kVectors];
 };
 
-// A query head and what it has gathered: sum of p v over the keys so far, p = exp(score - max).
+// A query head and what it has gathered: sum of p v over the keys so far, p = exp(score - max). `scores` are those of the current tile, then its p.
 template <int kVectors>
 struct QueryHead {
   vfloat query[kVectors], out[kVectors];
+  float scores[kTile];
   float max, sum;
 };
 
+// A tile is gathered in three steps, each for all heads before the next: alone, a head's softmax would wait for every one of its own results.
 template <int kVectors>
-FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count, const DecodeAttention& a) {
-  float products[kTile];
+FASTPPO_INLINE void multiply_keys(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count) {
   for (int key = 0; key < kTile; key += 4) {
     vfloat product[4];
     for (int j = 0; j < 4; ++j) {
@@ -47,10 +52,14 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
       for (int i = 1; i < kVectors; ++i) product[j] += head.query[i] * tile.keys[key + j][i];
     }
     const Quad four = sum_lanes_of_four(product);
-    std::memcpy(products + key, &four, sizeof four);
+    std::memcpy(head.scores + key, &four, sizeof four);
   }
-  for (int key = count; key < kTile; ++key) products[key] = -kInfinity;
-  vfloat scores = F32::load(products);
+  for (int key = count; key < kTile; ++key) head.scores[key] = -kInfinity;
+}
+
+template <int kVectors>
+FASTPPO_INLINE void weigh_keys(QueryHead<kVectors>& head, const DecodeAttention& a) {
+  vfloat scores = F32::load(head.scores);
   scores = select(scores == -kInfinity, scores, scores * a.scale);
   if (a.softcap > 0) scores = select(scores == -kInfinity, scores, a.softcap * vtanh(scores / a.softcap));
   const float top = max_lanes(scores);
@@ -62,13 +71,21 @@ FASTPPO_INLINE void gather(QueryHead<kVectors>& head, const Tile<kVectors>& tile
   }
   const vfloat p = vexp_nonpositive(scores - (head.max == -kInfinity ? 0.0f : head.max));
   head.sum += sum_lanes(p);
-  float weights[kTile];
-  F32::store(weights, p);
-  vfloat out[kVectors];
-  for (int i = 0; i < kVectors; ++i) out[i] = head.out[i];
-  for (int key = 0; key < count; ++key)
-    for (int i = 0; i < kVectors; ++i) out[i] += weights[key] * tile.values[key][i];
-  for (int i = 0; i < kVectors; ++i) head.out[i] = out[i];
+  F32::store(head.scores, p);
+}
+
+template <int kVectors>
+FASTPPO_INLINE void add_values(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count) {
+  constexpr int kOutAtOnce = std::min(kVectors, 4);  // what fits into registers
+  for (int first = 0; first < kVectors; first += kOutAtOnce) {
+    vfloat out[kOutAtOnce];
+    for (int i = 0; i < kOutAtOnce; ++i) out[i] = head.out[first + i];
+    for (int key = 0; key < count; ++key) {
+      const float weight = head.scores[key];
+      for (int i = 0; i < kOutAtOnce; ++i) out[i] += weight * tile.values[key][first + i];
+    }
+    for (int i = 0; i < kOutAtOnce; ++i) head.out[first + i] = out[i];
+  }
 }
 
 // Keys from .. from + count of key heads [first_kv, last_kv), which may lie in two pages, read in the order in which they lie: head by head, memory gives
@@ -132,7 +149,10 @@ void attend(
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t seen = std::min<int64_t>(to, a.context_lens[first_row + row]) - from;
       if (seen <= 0) continue;
-      for (int64_t h = 0; h < count; ++h) gather(heads[row * count + h], tiles[h / group], static_cast<int>(seen), a);
+      QueryHead<kVectors>* row_heads = heads.data() + row * count;
+      for (int64_t h = 0; h < count; ++h) multiply_keys(row_heads[h], tiles[h / group], static_cast<int>(seen));
+      for (int64_t h = 0; h < count; ++h) weigh_keys(row_heads[h], a);
+      for (int64_t h = 0; h < count; ++h) add_values(row_heads[h], tiles[h / group], static_cast<int>(seen));
     }
   }
   for (int64_t row = 0; row < rows; ++row) {

@@ -140,20 +140,20 @@ FASTPPO_INLINE Group load_group(const T* p) {
   return group;
 }
 
-// Sixteen steps of the sixteen lanes from column `column` on: a cache line of each row, which is read at once, as rows that lie a power of two apart push
+// Sixteen steps of a group of lanes from column `column` on: a cache line of each row, which is read at once, as rows that lie a power of two apart push
 // each other out of L1.
-template <class T>
+template <class Group>
 struct Block {
-  Vec<T> at[kLanes];
+  Group at[kLanes];
 
+  template <class T>
   FASTPPO_MEMBER void load(const T* const* rows, int column) {
-    for (int lane = 0; lane < kLanes; lane += kGroup)
-      for (int step = 0; step < kLanes; step += kGroup) {
-        Square<typename Vec<T>::Register> square;
-        for (int k = 0; k < kGroup; ++k) square.at[k] = load_group<typename Vec<T>::Register>(rows[lane + k] + column + step);
-        square = square.transposed();
-        for (int k = 0; k < kGroup; ++k) at[step + k].part[lane / kGroup] = square.at[k];
-      }
+    for (int step = 0; step < kLanes; step += kGroup) {
+      Square<Group> square;
+      for (int k = 0; k < kGroup; ++k) square.at[k] = load_group<Group>(rows[k] + column + step);
+      square = square.transposed();
+      for (int k = 0; k < kGroup; ++k) at[step + k] = square.at[k];
+    }
   }
 };
 
@@ -174,10 +174,10 @@ void locate_time_major(const typename Storage::type* p, int64_t stride_step, Inp
     rows[k] = steps[k];
   }
   for (int lane = 0; lane < kLanes; ++lane) inputs.row[lane] = inputs.staged[lane];
-  for (int column = 0; column < kWindow; column += kLanes) {
-    Block<float> turned;
+  for (int column = 0; column < kWindow; column += kGroup) {
+    Block<GroupFloat> turned;  // whose steps are lanes here
     turned.load(rows + column, 0);
-    for (int lane = 0; lane < kLanes; ++lane) F32::store(&inputs.staged[lane][column], turned.at[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) std::memcpy(&inputs.staged[lane][column], &turned.at[lane], sizeof(GroupFloat));
   }
 }
 
@@ -223,17 +223,16 @@ struct Outputs {
   }
 };
 
-typedef uint8_t Bytes __attribute__((vector_size(kWindow)));
-
-// `flag` in each column of the window whose byte is set.
-FASTPPO_INLINE Bytes load_flag(const Steps& x, const Window& w, uint8_t flag) {
-  Bytes bytes = {};
-  if (!x.data) return bytes;
+// Sets `flag` in each column of the window whose byte is set. In a loop, which vectorises: comparisons of vectors wider than the machine's GCC splits
+// into scalars.
+FASTPPO_INLINE void add_flag(const Steps& x, const Window& w, uint8_t flag, uint8_t* codes) {
+  if (!x.data) return;
   const auto* p = static_cast<const uint8_t*>(x.data) + w.offset(x);
-  if (x.stride_step == 1 && w.count == kWindow) std::memcpy(&bytes, p, kWindow);
+  uint8_t bytes[kWindow] = {};
+  if (x.stride_step == 1 && w.count == kWindow) std::memcpy(bytes, p, kWindow);
   else
     for (int k = 0; k < w.count; ++k) bytes[w.first() + k] = p[k * x.stride_step];
-  return reinterpret_cast<Bytes>(bytes != 0) & flag;
+  for (int k = 0; k < kWindow; ++k) codes[k] |= bytes[k] != 0 ? flag : 0;
 }
 
 enum class TileKind { kPlain, kMixed, kMasked };  // every step counts and none ends an episode; anything; no step counts
@@ -241,14 +240,16 @@ enum class TileKind { kPlain, kMixed, kMasked };  // every step counts and none 
 // Finds out the tile's kind and, where it is mixed, the flags of each step.
 TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& flags) {
   if (!in.mask.data && !in.dones.data && !in.truncated.data) return TileKind::kPlain;
-  Bytes codes[kLanes], any = {}, all = Bytes{} + kKeep;
+  uint8_t codes[kLanes][kWindow], any[kWindow] = {}, all[kWindow];
+  std::memset(all, kKeep, kWindow);
   for (int lane = 0; lane < kLanes; ++lane) {
     const Window& w = lanes[lane];
-    codes[lane] = Bytes{};
+    std::memset(codes[lane], w.count && !in.mask.data ? kKeep : 0, kWindow);
     if (!w.count) continue;
-    codes[lane] = in.mask.data ? load_flag(in.mask, w, kKeep) : Bytes{} + kKeep;
-    codes[lane] |= load_flag(in.dones, w, kDone | kCut) | load_flag(in.truncated, w, kCut);
-    any |= codes[lane], all &= codes[lane];
+    add_flag(in.mask, w, kKeep, codes[lane]);
+    add_flag(in.dones, w, kDone | kCut, codes[lane]);
+    add_flag(in.truncated, w, kCut, codes[lane]);
+    for (int k = 0; k < kWindow; ++k) any[k] |= codes[lane][k], all[k] &= codes[lane][k];
   }
   uint8_t some = 0, every = kKeep;
   for (int k = lanes.first_column(); k < kWindow; ++k) some |= any[k], every &= all[k];
@@ -256,7 +257,7 @@ TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& fl
   if (!(some & kKeep)) return TileKind::kMasked;
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int column = 0; column < kWindow; column += kLanes) {
-      const vint wide = load_bytes(reinterpret_cast<const uint8_t*>(&codes[lane]) + column);
+      const vint wide = load_bytes(codes[lane] + column);
       std::memcpy(flags.staged[lane] + column, &wide, sizeof wide);
     }
     flags.row[lane] = flags.staged[lane];
@@ -266,7 +267,7 @@ TileKind load_flags(const GaeInputs& in, const Lanes& lanes, Inputs<int32_t>& fl
 
 // What a lane carries from a step to the one before it.
 struct Carry {
-  vfloat gae, next_value, decay;
+  GroupFloat gae, next_value, decay;
 };
 
 struct TileData {
@@ -275,82 +276,84 @@ struct TileData {
   Outputs advantages, returns;
 };
 
-// Writes sixteen steps of every lane, a cache line of each row at once.
+// Writes sixteen steps of a group of lanes, a cache line of each row at once.
 template <bool kMixed>
-FASTPPO_INLINE void store_block(const TileData& tile, const Block<float>& advantages, int column) {
-  for (int lane = 0; lane < kLanes; lane += kGroup) {
-    Square<GroupFloat> rows[kGroups];
-    for (int part = 0; part < kGroups; ++part) {
-      for (int k = 0; k < kGroup; ++k) rows[part].at[k] = advantages.at[part * kGroup + k].part[lane / kGroup];
-      rows[part] = rows[part].transposed();
-    }
-    for (int k = 0; k < kGroup; ++k)
-      for (int part = 0; part < kGroups; ++part) {
-        const int at = column + part * kGroup;
-        GroupFloat advantage = rows[part].at[k], target = advantage + load_group<GroupFloat>(tile.values.row[lane + k] + at);
-        if (kMixed) {
-          const GroupInt keep = (load_group<GroupInt>(tile.flags.row[lane + k] + at) & kKeep) != 0;
-          advantage = keep ? advantage : GroupFloat{};
-          target = keep ? target : GroupFloat{};
-        }
-        std::memcpy(tile.advantages.row[lane + k] + at, &advantage, sizeof advantage);
-        std::memcpy(tile.returns.row[lane + k] + at, &target, sizeof target);
-      }
+FASTPPO_INLINE void store_block(const TileData& tile, const Block<GroupFloat>& advantages, int lane, int column) {
+  Square<GroupFloat> rows[kGroups];
+  for (int part = 0; part < kGroups; ++part) {
+    for (int k = 0; k < kGroup; ++k) rows[part].at[k] = advantages.at[part * kGroup + k];
+    rows[part] = rows[part].transposed();
   }
+  for (int k = 0; k < kGroup; ++k)
+    for (int part = 0; part < kGroups; ++part) {
+      const int at = column + part * kGroup;
+      GroupFloat advantage = rows[part].at[k], target = advantage + load_group<GroupFloat>(tile.values.row[lane + k] + at);
+      if (kMixed) {
+        const GroupInt keep = (load_group<GroupInt>(tile.flags.row[lane + k] + at) & kKeep) != 0;
+        advantage = keep ? advantage : GroupFloat{};
+        target = keep ? target : GroupFloat{};
+      }
+      std::memcpy(tile.advantages.row[lane + k] + at, &advantage, sizeof advantage);
+      std::memcpy(tile.returns.row[lane + k] + at, &target, sizeof target);
+    }
 }
 
-// Sixteen steps, the latest first.
+// Sixteen steps of a group of lanes, the latest first.
 template <bool kMixed, bool kNextValues>
-FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int column, Carry& carry) {
-  const vfloat zero = 0.0f;
-  Block<float> rewards, values, next_values, advantages;
-  Block<int32_t> flags;
-  rewards.load(tile.rewards.row, column);
-  values.load(tile.values.row, column);
-  if (kNextValues) next_values.load(tile.next_values.row, column);
-  if (kMixed) flags.load(tile.flags.row, column);
+FASTPPO_INLINE void run_block(float gamma, const TileData& tile, int lane, int column, Carry& carry) {
+  const GroupFloat zero = {};
+  Block<GroupFloat> rewards, values, next_values, advantages;
+  Block<GroupInt> flags;
+  rewards.load(tile.rewards.row + lane, column);
+  values.load(tile.values.row + lane, column);
+  if (kNextValues) next_values.load(tile.next_values.row + lane, column);
+  if (kMixed) flags.load(tile.flags.row + lane, column);
   for (int k = kLanes - 1; k >= 0; --k) {
-    vfloat next = kNextValues ? next_values.at[k] : carry.next_value, later = carry.gae;
+    GroupFloat next = kNextValues ? next_values.at[k] : carry.next_value, later = carry.gae;
     if (kMixed) {
-      next = select((flags.at[k] & kDone) != 0, zero, next);
-      later = select((flags.at[k] & kCut) != 0, zero, later);
+      next = (flags.at[k] & kDone) != 0 ? zero : next;
+      later = (flags.at[k] & kCut) != 0 ? zero : later;
     }
     advantages.at[k] = ((rewards.at[k] + gamma * next) - values.at[k]) + carry.decay * later;
-    const vint keep = kMixed ? (flags.at[k] & kKeep) != 0 : vint{};
-    carry.gae = kMixed ? select(keep, advantages.at[k], carry.gae) : advantages.at[k];
-    carry.next_value = kMixed ? select(keep, values.at[k], carry.next_value) : values.at[k];
+    const GroupInt keep = kMixed ? (flags.at[k] & kKeep) != 0 : GroupInt{};
+    carry.gae = kMixed ? (keep ? advantages.at[k] : carry.gae) : advantages.at[k];
+    carry.next_value = kMixed ? (keep ? values.at[k] : carry.next_value) : values.at[k];
   }
-  store_block<kMixed>(tile, advantages, column);
+  store_block<kMixed>(tile, advantages, lane, column);
 }
 
-// Asks L2 for what is read a window from now, which the hardware does not foresee: rows are read backwards, too many at a time. In L1 the lines of rows a
-// power of two apart would push each other out, and all requests of a window at once would wait for each other. An address before the tensor is
-// harmless: a prefetch never faults.
-FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int column) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    __builtin_prefetch(tile.rewards.row[lane] + column - kWindow, 0, 2);
-    __builtin_prefetch(tile.values.row[lane] + column - kWindow, 0, 2);
+// Asks L2 for what a group of lanes reads a window from now, which the hardware does not foresee: rows are read backwards, too many at a time. In L1
+// the lines of rows a power of two apart would push each other out, and all requests of a window at once would wait for each other. An address
+// before the tensor is harmless: a prefetch never faults.
+FASTPPO_INLINE void prefetch_earlier(const TileData& tile, int lane, int column) {
+  for (int k = lane; k < lane + kGroup; ++k) {
+    __builtin_prefetch(tile.rewards.row[k] + column - kWindow, 0, 2);
+    __builtin_prefetch(tile.values.row[k] + column - kWindow, 0, 2);
   }
 }
 
+// A group of lanes is finished before the next: sixteen rows of four tensors at a time are more than the hardware follows.
 template <bool kMixed, bool kNextValues>
-void run_tile(float gamma, const TileData& tile, int first_column, Carry& carry) {
-  Carry running = carry;  // in registers
-  for (int column = kWindow - kLanes; column >= first_column; column -= kLanes) {
-    prefetch_earlier(tile, column);
-    run_block<kMixed, kNextValues>(gamma, tile, column, running);
+void run_tile(float gamma, const TileData& tile, int first_column, Carry (&carry)[kGroups]) {
+  for (int q = 0; q < kGroups; ++q) {
+    Carry running = carry[q];  // in registers
+    for (int column = kWindow - kLanes; column >= first_column; column -= kLanes) {
+      prefetch_earlier(tile, q * kGroup, column);
+      run_block<kMixed, kNextValues>(gamma, tile, q * kGroup, column, running);
+    }
+    carry[q] = running;
   }
-  carry = running;
 }
 
 template <bool kNextValues>
 void gae_range(const GaeInputs& in, const Sequences& sequences, float* advantages, float* returns, int64_t first, int64_t last) {
   Lanes lanes(sequences, first, last);
-  Carry carry = {};
+  Carry carry[kGroups] = {};
   const auto begin = [&](int lane, int64_t sequence) {
-    carry.gae.set(lane, 0);
-    carry.next_value.set(lane, in.bootstrap ? in.bootstrap[sequence] : 0);
-    carry.decay.set(lane, in.decays ? in.decays[sequence] : in.decay);
+    Carry& group = carry[lane / kGroup];
+    group.gae[lane % kGroup] = 0;
+    group.next_value[lane % kGroup] = in.bootstrap ? in.bootstrap[sequence] : 0;
+    group.decay[lane % kGroup] = in.decays ? in.decays[sequence] : in.decay;
   };
   TileData tile;
   while (lanes.advance(begin)) {

@@ -344,9 +344,21 @@ typedef float Quad __attribute__((vector_size(16)));
 
 // Lanes always fold in halves, so the order of additions is fixed: 16 to 4 here.
 FASTPPO_INLINE Quad fold_to_quad(const vfloat& v) {
+#if defined(__AVX2__)  // in registers: GCC would pass the quads through memory
+#if defined(__AVX512F__)
+  // With a mask of all lanes: without one, GCC 12 warns of the undefined lanes that its own header keeps.
+  __m256 low;
+  std::memcpy(&low, &v, sizeof low);
+  const __m256 halves = low + _mm512_maskz_extractf32x8_ps(0xff, v.part[0], 1);
+#else
+  const __m256 halves = v.part[0] + v.part[1];
+#endif
+  return _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
+#else
   Quad q[4];
   std::memcpy(q, &v, sizeof v);
   return (q[0] + q[2]) + (q[1] + q[3]);
+#endif
 }
 
 FASTPPO_INLINE float sum_lanes(const vfloat& v) {
