@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -68,6 +69,11 @@ constexpr std::array<Code, kNumPPOSums> kPPOSumCodes{{
     {"entropy_bonus", kEntropyBonus},
 }};
 
+#define FASTPPO_NUMBER(name) Code{#name, offsetof(PPOOptions, name) / sizeof(float)}
+constexpr std::array kPPONumberCodes{FASTPPO_NUMBER(ratio_min), FASTPPO_NUMBER(ratio_max), FASTPPO_NUMBER(dual_clip), FASTPPO_NUMBER(value_clip),
+                                     FASTPPO_NUMBER(vf_coef), FASTPPO_NUMBER(kl_coef), FASTPPO_NUMBER(entropy_coef), FASTPPO_NUMBER(rollout_min),
+                                     FASTPPO_NUMBER(rollout_max)};
+
 // What Python keeps in tables of its own, since it also runs without this module: `native.check_same` compares the two at import.
 void export_codes(py::module_& m) {
   m.attr("DTYPE_CODES") = codes(std::array{Code{"float32", kFloat32}, Code{"bfloat16", kBFloat16}, Code{"float16", kFloat16}});
@@ -75,6 +81,7 @@ void export_codes(py::module_& m) {
   m.attr("ROLLOUT_CORRECTIONS") = codes(std::array{Code{"None", kNoCorrection}, Code{"truncate", kTruncate}, Code{"mask", kMaskOut}});
   m.attr("PPO_COLUMNS") = codes(kPPOColumnCodes);
   m.attr("PPO_SUMS") = codes(kPPOSumCodes);
+  m.attr("PPO_NUMBERS") = codes(kPPONumberCodes);
   m.attr("MAX_HEAD_SIZE") = kMaxHeadSize;
 }
 

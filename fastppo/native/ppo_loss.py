@@ -40,8 +40,32 @@ check_same("PPO_SUMS", codes(PPO_SUMS))
 check_same("ROLLOUT_CORRECTIONS", codes(ROLLOUT_CORRECTIONS))
 
 
+class PPONumbers(NamedTuple):
+    """The numbers of csrc/ops.h's PPOOptions."""
+
+    ratio_min: float
+    ratio_max: float
+    dual_clip: float  # 0: off
+    value_clip: float  # 0: off
+    vf_coef: float
+    kl_coef: float
+    entropy_coef: float
+    rollout_min: float
+    rollout_max: float
+
+
+check_same("PPO_NUMBERS", codes(PPONumbers._fields))
+
+
+class PPOCodes(NamedTuple):
+    """All of csrc/ops.h's PPOOptions, in two lists, as ops and kernels take them."""
+
+    numbers: Sequence[float]  # PPONumbers
+    choices: Sequence[int]  # places in KL_KINDS and ROLLOUT_CORRECTIONS, and whether the objective is CISPO's
+
+
 class PPOOptions(NamedTuple):
-    """What `fastppo.ops.ppo_loss` documents, as the kernels take it."""
+    """What `fastppo.ops.ppo_loss` documents."""
 
     clip_low: float
     clip_high: float
@@ -55,14 +79,14 @@ class PPOOptions(NamedTuple):
     rollout_correction: str | None
     rollout_bounds: tuple[float, float]
 
-    def codes(self) -> tuple[list[float], list[int]]:
-        """The numbers and the choices of csrc/ops.h's PPOOptions."""
-        numbers = [
+    def codes(self) -> PPOCodes:
+        numbers = PPONumbers(
             1 - self.clip_low, 1 + self.clip_high, self.dual_clip or 0.0, self.value_clip or 0.0,
             self.vf_coef, self.kl_coef, self.entropy_coef, *self.rollout_bounds,
-        ]  # fmt: skip
+        )  # fmt: skip
         correction = ROLLOUT_CORRECTIONS.index(self.rollout_correction)
-        return numbers, [KL_KINDS.index(self.kl_kind), correction, self.objective == "cispo"]
+        choices = [KL_KINDS.index(self.kl_kind), correction, int(self.objective == "cispo")]
+        return PPOCodes(list(numbers), choices)
 
 
 class SequenceColumns(NamedTuple):
@@ -110,7 +134,7 @@ def ppo_loss_sequences(
 
 
 def ppo_loss_tokens(
-    columns: dict[str, Tensor], mask: Tensor | None, options: PPOOptions, wanted: Sequence[str]
+    columns: dict[str, Tensor], mask: Tensor | None, options: PPOCodes, wanted: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(fp32 [parts, 16] sums over the unmasked tokens of each part, fp32 gradients of the `wanted` columns).
 
@@ -123,11 +147,11 @@ def ppo_loss_tokens(
     parts = kernels.ppo_loss_parts(logprobs.numel())
     sums = logprobs.new_empty((parts, len(PPO_SUMS)), dtype=torch.float32)
     addresses = [address(gradients.get(name)) for name in ("logprobs", "values", "entropy")]
-    kernels.ppo_loss_tokens(ppo_tokens(columns, mask), options.codes(), address(sums), addresses, where)
+    kernels.ppo_loss_tokens(ppo_tokens(columns, mask), options, address(sums), addresses, where)
     return sums, gradients
 
 
-def ppo_loss_finish(sums: Tensor, options: PPOOptions, denominator: Tensor | None) -> PPOResult:
+def ppo_loss_finish(sums: Tensor, options: PPOCodes, denominator: Tensor | None) -> PPOResult:
     """The result from the sums that `ppo_loss_tokens` made; the denominator is a number > 0, or None for their tokens.
 
     ValueError on the CPU for a denominator out of range; on a GPU, which the host must not wait for, it gives NaN.
@@ -136,7 +160,7 @@ def ppo_loss_finish(sums: Tensor, options: PPOOptions, denominator: Tensor | Non
         denominator = denominator.to(sums.device, torch.float64)
     loss, scale = sums.new_empty(()), sums.new_empty((), dtype=torch.float64)
     result = PPOResult(loss, sums.new_empty(len(PPO_STATISTICS)), scale)
-    arguments = address(sums), len(sums), options.codes(), address(denominator), list(map(address, result))
+    arguments = address(sums), len(sums), options, address(denominator), list(map(address, result))
     if on_cuda(sums):
         _C.cuda.ppo_loss_finish(*arguments, stream(sums))
         return result

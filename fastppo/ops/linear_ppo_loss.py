@@ -161,15 +161,7 @@ def linear_ppo_loss(
         softcap or 0.0,
         logit_scale,
         ignore_index,
-        clip_low,
-        clip_high,
-        dual_clip,
-        kl_coef,
-        kl_kind,
-        entropy_coef,
-        objective,
-        rollout_correction,
-        *rollout_bounds,
+        *options.codes(),
         ratio_level,
         aggregation,
         wanted,
@@ -181,7 +173,7 @@ def linear_ppo_loss(
 class _Loss(NamedTuple):
     """The loss over tokens, whose sums are added up part by part."""
 
-    options: native_loss.PPOOptions
+    options: native_loss.PPOCodes
     columns: dict[str, Tensor]
     """fp32 [count], of the rows that are multiplied."""
     labels: Tensor
@@ -193,7 +185,8 @@ class _Loss(NamedTuple):
         """Adds a part's sums; with_gradient returns what its logits' gradients need."""
         columns = {name: x[part] for name, x in self.columns.items()}
         columns |= {"logprobs": statistics.logprobs, "entropy": statistics.entropy}
-        wanted = ("logprobs", "entropy") if self.options.entropy_coef != 0 else ("logprobs",)
+        entropy_coef = native_loss.PPONumbers(*self.options.numbers).entropy_coef
+        wanted = ("logprobs", "entropy") if entropy_coef != 0 else ("logprobs",)
         mask = None if self.mask is None else self.mask[part]
         sums, gradients = native_loss.ppo_loss_tokens(columns, mask, self.options, wanted if with_gradient else ())
         self.sums.append(sums)
@@ -226,26 +219,15 @@ def _linear_ppo_loss(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_kind: str,
-    entropy_coef: float,
-    objective: str,
-    rollout_correction: str | None,
-    rollout_low: float,
-    rollout_high: float,
+    numbers: Sequence[float],
+    choices: Sequence[int],
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, scale, log-probs, entropies, gradients of hidden, weight and bias before that scale, each empty where not `wanted`)."""
-    coefficients, rollout_bounds = (0.0, kl_coef, kl_kind, entropy_coef), (rollout_low, rollout_high)
-    options = native_loss.PPOOptions(
-        clip_low, clip_high, dual_clip, None, *coefficients, objective, rollout_correction, rollout_bounds
-    )
+    options = native_loss.PPOCodes(numbers, choices)
     transform = (logit_scale, softcap, temperature)
     keep = kept_rows(labels, mask, len(weight), ignore_index, backend)
     head = Head(hidden, weight, bias, keep, backend)

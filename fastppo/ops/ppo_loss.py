@@ -190,8 +190,7 @@ def ppo_loss(
         rollout_logprobs,
         cu_seqlens,
         denominator,
-        *options[:-1],
-        *rollout_bounds,
+        *options.codes(),
         ratio_level,
         aggregation,
         wanted,
@@ -324,26 +323,14 @@ def _ppo_loss(
     rollout_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
     denominator: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    value_clip: float | None,
-    vf_coef: float,
-    kl_coef: float,
-    kl_kind: str,
-    entropy_coef: float,
-    objective: str,
-    rollout_correction: str | None,
-    rollout_low: float,
-    rollout_high: float,
+    numbers: Sequence[float],
+    choices: Sequence[int],
     ratio_level: str,
     aggregation: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, scale, gradients of logprobs, values and entropy before that scale, each empty where not `wanted`)."""
-    clips, coefficients = (clip_low, clip_high, dual_clip, value_clip), (vf_coef, kl_coef, kl_kind, entropy_coef)
-    rollout_bounds = (rollout_low, rollout_high)
-    options = native.PPOOptions(*clips, *coefficients, objective, rollout_correction, rollout_bounds)
+    options = native.PPOCodes(numbers, choices)
     given = (logprobs, old_logprobs, advantages, values, old_values, returns, ref_logprobs, entropy, rollout_logprobs)
     columns = {name: x.contiguous() for name, x in zip(native.PPO_COLUMNS, given, strict=False) if x is not None}
     mask = None if mask is None else mask.contiguous()

@@ -14,6 +14,7 @@ TABLES = {
     "ROLLOUT_CORRECTIONS": native.codes(ppo_loss.ROLLOUT_CORRECTIONS),
     "PPO_COLUMNS": native.codes(ppo_loss.PPO_COLUMNS),
     "PPO_SUMS": native.codes(ppo_loss.PPO_SUMS),
+    "PPO_NUMBERS": native.codes(ppo_loss.PPONumbers._fields),
     "MAX_HEAD_SIZE": decode_attention.MAX_HEAD_SIZE,
 }
 

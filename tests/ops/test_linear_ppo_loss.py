@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastppo.native import token_logprobs as native
+from fastppo.native.ppo_loss import PPOOptions
 from fastppo.ops import _head, linear_ppo_loss, ppo_loss, token_logprobs
 from fastppo.ops.ppo_loss import named_statistics
 from fastppo.reference.linear_ppo_loss import linear_ppo_loss as reference
@@ -317,10 +318,10 @@ def test_opcheck(cpu_backend):
         batch[name].requires_grad_()
     order = ("hidden", "weight", "labels", "old_logprobs", "advantages", "mask", "bias", "ref_logprobs")
     tensors = [batch[name] for name in (*order, "rollout_logprobs")]
-    logit_options, clips = (0.9, 4.0, 1.0, -100), (0.2, 0.2, None)
+    codes = PPOOptions(0.2, 0.2, None, None, 0.0, 0.1, "k3", 0.1, "clip", "mask", (0.5, 2.0)).codes()
+    options = (0.9, 4.0, 1.0, -100, *codes, "sequence", "seq-mean-token-mean")
     for wanted in ([True, True, True], [True, False, False]):
-        loss_options = (0.1, "k3", 0.1, "clip", "mask", 0.5, 2.0, "sequence", "seq-mean-token-mean", wanted)
-        arguments = (*tensors, None, None, *logit_options, *clips, *loss_options, "cpu")
+        arguments = (*tensors, None, None, *options, wanted, "cpu")
         torch.library.opcheck(torch.ops.fastppo.linear_ppo_loss, arguments)
 
 

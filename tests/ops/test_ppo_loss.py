@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from fastppo.native.ppo_loss import PPOOptions
 from fastppo.ops import ppo_loss
 from fastppo.ops.ppo_loss import PPOStats, named_statistics
 from fastppo.reference.ppo_loss import ppo_loss as reference
 from tests.cases import DTYPES
+from tests.isa import assert_same_bits_on_every_isa
 from tests.tolerance import assert_as_exact_as_native
 
 GRADIENTS = ("logprobs", "values", "entropy")
@@ -344,52 +342,40 @@ def test_bits_do_not_depend_on_threads(cpu_backend):
         torch.set_num_threads(threads)
 
 
-PRINT_BITS = """
-import torch, hashlib
-from tests.ops.test_ppo_loss import VARIANTS, make_batch, run
-from fastppo.ops import ppo_loss
-digest = hashlib.sha256()
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    torch.manual_seed(0)
-    batch = make_batch(5, 333, dtype=dtype)
-    for options in VARIANTS.values():
-        loss, stats, gradients = run(ppo_loss, batch, **options)
-        for x in (loss, *stats, *gradients.values()):
-            digest.update(b"" if x is None else x.reshape(-1).view(torch.uint8).numpy().tobytes())
-print(digest.hexdigest())
-"""
+def isa_outputs() -> list[torch.Tensor]:
+    outputs = []
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        batch = make_batch(5, 333, dtype=dtype)
+        for options in VARIANTS.values():
+            loss, stats, gradients = run(ppo_loss, batch, **options)
+            outputs += [loss, *stats, *(x.float() for x in gradients.values() if x is not None)]
+    return outputs
 
 
-def test_bits_do_not_depend_on_instruction_set(cpu_backend):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PRINT_BITS],
-            env=os.environ | {"FASTPPO_ISA": isa},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for isa in ("plain", "avx2", "avx512")
-    ]
-    digests = [process.communicate()[0] for process in processes]
-    assert len(digests[0].strip()) == 64 and len(set(digests)) == 1
+def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
+    assert_same_bits_on_every_isa("tests.ops.test_ppo_loss", tmp_path)
 
 
-OPERATOR_OPTIONS = {
-    "defaults": (0.2, 0.2, None, None, 0.5, 0.0, "k3", 0.0, "clip", None, 0.5, 2.0, "token", "token-mean"),
-    "everything": (0.2, 0.2, 1.5, 0.2, 0.5, 0.1, "k3+", 0.1, "clip", "mask", 0.5, 2.0, "sequence", "seq-mean-token-mean"),
-}  # fmt: skip
+DEFAULTS = PPOOptions(0.2, 0.2, None, None, 0.5, 0.0, "k3", 0.0, "clip", None, (0.5, 2.0)).codes()
+ALL_TERMS = PPOOptions(0.2, 0.2, 1.5, 0.2, 0.5, 0.1, "k3+", 0.1, "clip", "mask", (0.5, 2.0)).codes()
 
 
-@pytest.mark.parametrize("options", OPERATOR_OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (*DEFAULTS, "token", "token-mean", [True, True, False]),
+        (*ALL_TERMS, "sequence", "seq-mean-token-mean", [True, True, True]),
+    ],
+    ids=["defaults", "everything"],
+)
 def test_opcheck(fast_backend, options):
     batch = make_batch(3, 20)
     for name in GRADIENTS:
         batch[name].requires_grad_()
     order = ("logprobs", "old_logprobs", "advantages", "mask", "values", "old_values", "returns", "ref_logprobs")
     tensors = [batch[name] for name in (*order, "entropy", "rollout_logprobs")]
-    wanted = [True, True, options == "everything"]
-    arguments = (*tensors, None, None, *OPERATOR_OPTIONS[options], wanted)
-    torch.library.opcheck(torch.ops.fastppo.ppo_loss, arguments)
+    torch.library.opcheck(torch.ops.fastppo.ppo_loss, (*tensors, None, None, *options))
 
 
 def test_denominators_and_lengths_do_not_recompile(fast_backend):
