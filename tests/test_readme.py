@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,11 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo = load_demo()
     demo.WARM_UP_STEPS, demo.HELD_OUT = 5, 8
-    monkeypatch.setattr(sys, "argv", ["arithmetic.py", "--steps", "1"])
-    demo.main()
+    demo.main(["--steps", "1"])
     assert "Curve: runs/demo/curve.png" in capsys.readouterr().out
     assert (tmp_path / "runs" / "demo" / "curve.png").exists()
     with pytest.raises(SystemExit):
-        demo.main()
+        demo.main([])
     assert "'runs/demo', which is there already" in capsys.readouterr().err, "a second demo says so before it works"
     exec(compile(python_blocks()[0], "README.md", "exec"), {})
     assert [row["step"] for row in read_metrics("runs/short")] == [1, 2, 3, 4, 5]
@@ -48,15 +47,12 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_reward_climbs(tmp_path, monkeypatch, capsys):
-    """Seed 0, as `make demo` runs it: the reward rises by 0.12 or more, and so do the held-out problems that are solved."""
+def test_the_demo_teaches(tmp_path, monkeypatch):
+    """As `make demo` runs it: the imitator of the careless pupil solves few problems that it was not trained on, PPO makes it solve nearly all."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["arithmetic.py"])
-    load_demo().main()
-    rewards = [row["objective/scores"] for row in read_metrics("runs/demo") if row["step"] > 0]
-    assert sum(rewards[-5:]) / 5 >= sum(rewards[:5]) / 5 + 0.12
-    found = re.search(r"sampled as in training: (\d+)% before PPO, (\d+)%\s+after", capsys.readouterr().out)
-    assert int(found[2]) >= int(found[1]) + 12
+    before, after = load_demo().main([])
+    assert before["solved, sampled as in training"] < 0.25 and before["solved, always the likeliest token"] < 0.25
+    assert after["solved, sampled as in training"] > 0.9 and after["solved, always the likeliest token"] > 0.9
 
 
 def test_the_drop_in_ops_run():
@@ -81,10 +77,34 @@ def test_the_drop_in_ops_run():
 
 def test_the_demo_reward_is_verifiable():
     demo = load_demo()
-    assert demo.worked_solution("47+85=") == "<think>7+5=12,4+8+1=13</think>132"
     completions = ["<think>7+5=12</think>132", "132", "<think>132", "<think></think>133", ""]
     answers = ["132"] * 5
     assert demo.right_answer([], completions, answers) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_demo_pupil_forgets_carries_and_nothing_else():
+    demo = load_demo()
+    assert demo.worked_solution("47+85=") == "<think>7+5=12,4+8+1=13</think>132"
+    assert demo.worked_solution("47+85=", forgets=lambda: True) == "<think>7+5=12,4+8+0=12</think>122"
+    for row in demo.make_problems(random.Random(0), 500):
+        assert demo.worked_solution(row["prompt"]).endswith(f"</think>{row['answer']}")
+        assert demo.judge(row, demo.worked_solution(row["prompt"])).right
+        careless = demo.judge(row, demo.worked_solution(row["prompt"], forgets=lambda: True))
+        assert careless.forgot_carry and not careless.right, "every problem needs a carry"
+
+
+def test_the_demo_holds_out_what_it_does_not_train_on():
+    rows = load_demo().make_problems(random.Random(0), 5000)
+    assert len({frozenset(row["prompt"].rstrip("=").split("+")) for row in rows}) == 5000
+
+
+def test_the_demo_names_the_first_mistake():
+    demo = load_demo()
+    row = {"prompt": "47+85=", "answer": "132"}
+    assert demo.judge(row, "<think>7+5=12,4+8+1=14</think>142")[1:] == (False, "4+8+1=14, should be 4+8+1=13", False)
+    assert demo.judge(row, "<think>7+5=12,4+8+0=12</think>122")[1:] == (False, "4+8+0=12, should be 4+8+1=13", True)
+    assert demo.judge(row, "<think>7+5=12,4+8+1=13</think>133")[1:] == (False, "133, should be 132", False)
+    assert demo.judge(row, "")[1:] == (False, "nothing, should be 7+5=12", False)
 
 
 def test_every_op_of_the_package_is_public():
