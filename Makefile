@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 .PHONY: help demo test bench lint format wheel clean
 
 help:
-	@echo "make demo    install, then watch PPO teach a small language model arithmetic (about 3 minutes; another time: DEMO_ARGS='--output DIR')"
+	@echo "make demo    install, then watch PPO teach a small language model to carry (about a minute; another time: DEMO_ARGS='--output DIR')"
 	@echo "make test    install, then run every test (about 10 minutes on 2 cores)"
 	@echo "make bench   install, then time every op against plain PyTorch and its peers"
 	@echo "make lint    check format and style       make format  fix them"
