@@ -5,9 +5,12 @@ Each library reads its own variable when it is loaded, so the bench starts itsel
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -29,9 +32,16 @@ def held_to(isa: str, environ: Mapping[str, str]) -> bool:
 
 
 def start_again(isa: str, arguments: Sequence[str]) -> None:
-    """Replaces this process by the same command, held to `isa`."""
+    """Replaces this process by the same command, held to `isa`.
+
+    torch.compile's cache does not tell programs of two instruction sets apart, and one that meets the other's corrupts the heap: the new
+    process has a cache of its own.
+    """
     command = [sys.executable, "-m", "fastppo.bench", *arguments]
-    os.execve(sys.executable, command, os.environ | VARIABLES[isa])
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"fastppo-torchinductor-{getpass.getuser()}-{isa}")
+    }
+    os.execve(sys.executable, command, os.environ | VARIABLES[isa] | cache)
 
 
 def check(isa: str) -> None:

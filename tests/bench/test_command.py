@@ -159,6 +159,7 @@ def test_an_instruction_set_starts_the_bench_again_with_every_library_held_to_it
     ((path, command, environ),) = started
     assert path == sys.executable and command[1:] == ["-m", "fastppo.bench", "--isa", "avx2", "--op", "gae"]
     assert cli.isa.held_to("avx2", environ) and not cli.isa.held_to("avx2", os.environ)
+    assert environ["TORCHINDUCTOR_CACHE_DIR"].endswith("avx2"), "compiled programs of two instruction sets do not mix"
 
 
 def test_cases_that_do_not_load_are_a_failure_with_its_reason(one_toy, monkeypatch, capsys):
