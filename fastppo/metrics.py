@@ -53,11 +53,11 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return (1 - (returns - values).var(correction=0) / variance).item() if variance > 1e-8 else 0.0
 
 
-def reward_metrics(result: RewardResult) -> dict[str, float]:
+def reward_metrics(scores: Scores) -> dict[str, float]:
     """Of all samples, also those that are left out of the update."""
-    metrics = {"rewards/failures": float(result.failures)}
-    for name, scores in result.by_name.items():
-        valid = torch.tensor([x for x in scores if not math.isnan(x)], dtype=torch.float32, device="cpu")
+    metrics = {"rewards/failures": float(scores.values.isnan().sum())}
+    for name, part in scores.parts.items():
+        valid = part[~part.isnan()]
         if len(valid):
             metrics[f"rewards/{name}/mean"] = valid.mean().item()
             metrics[f"rewards/{name}/std"] = valid.std(correction=0).item()

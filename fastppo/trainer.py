@@ -186,9 +186,11 @@ class PPOTrainer:
         self.reporter.phase("reward", 0, 1)
         result, texts = self._call_rewards(rollout, rows)
         self._log_samples(folder, rollout, rows, texts, result)
-        kept, scores = self._keep_valid(rollout, result)
-        scores = scores.penalised(kept, self.config.reward.missing_eos_penalty)
-        return kept, scores, reward_metrics(result)
+        scores = Scores.of(result, rollout.tokens.device)
+        valid = self._valid(rollout, scores, result.errors)
+        kept = rollout.select(valid)
+        penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
+        return kept, penalised, reward_metrics(scores)
 
     def _call_rewards(self, rollout: Rollout, rows: list[Row]) -> tuple[RewardResult, list[str]]:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
@@ -199,11 +201,10 @@ class PPOTrainer:
         result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts
 
-    def _keep_valid(self, rollout: Rollout, result: RewardResult) -> tuple[Rollout, Scores]:
-        """Drop the samples that have no valid score (a failed reward is never a silent 0), that broke off because their logits were not
-        finite, or that hold no action."""
-        scores, count = Scores.of(result, rollout.tokens.device), rollout.num_sequences
-        counts, reasons = rollout.action_counts, rollout.finish_reasons.tolist()
+    def _valid(self, rollout: Rollout, scores: Scores, errors: list[str]) -> list[int]:
+        """The samples to learn from: not those without a valid score (a failed reward is never a silent 0), those that broke off because
+        their logits were not finite, or those that hold no action."""
+        count, counts, reasons = rollout.num_sequences, rollout.action_counts, rollout.finish_reasons.tolist()
         broken = sum(reason == FinishReason.ERROR for reason in reasons)
         valid = [
             index
@@ -212,13 +213,13 @@ class PPOTrainer:
         ]
         failure_rate = 1 - len(valid) / count
         if failure_rate > self.config.reward.max_failure_rate or not valid:
-            errors = [f"the model's logits were NaN or infinite in {broken} of {count}"] if broken else []
-            why = "; ".join(dict.fromkeys([*errors, *result.errors])) or "the scores are NaN or None"
+            odd_logits = [f"the model's logits were NaN or infinite in {broken} of {count}"] if broken else []
+            why = "; ".join(dict.fromkeys([*odd_logits, *errors])) or "the scores are NaN or None"
             raise TrainingError(
                 f"{failure_rate:.0%} of the samples of step {self.step} have no valid reward, more than "
                 f"reward.max_failure_rate = {self.config.reward.max_failure_rate:.0%}: {why}"
             )
-        return rollout.select(valid), scores.select(valid)
+        return valid
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

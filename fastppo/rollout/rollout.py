@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
@@ -160,11 +160,6 @@ class Rollout:
             actions=self.actions[actions] + on_device(shifts.repeat_interleave(counts), device),
         )
         return part
-
-    def to(self, device: torch.device | str) -> Rollout:
-        """Every tensor on `device`."""
-        tensors = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "temperature"}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def _token_lists(self) -> list[tuple[list[int], int]]:
         tokens, bounds = self.tokens.tolist(), self.bounds

@@ -122,11 +122,6 @@ def test_taking_sequences_waits_for_nothing():
     assert waits.found == []
 
 
-def test_to_moves_every_tensor():
-    moved = _rollout().to("cpu")
-    assert torch.equal(moved.tokens, _rollout().tokens) and moved.temperature == 0.7
-
-
 @pytest.mark.parametrize(
     "name, value, error",
     [

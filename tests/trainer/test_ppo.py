@@ -263,7 +263,10 @@ def test_non_finite_updates_in_a_row_stop_the_run_although_one_in_eight_succeeds
     step, learner = make_step(roles, config), make_learner(roles, config)
     groups = [[i for indices in minibatch for i in indices] for minibatch in step.plan[0]]
     bad = poisoned(step, [i for group in groups[:1] + groups[2:] for i in group])
-    update = lambda targets: PPO(config).update(learner, step.rollout, step.evaluation, targets, step.plan)  # noqa: E731
+
+    def update(targets: Targets) -> dict[str, float]:
+        return PPO(config).update(learner, step.rollout, step.evaluation, targets, step.plan)
+
     assert update(bad)["update/skipped"] == 7
     assert learner.skipped_in_a_row == 6
     with pytest.raises(NonFiniteUpdates, match="7 updates in a row"):

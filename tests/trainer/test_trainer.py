@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastppo import PPOConfig, PPOTrainer
-from fastppo.rewards import RewardResult
 from fastppo.rewards.scores import Scores
 from fastppo.rollout import FinishReason
 from fastppo.run_folder import read_metrics
@@ -138,9 +137,8 @@ def test_samples_whose_logits_broke_are_left_out(make_trainer):
     broken = rollout.finish_reasons == FinishReason.ERROR
     begun = torch.tensor(rollout.action_counts) > 0
     assert (broken & begun).any() and not broken.all(), "the case this test is about occurs"
-    kept, scores = trainer._keep_valid(rollout, RewardResult([1.0] * 64, {}, 0, []))
-    assert kept.num_sequences == len(scores.values) == int((~broken).sum())
-    assert not (kept.finish_reasons == FinishReason.ERROR).any()
+    valid = trainer._valid(rollout, Scores(torch.ones(64), {}), errors=[])
+    assert valid == (~broken).nonzero().squeeze(1).tolist()
 
 
 def test_missing_eos_penalty_follows_the_finish_reason(make_trainer):
