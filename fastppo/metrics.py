@@ -16,8 +16,8 @@ from fastppo.evaluation import Evaluation
 from fastppo.ops import approx_kl
 from fastppo.rewards import RewardResult
 from fastppo.rewards.scores import Scores
-from fastppo.rollout.generation import GenerationStats
 from fastppo.rollout.rollout import FinishReason, Rollout
+from fastppo.rollout.stats import GenerationStats
 from fastppo.targets import Targets
 
 

@@ -172,12 +172,12 @@ def test_graphs_follow_the_weights():
     engine = Engine(model, max_batch_size=8, keep_cache=True)
     sampling = SamplingParams(n=3, max_new_tokens=20, seed=5)
     engine.generate(ragged_prompts(), sampling)
-    graphs = engine._graphs
+    graphs = engine.runner.kept_graphs
     assert graphs is not None and graphs._captured, "nothing was captured"
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(-1)
     after = engine.generate(ragged_prompts(), sampling)
-    assert engine._graphs is graphs
+    assert engine.runner.kept_graphs is graphs
     assert torch.equal(after.tokens, sample(model).tokens)
 
 

@@ -44,6 +44,8 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(python_blocks()[2], "README.md", "exec"), names)
     assert len(names["texts"]) == names["rollout"].num_sequences == 8
+    exec(compile(python_blocks()[3], "README.md", "exec"), names)
+    assert names["rollout"].num_sequences == 3 and len(names["rollout"].turn_bounds) == 7
 
 
 @pytest.mark.slow

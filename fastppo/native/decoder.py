@@ -60,21 +60,21 @@ class Decoder:
         scratch_size = rows * 2 * (hidden_size + (heads + kv_heads) * head_size + inner_size)
         self._scratch = torch.empty(scratch_size, dtype=torch.float32, device="cpu")
 
-    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
-        """Prompts with the pages for their keys and values -> hidden [prompts, H] after their last tokens.
+    def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
+        """Tokens of sequences that stand after `past` cached ones, and the sequences' pages -> hidden [sequences, H] after the last tokens.
 
-        A step whose rows are the prompts' tokens: in each layer all rows write their keys before any attends, so a token finds those of
+        A step whose rows are these tokens: in each layer all rows write their keys before any attends, so a token finds those of
         the tokens before it, and has the bits that a step of its own would give it.
         """
         tables = pad_sequence([torch.tensor(own, dtype=torch.int32, device="cpu") for own in pages], batch_first=True)
-        counts = _int64([len(prompt) for prompt in prompts])
-        owners, last = _int64(range(len(prompts))).repeat_interleave(counts), counts.cumsum(0) - 1
-        tokens = _int64([token for prompt in prompts for token in prompt])
-        lengths = _int64([length for prompt in prompts for length in range(1, len(prompt) + 1)])
-        hidden = self._hidden.new_empty(len(prompts), self._hidden.shape[1])
-        for start in range(0, len(tokens), PREFILL_ROWS):
+        counts = _int64([len(own) for own in tokens])
+        owners, last = _int64(range(len(tokens))).repeat_interleave(counts), counts.cumsum(0) - 1
+        lengths = _int64([before + i for own, before in zip(tokens, past, strict=True) for i in range(1, len(own) + 1)])
+        flat = _int64([token for own in tokens for token in own])
+        hidden = self._hidden.new_empty(len(tokens), self._hidden.shape[1])
+        for start in range(0, len(flat), PREFILL_ROWS):
             rows = slice(start, start + PREFILL_ROWS)
-            found = self.step(tokens[rows], lengths[rows], tables[owners[rows]])
+            found = self.step(flat[rows], lengths[rows], tables[owners[rows]])
             ending = (last >= start) & (last < start + PREFILL_ROWS)
             hidden[ending] = found[last[ending] - start]
         return hidden

@@ -1,15 +1,17 @@
-"""Attention over the paged cache: prompts that fill it, long prompts in chunks, and one new token for each sequence.
+"""Attention over the paged cache: prompts that fill it, parts of sequences that go on, and one new token for each sequence.
 
 Shapes as in `fastppo.model.attention`: T packed tokens, B sequences, Hq/Hkv query and key heads, D head size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastppo.model.attention import AttentionOptions, PackedContext, causal_attention, causal_mask
 from fastppo.ops import decode_attention
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache
+from fastppo.rollout.record import bounds_of
 
 
 class PrefillContext(PackedContext):
@@ -26,23 +28,31 @@ class PrefillContext(PackedContext):
 
 
 class ChunkContext:
-    """A part of one long prompt, whose earlier tokens are in the cache."""
+    """Parts of B sequences, side by side, whose earlier tokens are in the cache."""
 
-    def __init__(self, past: int, cache: PagedCache, slots: Tensor) -> None:
-        """past: earlier tokens. slots: int64 [past + T], the places of those and of the chunk's."""
+    def __init__(self, past: list[int], cache: PagedCache, slots: list[Tensor]) -> None:
+        """past: [B] earlier tokens. slots: [B] of int64 [past + new], the places of those and of the part's own."""
         self._cache, self._slots, self._past = cache, slots, past
-        self._masks: dict[int | None, Tensor] = {}
+        self._new = torch.cat([own[before:] for own, before in zip(slots, past, strict=True)])
+        self._bounds = bounds_of(len(own) - before for own, before in zip(slots, past, strict=True))
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self._cache.write(layer, self._slots[self._past :], k, v)
-        keys, values = (x[None] for x in self._cache.gather(layer, self._slots))
-        return causal_attention(q[None], keys, values, options, self._mask(options.window))[0].transpose(0, 1)
+        self._cache.write(layer, self._new, k, v)
+        found = []
+        for i, slots in enumerate(self._slots):
+            keys, values = (x[None] for x in self._cache.gather(layer, slots))
+            queries = q[None, :, self._bounds[i] : self._bounds[i + 1]]
+            found.append(causal_attention(queries, keys, values, options, self._mask(i, options.window))[0])
+        return torch.cat(found, dim=1).transpose(0, 1)
 
-    def _mask(self, window: int | None) -> Tensor:
-        """bool [T, past + T]"""
-        if window not in self._masks:
-            self._masks[window] = causal_mask(len(self._slots), window, self._slots.device, first=self._past)
-        return self._masks[window]
+    def _mask(self, sequence: int, window: int | None) -> Tensor:
+        """bool [new, past + new]"""
+        key = (sequence, window)
+        if key not in self._masks:
+            slots, past = self._slots[sequence], self._past[sequence]
+            self._masks[key] = causal_mask(len(slots), window, slots.device, first=past)
+        return self._masks[key]
 
 
 class DecodeContext:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastppo.model.attention import ObservingContext
-from fastppo.model.packed import context_length, evaluating, require_prepared, run_trunk
-from fastppo.model.parts import LlamaParts, UnlikeLlama
+from fastppo.model.packed import context_length, require_prepared
 from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
-from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder, alone_with, decode_linears
-from fastppo.rollout.generation import (
-    Generation,
-    GenerationStats,
-    OnTokens,
-    Progress,
-    new_token_limits,
-    pages_needed,
-)
-from fastppo.rollout.graphs import GraphDecoder
-from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, kv_budget, pages_for
-from fastppo.rollout.parts_decoder import parts_agree, parts_decoder
+from fastppo.rollout.decoder import Decoder
+from fastppo.rollout.generation import Generation, OnTokens
+from fastppo.rollout.model_runner import ModelRunner
+from fastppo.rollout.pages import PagedCache, pages_for
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
+from fastppo.rollout.session import Session
+from fastppo.rollout.stats import GenerationStats
 from fastppo.rollout.stopping import StopStrings
+
+Progress = Callable[[int, int], None]
 
 
 class Engine:
@@ -39,7 +33,7 @@ class Engine:
     together, and a finished one makes room for the next. All state of a call lives in the call: an exception or Ctrl-C in the middle
     leaves the engine as it was.
 
-    `stats` tells what the last call did.
+    `generate` samples single answers; `open` begins a session of conversations and branches. `stats` tells what the last call did.
     """
 
     def __init__(
@@ -69,14 +63,9 @@ class Engine:
         self.model = prepare_model(model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
-        self.kv_memory, self.keep_cache = kv_memory, keep_cache
+        self.runner = ModelRunner(self.model, kv_memory, keep_cache)
         self.stats = GenerationStats()
-        self._seen: dict[tuple[torch.dtype, torch.device], ObservingContext] = {}
-        self._agrees: bool | None = None  # whether steps of our own give what the model's modules give, once known
-        self._cache: PagedCache | None = None
-        self._graphs: GraphDecoder | None = None
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -101,94 +90,64 @@ class Engine:
             vocabulary, text or stop strings without a tokenizer, a sequence that alone needs more than `kv_memory`.
             RuntimeError: called from a callback of a call on the same model. Other threads wait for each other, whatever engine they use.
         """
+        self._check(sampling)
+        token_lists = self._encode(prompts)
+        context, total = context_length(self.model) or 2**62, len(token_lists) * sampling.n
+        lengths = [min(len(tokens) + sampling.max_new_tokens, context) for tokens in token_lists]
+        slots, most = min(self.max_batch_size, total), max(map(pages_for, lengths))
+        options = dict(slots=slots, max_length=max(lengths), many_turns=False, on_tokens=on_tokens)
+        with self.runner.alone(), self.runner.lend(slots, max(lengths), pages=(slots + 1) * most + 1) as lent:
+            generation = self._generation(*lent, sampling, **options)
+            for i, tokens in enumerate(token_lists):
+                generation.add(tokens, sampling.n, f"prompts[{i}]")
+            done = 0
+            while generation.busy:
+                ended = generation.advance()
+                done += len(ended)
+                if ended and progress is not None:
+                    progress(done, total)
+            return generation.pack()
+
+    def open(self, sampling: SamplingParams, *, max_length: int | None = None) -> Session:
+        """A session of many turns, for `with engine.open(sampling) as session`.
+
+        Args:
+            sampling: `max_new_tokens`, `min_new_tokens` and what ends a completion hold for each turn.
+            max_length: most tokens of a sequence: prompt, turns and what is given between them. By default the model's context.
+
+        Raises:
+            ValueError: stop strings without a tokenizer; a `max_length` beyond the model's context, or none where that has no limit.
+        """
+        self._check(sampling)
+        context = context_length(self.model)
+        longest = context if max_length is None else max_length
+        if longest is None:
+            raise ValueError("max_length is None, expected a number of tokens: the model's context has no limit")
+        longest = _checks.integer_number("max_length", longest, at_least=2, at_most=context or 2**31 - 1)
+        slots, lending = self.max_batch_size, ExitStack()
+        pages = 2 * slots * pages_for(longest)  # as many sequences between two turns as in one
+        with self.runner.alone(), lending:
+            lent = lending.enter_context(self.runner.lend(slots, longest, pages=pages))
+            generation = self._generation(*lent, sampling, slots=slots, max_length=longest, many_turns=True)
+            return Session(generation, self.runner, lambda prompt: self._encode([prompt])[0], lending.pop_all())
+
+    def _generation(self, cache: PagedCache, decoder: Decoder, sampling: SamplingParams, **options: Any) -> Generation:
+        strings = StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+        stops = dict(stop_ids=self._stop_ids(sampling), stop_strings=strings)
+        generation = Generation(self.model, cache, decoder, sampling, **stops, **options)
+        self.stats = generation.stats
+        return generation
+
+    def _check(self, sampling: SamplingParams) -> None:
+        """Whether the model can be sampled from in this way."""
         require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
-        token_lists = self._encode(prompts)
-        self._check_stop_ids(sampling)
-        slots = min(self.max_batch_size, len(token_lists) * sampling.n)
-        with alone_with(self.model):
-            parts = self._parts()  # the model as it is, before its layers are swapped
-            with evaluating(self.model), decode_linears(self.model) as switch:
-                cache = self._make_cache(token_lists, sampling)
-                limits = new_token_limits(self.model, token_lists, sampling)
-                longest = max(len(tokens) + limit for tokens, limit in zip(token_lists, limits, strict=True))
-                generation = Generation(
-                    self.model,
-                    cache,
-                    self._make_decoder(parts, cache, switch, rows=slots, positions=longest),
-                    token_lists,
-                    sampling,
-                    slots=slots,
-                    stop_ids=self._stop_ids(sampling),
-                    stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
-                    progress=progress,
-                    on_tokens=on_tokens,
+        for i, token in enumerate(sampling.stop_token_ids):
+            if token >= self._vocab_size():
+                raise ValueError(
+                    f"stop_token_ids[{i}] is {token}, expected less than the vocabulary size {self._vocab_size()}"
                 )
-                self.stats = generation.stats
-                return generation.run()
-
-    def _make_cache(self, prompts: list[list[int]], sampling: SamplingParams) -> PagedCache:
-        """As many pages as the call can use, within the budget."""
-        limits = new_token_limits(self.model, prompts, sampling)
-        least = pages_needed(prompts, limits, sampling)
-        slots = min(self.max_batch_size, len(prompts) * sampling.n)
-        useful = slots * max(pages_for(len(p) + n) for p, n in zip(prompts, limits, strict=True)) + max(least)
-        shapes = self._look().shapes
-        if self._cache is not None and self._cache.shapes != shapes:
-            self._cache = None
-        page_bytes = bytes_per_page(shapes)
-        budget = kv_budget(self.kv_memory, self.model.device) // page_bytes
-        if self.kv_memory == "auto" and self._cache is not None:
-            budget += self._cache.pages
-        pages = min(useful, budget)
-        if max(least) > pages:
-            i = least.index(max(least))
-            raise ValueError(
-                f"prompts[{i}] with {len(prompts[i])} tokens and {limits[i]} new ones needs {least[i] * page_bytes / 2**30:.3g} GiB "
-                f"of keys and values, expected at most {budget * page_bytes / 2**30:.3g} GiB (kv_memory)"
-            )
-        if self._cache is None or self._cache.pages < pages:
-            self._cache = self._graphs = None  # their memory is free before the new one takes some
-            self._cache = PagedCache(shapes, pages, self.model.device)
-        cache = self._cache
-        if not self.keep_cache:
-            self._cache = None
-        return cache
-
-    def _look(self) -> ObservingContext:
-        """What each layer keeps of a token and how it attends, seen in a forward of one token and remembered while type and device stay."""
-        key = (self.model.dtype, self.model.device)
-        if key not in self._seen:
-            context = ObservingContext([0, 1], self.model.device)
-            zero = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-            run_trunk(self.model, zero, zero, context)
-            self._seen, self._agrees = {key: context}, None
-        return self._seen[key]
-
-    def _parts(self) -> LlamaParts | None:
-        try:
-            return LlamaParts(self.model)
-        except UnlikeLlama:
-            return None
-
-    def _make_decoder(
-        self, parts: LlamaParts | None, cache: PagedCache, switch: DecodeSwitch, *, rows: int, positions: int
-    ) -> Decoder:
-        """On a GPU graphs of its steps: those at hand while they fit, which they do as long as the cache is kept."""
-        blocks, parameters = pages_for(positions), list(self.model.parameters())
-        if self._graphs is not None and self._graphs.serves(parameters, cache, rows=rows, blocks=blocks):
-            return self._graphs
-        if parts is not None and self._agrees is None:
-            self._agrees = parts_agree(parts, self.model, switch, self._look())
-        decoder = ModuleDecoder(self.model, cache, switch)
-        if parts is not None and self._agrees:
-            decoder = parts_decoder(parts, decoder, cache, self._look(), rows=rows, positions=blocks * PAGE_SIZE)
-        if self.model.device.type != "cuda":
-            return decoder
-        graphs = GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
-        self._graphs = graphs if self.keep_cache else None
-        return graphs
 
     def _stop_ids(self, sampling: SamplingParams) -> list[int]:
         """Token ids that end a completion, ascending."""
@@ -204,13 +163,6 @@ class Engine:
 
     def _vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
-
-    def _check_stop_ids(self, sampling: SamplingParams) -> None:
-        for i, token in enumerate(sampling.stop_token_ids):
-            if token >= self._vocab_size():
-                raise ValueError(
-                    f"stop_token_ids[{i}] is {token}, expected less than the vocabulary size {self._vocab_size()}"
-                )
 
     def _encode(self, prompts: Sequence[Sequence[int]] | Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):

@@ -15,19 +15,23 @@ from fastppo.rollout.pages import PagedCache
 class Captured(NamedTuple):
     replay: Callable[[], object]
     hidden: Tensor  # what a replay writes
+    pool: object  # where its memory lies
 
 
-def capture(run: Callable[[], Tensor]) -> Captured:
-    """`run` recorded as a CUDA graph, after a run that compiles and allocates what it needs. Raises RuntimeError where it waits for the device."""
+def capture(run: Callable[[], Tensor], pool: object) -> Captured:
+    """`run` recorded as a CUDA graph, after a run that compiles and allocates what it needs. Raises RuntimeError where it waits for the device.
+
+    Graphs of one pool use the same memory for what they compute on the way; only one of them runs at a time.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         hidden = run()
-    return Captured(graph.replay, hidden)
+    return Captured(graph.replay, hidden, graph.pool())
 
 
 def bucket(rows: int) -> int:
@@ -53,7 +57,7 @@ class GraphDecoder:
         rows: int,
         blocks: int,
         device: torch.device,
-        capture: Callable[[Callable[[], Tensor]], Captured] = capture,
+        capture: Callable[[Callable[[], Tensor], object], Captured] = capture,
     ) -> None:
         """For at most `rows` sequences of at most `blocks` pages."""
         self._decoder, self._cache, self._capture = decoder, cache, capture
@@ -63,15 +67,16 @@ class GraphDecoder:
         self._lengths = torch.ones(most, dtype=torch.int64, device=device)
         self._block_table = torch.zeros(most, blocks, dtype=torch.int32, device=device)
         self._captured: dict[int, Captured] | None = {}
+        self._pool: object = None
 
     def serves(self, parameters: list[Tensor], cache: PagedCache, *, rows: int, blocks: int) -> bool:
         """Whether the graphs still fit: the same parameters and cache, no more and no longer sequences."""
         same = cache is self._cache and [p.data_ptr() for p in parameters] == self._places
         return same and rows <= self._rows and blocks <= self._blocks
 
-    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
+    def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
         """As every decoder's, without graphs."""
-        return self._decoder.prefill(prompts, pages)
+        return self._decoder.prefill(tokens, pages, past)
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         """As every decoder's; hidden [B, H] is overwritten by the next step."""
@@ -87,12 +92,13 @@ class GraphDecoder:
         if size not in self._captured:
             inputs = self._tokens[:size], self._lengths[:size], self._block_table[:size]
             try:
-                self._captured[size] = self._capture(lambda: self._decoder.step(*inputs))
+                self._captured[size] = self._capture(lambda: self._decoder.step(*inputs), self._pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 self._captured = None
                 return self._decoder.step(tokens, lengths, block_table)
         captured = self._captured[size]
+        self._pool = captured.pool
         captured.replay()
         return captured.hidden[:rows]

@@ -18,7 +18,7 @@ from fastppo.model.attention import LayerShape, ObservingContext
 from fastppo.model.parts import LlamaParts
 from fastppo.native import decoder as native
 from fastppo.ops import decode_attention
-from fastppo.rollout.decoder import Decoder, DecodeSwitch, ModuleDecoder
+from fastppo.rollout.decoder import Decoder, ModuleDecoder
 from fastppo.rollout.pages import PagedCache
 
 # Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: rounding, of whose kinds a few differ.
@@ -41,7 +41,7 @@ def parts_decoder(
     return native.Decoder(layers, parts.embedding, parts.norm, cos, sin, rows=rows)
 
 
-def parts_agree(parts: LlamaParts, model: PreTrainedModel, switch: DecodeSwitch, seen: ObservingContext) -> bool:
+def parts_agree(parts: LlamaParts, model: PreTrainedModel, seen: ObservingContext) -> bool:
     """Whether our step gives what the model's modules give, for two sequences at their second token."""
     if any(options.needs_scores for options in seen.options.values()) or any(map(_odd_heads, seen.shapes.values())):
         return False
@@ -49,7 +49,7 @@ def parts_agree(parts: LlamaParts, model: PreTrainedModel, switch: DecodeSwitch,
     block_table = torch.tensor([[1], [0]], dtype=torch.int32, device=device)
     for own in (False, True):
         cache = PagedCache(seen.shapes, 2, device)
-        modules = ModuleDecoder(model, cache, switch)
+        modules = ModuleDecoder(model, cache)
         decoder = parts_decoder(parts, modules, cache, seen, rows=2, positions=2) if own else modules
         for length in (1, 2):
             tokens = torch.tensor([length, len(parts.embedding) - length], dtype=torch.int64, device=device)
@@ -75,8 +75,8 @@ class FusedDecoder:
         self._modules, self._layers, self._embedding, self._norm = modules, layers, embedding, norm
         self._cos, self._sin = cos, sin
 
-    def prefill(self, prompts: list[list[int]], pages: list[list[int]]) -> Tensor:
-        return self._modules.prefill(prompts, pages)
+    def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
+        return self._modules.prefill(tokens, pages, past)
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         from fastppo.kernels import decoder as kernels

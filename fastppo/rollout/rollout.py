@@ -116,6 +116,14 @@ class Rollout:
         return lengths_of(self.action_bounds)
 
     @cached_property
+    def turn_bounds(self) -> list[int]:
+        """The actions of turn k are `turn_bounds[k]:turn_bounds[k + 1]` of the N. A turn is what the policy said in one go: actions side by
+        side. Turns stand in packed order; a sequence without actions has none."""
+        begins = torch.ones_like(self.actions, dtype=torch.bool)
+        begins[1:] = self.actions.diff() > 1  # a sequence never begins with an action
+        return [*begins.nonzero().squeeze(1).tolist(), self.num_actions]
+
+    @cached_property
     def action_cu_seqlens(self) -> Tensor:
         """int32 [B + 1]: `action_bounds` beside the other tensors."""
         return on_device(self.action_bounds, self.tokens.device, torch.int32)

@@ -141,7 +141,7 @@ def test_chunks_of_a_long_sequence_equal_the_whole(case):
     found = []
     for start in range(0, length, 32):
         chunk = range(start, min(start + 32, length))
-        context = ChunkContext(start, cache, torch.tensor(_places(pages, range(chunk.stop))))
+        context = ChunkContext([start], cache, [torch.tensor(_places(pages, range(chunk.stop)))])
         found.append(context.attend(0, *(x[:, chunk.start : chunk.stop] for x in inputs), options))
     torch.testing.assert_close(torch.cat(found), expected)
 

@@ -9,7 +9,8 @@ from torch import nn
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine, SamplingParams
-from fastppo.rollout.decoder import DecodeSwitch, ModuleDecoder
+from fastppo.rollout.decoder import ModuleDecoder
+from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.pages import PagedCache
 from fastppo.rollout.parts_decoder import parts_decoder
 from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
@@ -20,8 +21,8 @@ SAMPLING = SamplingParams(n=3, max_new_tokens=30, temperature=1.0, seed=3)
 
 def decoder_of(engine: Engine, monkeypatch) -> type:
     """The class that serves a call."""
-    made, make = [], Engine._make_decoder
-    monkeypatch.setattr(Engine, "_make_decoder", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    made, make = [], ModelRunner._decoder
+    monkeypatch.setattr(ModelRunner, "_decoder", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
     engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
     return type(made[0])
 
@@ -41,7 +42,7 @@ def test_which_families_are_native(family, monkeypatch):
 def test_samples_as_the_modules_do(family, changes, monkeypatch):
     """The same tokens (shared prompts, refilled rows, windows, biases, heads that fill no vector), log-probabilities up to rounding."""
     native = generate(make_model(family, **changes), max_batch_size=4)
-    monkeypatch.setattr("fastppo.rollout.engine.parts_agree", lambda *_: False)
+    monkeypatch.setattr("fastppo.rollout.model_runner.parts_agree", lambda *_: False)
     modules = generate(make_model(family, **changes), max_batch_size=4)
     assert torch.equal(native.tokens, modules.tokens)
     torch.testing.assert_close(native.logprobs, modules.logprobs, rtol=1e-5, atol=1e-5)
@@ -66,14 +67,14 @@ def test_prompts_have_the_bits_of_steps(family):
     model = make_model(family, max_position_embeddings=128)
     prompt = torch.randint(1, 96, (75,), generator=torch.Generator().manual_seed(1))
     engine = Engine(model)
-    seen = engine._look()
+    seen = engine.runner.look()
     hidden = []
     for at_once in (True, False):
         cache = PagedCache(seen.shapes, 3, model.device)
-        modules = ModuleDecoder(model, cache, DecodeSwitch())
+        modules = ModuleDecoder(model, cache)
         decoder = parts_decoder(LlamaParts(model), modules, cache, seen, rows=1, positions=75)
         if at_once:
-            hidden.append(decoder.prefill([prompt.tolist()], [[2, 0]]))
+            hidden.append(decoder.prefill([prompt.tolist()], [[2, 0]], [0]))
             continue
         for i in range(75):
             last = decoder.step(prompt[i : i + 1], torch.tensor([i + 1]), torch.tensor([[2, 0]], dtype=torch.int32))
@@ -176,8 +177,8 @@ def test_rotary_scaling(monkeypatch):
 )
 def test_rows_out_of_range_are_named(tokens, lengths, pages, monkeypatch):
     """Before anything is read or written."""
-    made, make = [], Engine._make_decoder
-    monkeypatch.setattr(Engine, "_make_decoder", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    made, make = [], ModelRunner._decoder
+    monkeypatch.setattr(ModelRunner, "_decoder", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
     Engine(make_model("llama")).generate([[1]], SamplingParams(max_new_tokens=3))
     table = torch.tensor(pages, dtype=torch.int32)
     with pytest.raises(ValueError, match="row 0 has token"):

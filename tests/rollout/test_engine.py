@@ -9,6 +9,7 @@ from fastppo import use_backend
 from fastppo.model import lm_head, prepare_model
 from fastppo.rollout import Engine, FinishReason, SamplingParams
 from fastppo.rollout.generation import DRAWS_AHEAD
+from fastppo.rollout.model_runner import ModelRunner
 from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, make_chain, make_model, ragged_prompts
 
 STOP, LENGTH, ERROR = (int(reason) for reason in FinishReason)
@@ -117,8 +118,8 @@ def test_each_prompt_is_run_once_for_all_its_samples(llama, n, max_batch_size):
 
 def test_many_prompts_are_prefilled_in_several_forwards(llama, monkeypatch):
     expected = _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions()
-    monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 20)
-    monkeypatch.setattr(Engine, "_parts", lambda _: None)
+    monkeypatch.setattr("fastppo.rollout.admission.PREFILL_TOKENS", 20)
+    monkeypatch.setattr(ModelRunner, "_parts", lambda _: None)
     assert _generate(llama, ragged_prompts(), temperature=0, max_new_tokens=5).completions() == expected
 
 
@@ -127,8 +128,8 @@ def test_long_prompts_are_prefilled_in_chunks(family, monkeypatch):
     """Windows, soft-capping and sinks reach back over a chunk's first token, where the model's modules run."""
     model = make_model(family)
     expected = _generate(model, ragged_prompts((30, 3, 17)), temperature=0, max_new_tokens=5)
-    monkeypatch.setattr(Engine, "_parts", lambda _: None)
-    monkeypatch.setattr("fastppo.rollout.generation.PREFILL_TOKENS", 4)
+    monkeypatch.setattr(ModelRunner, "_parts", lambda _: None)
+    monkeypatch.setattr("fastppo.rollout.admission.PREFILL_TOKENS", 4)
     monkeypatch.setattr("fastppo.rollout.decoder.PREFILL_TOKENS", 4)
     monkeypatch.setattr("fastppo.rollout.decoder.CHUNK_TOKENS", 7)
     found = _generate(model, ragged_prompts((30, 3, 17)), temperature=0, max_new_tokens=5)
@@ -174,19 +175,19 @@ class TestPages:
         for keep in (False, True):
             engine = Engine(model, keep_cache=keep)
             first = engine.generate(self.prompts, SamplingParams(**self.params))
-            assert (engine._cache is not None) == keep
+            assert (engine.runner.kept_cache is not None) == keep
             assert engine.generate(self.prompts, SamplingParams(**self.params)).completions() == first.completions()
 
     def test_kept_cache_grows_and_follows_the_model_type(self):
         model = make_model("llama", max_position_embeddings=256)
         engine = Engine(model, keep_cache=True)
         engine.generate([[1]], SamplingParams(max_new_tokens=2))
-        before = engine._cache.pages
+        before = engine.runner.kept_cache.pages
         engine.generate(self.prompts, SamplingParams(**self.params))
-        assert engine._cache.pages > before
+        assert engine.runner.kept_cache.pages > before
         model.to(torch.bfloat16)
         assert engine.generate([[1, 2]], SamplingParams(max_new_tokens=2)).num_sequences == 1
-        assert engine._cache.layers[0][0].dtype == torch.bfloat16
+        assert engine.runner.kept_cache.layers[0][0].dtype == torch.bfloat16
 
 
 def test_statistics_of_a_call(llama):

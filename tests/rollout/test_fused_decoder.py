@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.ops import use_backend
 from fastppo.rollout import Engine
-from fastppo.rollout.decoder import DecodeSwitch, ModuleDecoder
+from fastppo.rollout.decoder import ModuleDecoder
 from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PagedCache
 from fastppo.rollout.parts_decoder import FusedDecoder, parts_agree, parts_decoder
@@ -38,14 +38,14 @@ def make_model(family: str, **settings: object) -> PreTrainedModel:
 
 def empty_cache(model) -> PagedCache:
     """Every place of it holds NaN."""
-    cache = PagedCache(Engine(model)._look().shapes, 5, model.device)
+    cache = PagedCache(Engine(model).runner.look().shapes, 5, model.device)
     for pages in (pages for pair in cache.layers.values() for pages in pair):
         pages.fill_(torch.nan)
     return cache
 
 
 def fused(model, cache: PagedCache) -> FusedDecoder:
-    modules, seen = ModuleDecoder(model, cache, DecodeSwitch()), Engine(model)._look()
+    modules, seen = ModuleDecoder(model, cache), Engine(model).runner.look()
     return parts_decoder(LlamaParts(model), modules, cache, seen, rows=3, positions=128)
 
 
@@ -70,10 +70,10 @@ def test_steps_as_the_modules_do(family, changes, dtype):
     cache = empty_cache(model)
     found = run(fused(model, cache), cache)
     cache = empty_cache(model)
-    native = run(ModuleDecoder(model, cache, DecodeSwitch()), cache)
+    native = run(ModuleDecoder(model, cache), cache)
     with use_backend("reference"):
         cache = empty_cache(wide)
-        exact = run(ModuleDecoder(wide, cache, DecodeSwitch()), cache)
+        exact = run(ModuleDecoder(wide, cache), cache)
     assert torch.equal(found[1].isnan(), exact[1].isnan())
     for ours, theirs, truth in zip(found, native, exact, strict=True):
         assert_as_exact_as_native(ours.nan_to_num(), theirs.nan_to_num(), truth.nan_to_num())
@@ -82,7 +82,7 @@ def test_steps_as_the_modules_do(family, changes, dtype):
 def test_the_engine_takes_it():
     model = make_model("qwen3")
     engine, cache = Engine(model), empty_cache(model)
-    decoder = engine._make_decoder(engine._parts(), cache, DecodeSwitch(), rows=2, positions=70)
+    decoder = engine.runner._decoder(cache, rows=2, positions=70)
     assert type(decoder._decoder if isinstance(decoder, GraphDecoder) else decoder) is FusedDecoder
 
 
@@ -95,8 +95,8 @@ def test_numbers_tell_what_names_do_not():
             ({"embedding_multiplier": 0.5}, False),
         ):
             model = make_model("granite", dtype=dtype, **multiplier)
-            seen = Engine(model)._look()
-            assert parts_agree(LlamaParts(model), model, DecodeSwitch(), seen) == agrees
+            seen = Engine(model).runner.look()
+            assert parts_agree(LlamaParts(model), model, seen) == agrees
 
 
 def test_mixed_types_run_their_modules():
@@ -112,7 +112,7 @@ def test_rows_out_of_range_write_nothing(length, page):
     model = make_model("llama", max_position_embeddings=128)
     cache = empty_cache(model)
     decoder = fused(model, cache)
-    decoder.prefill([[1, 2]], [[0]])
+    decoder.prefill([[1, 2]], [[0]], [0])
     before = [torch.nan_to_num(pages) for pair in cache.layers.values() for pages in pair]
     table = torch.tensor([[3, page], [0, 0]], dtype=torch.int32)
     hidden = decoder.step(torch.tensor([4, 5]), torch.tensor([length, 3]), table)

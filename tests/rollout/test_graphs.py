@@ -9,6 +9,7 @@ from torch import nn
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.rollout.decoder import ModuleDecoder
 from fastppo.rollout.graphs import Captured, GraphDecoder, bucket
+from fastppo.rollout.model_runner import ModelRunner
 from tests.rollout.tiny import make_model, ragged_prompts
 
 SAMPLING = SamplingParams(n=3, max_new_tokens=20, seed=5)
@@ -20,25 +21,24 @@ class Recorder:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def __call__(self, run) -> Captured:
+    def __call__(self, run, pool) -> Captured:
         hidden = run().clone()
+        assert pool == ("pool" if self.sizes else None), "the graphs of a decoder share their memory"
         self.sizes.append(len(hidden))
-        return Captured(lambda: hidden.copy_(run()), hidden)
+        return Captured(lambda: hidden.copy_(run()), hidden, "pool")
 
 
 def with_graphs(monkeypatch, capture) -> list[GraphDecoder]:
     """All engines replay; the decoders that they made."""
     made: list[GraphDecoder] = []
 
-    def make(engine, parts, cache, switch, *, rows, positions):
-        decoder = ModuleDecoder(engine.model, cache, switch)
-        parameters = list(engine.model.parameters())
-        made.append(
-            GraphDecoder(decoder, parameters, cache, rows=rows, blocks=2, device=engine.model.device, capture=capture)
-        )
+    def make(runner, cache, *, rows, positions):
+        decoder = ModuleDecoder(runner.model, cache)
+        parameters, device = list(runner.model.parameters()), runner.model.device
+        made.append(GraphDecoder(decoder, parameters, cache, rows=rows, blocks=2, device=device, capture=capture))
         return made[-1]
 
-    monkeypatch.setattr(Engine, "_make_decoder", make)
+    monkeypatch.setattr(ModelRunner, "_decoder", make)
     return made
 
 
@@ -64,7 +64,7 @@ def test_replays_sample_what_the_modules_sample(family, max_batch_size, monkeypa
 
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
-    def refuse(run):
+    def refuse(run, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = make_model("llama")
@@ -76,7 +76,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch):
 def test_memory_that_runs_out_in_a_capture_is_not_passed_over(monkeypatch):
     """It would be found again, by a step without graphs, or later in training where nothing points here."""
 
-    def exhaust(run):
+    def exhaust(run, pool):
         raise torch.OutOfMemoryError("no memory left for a graph")
 
     with_graphs(monkeypatch, exhaust)

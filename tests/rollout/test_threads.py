@@ -30,7 +30,7 @@ def test_threads_get_what_each_would_get_alone(family, shared):
 
 def test_a_call_within_a_call_is_refused_and_the_model_goes_on():
     engine = Engine(make_model("llama"))
-    with pytest.raises(RuntimeError, match="while this thread is sampling from the same model"):
+    with pytest.raises(RuntimeError, match="this thread is sampling from the same model already"):
         engine.generate([[1, 2]], SAMPLING, on_tokens=lambda _: Engine(engine.model).generate([[3]], SAMPLING))
     assert engine.generate([[1, 2]], SAMPLING).num_sequences == 2
 
