@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import DataConfig
 from fastppo.data.sources import Row, check_rows, rows_of
-from fastppo.data.writer import PromptWriter, use_chat_template
+from fastppo.data.writer import PromptWriter
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids")
 """What a row gets here: not among the columns that reward functions are given."""
@@ -32,12 +32,14 @@ class PromptDataset:
     Args:
         rows: dicts from column to value.
         tokenizer: makes the ids; its chat template serves conversations, and texts too unless `config.chat` says otherwise.
-        config: `prompt_template`, `system_prompt`, `chat`, `max_prompt_tokens` and `drop_long_prompts` are read.
-        max_prompt_tokens: longest prompt that the model's context has room for; None for no limit.
+        config: `prompt_template`, `system_prompt`, `chat`, `rendered`, `max_prompt_tokens` and `drop_long_prompts` are read.
         first_row: number of the first row in its source, for messages.
 
+    The columns `tools` and `chat_template_kwargs` of a row go to its chat template, unless `prompt_template` names them.
+
     Raises:
-        ValueError: no rows, an empty or too long prompt, an unknown column or one that makes no prompt, settings that do not fit the tokenizer.
+        ValueError: no rows, an empty or too long prompt, one that was rendered already, an unknown column or one that makes no prompt,
+            messages that JSON cannot hold, settings that do not fit each other or the tokenizer.
         TypeError: rows that are neither texts, conversations nor dicts.
     """
 
@@ -46,25 +48,16 @@ class PromptDataset:
         rows: Sequence[Row],
         tokenizer: PreTrainedTokenizerBase,
         config: DataConfig,
-        max_prompt_tokens: int | None = None,
         *,
         first_row: int = 0,
     ) -> None:
         columns = check_rows(rows)
-        chat = use_chat_template(tokenizer, config)
-        write = PromptWriter(tokenizer, config, chat, columns)
+        write = PromptWriter(tokenizer, config, columns)
         self._rows = [write({name: row.get(name) for name in columns}, first_row + i) for i, row in enumerate(rows)]
-        write.require_one_kind()
-        for i, ids in enumerate(_tokenize(write.texts, tokenizer, chat)):
-            if not ids:
-                raise ValueError(
-                    f"the tokenizer makes no token of the prompt of row {first_row + i}: {write.texts[i]!r}"
-                )
-            self._rows[i]["prompt_ids"] = ids
+        write.finish()
         self._numbers = list(range(first_row, first_row + len(rows)))
-        self._drop_long_prompts = config.drop_long_prompts
-        limits = [limit for limit in (config.max_prompt_tokens, max_prompt_tokens) if limit is not None]
-        self._limit(min(limits, default=None))
+        self._tokenizer, self._drop_long_prompts = tokenizer, config.drop_long_prompts
+        self._limit(config.max_prompt_tokens)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -75,13 +68,31 @@ class PromptDataset:
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
-    def limited(self, max_prompt_tokens: int | None) -> PromptDataset:
-        """The data set with all prompts held to a length, for a limit that is known later: longer ones are dropped where the
-        configuration says so. Raises ValueError naming the first longer prompt otherwise, or where none would be left.
+    def limited(self, max_prompt_tokens: int | None, vocab_size: int | None = None) -> PromptDataset:
+        """The data set as a model can read it: longer prompts are dropped where the configuration says so.
+
+        Args:
+            max_prompt_tokens: longest prompt that the model's context has room for; None for no limit.
+            vocab_size: rows of the model's embedding; None for any number.
+
+        Raises:
+            ValueError: a prompt is longer, named unless it is dropped; none is left; a prompt has a token that the model does not know.
         """
         limited = copy.copy(self)
         limited._limit(max_prompt_tokens)
+        if vocab_size is not None:
+            limited._check_ids(vocab_size)
         return limited
+
+    def _check_ids(self, vocab_size: int) -> None:
+        for number, row in zip(self._numbers, self._rows, strict=True):
+            token = max(row["prompt_ids"])
+            if token >= vocab_size:
+                raise ValueError(
+                    f"the prompt of row {number} has the token {self._tokenizer.convert_ids_to_tokens(token)!r} with id {token}, expected ids "
+                    f"below {vocab_size}, the rows of the model's embedding (the tokenizer has {len(self._tokenizer)} tokens): take the "
+                    "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))"
+                )
 
     def _limit(self, max_prompt_tokens: int | None) -> None:
         if max_prompt_tokens is None:
@@ -106,31 +117,26 @@ class PromptDataset:
         self._rows, self._numbers = [self._rows[i] for i in keep], [self._numbers[i] for i in keep]
 
 
-def load_prompts(
-    source: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig | None = None,
-    max_prompt_tokens: int | None = None,
-) -> PromptDataset:
-    """Prompts from memory, a file or the hub.
+def load_prompts(source: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None) -> PromptDataset:
+    """Prompts from memory, a file or the hub, as docs/data.md describes them; `PPOTrainer` takes the result as its prompts.
 
     Args:
-        source: list of texts or conversations; list of dicts; a `datasets.Dataset`; path of a JSON Lines, JSON, CSV (also gzipped) or
-            Parquet file; hub name of a data set, with `:config` where it has several (`config.split` is read).
-        tokenizer, config, max_prompt_tokens: as `PromptDataset` takes them.
+        source: list of texts or conversations; list of dicts; a `datasets.Dataset`; path of a JSON Lines, JSON, CSV or TSV (these also
+            gzipped) or Parquet file; hub name of a data set, with `:config` where it has several (`config.split` is read).
+        tokenizer, config: as `PromptDataset` takes them; `config.columns` are turned into what they are declared as.
 
-    Files are read by `datasets`, which takes texts in JSON that look like dates for dates; nothing is left in its cache.
+    Values of JSON, CSV and TSV files stay as they stand there: CSV has texts, JSON what JSON says. The others are read by `datasets`.
 
     Raises:
-        ValueError, TypeError: as `PromptDataset`; a file that is missing or cannot be read, named.
-        ImportError: a path or name needs the `datasets` package.
+        ValueError, TypeError: as `PromptDataset`; a file that is missing or cannot be read, named with the line.
+        ImportError: a Parquet file or hub name needs the `datasets` package.
     """
     config = config or DataConfig()
-    return PromptDataset(rows_of(source, config.split), tokenizer, config, max_prompt_tokens)
+    return PromptDataset(rows_of(source, config), tokenizer, config)
 
 
 def load_train_and_eval(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """(prompts to train on, `eval_size` held-out prompts or None).
 
@@ -141,12 +147,12 @@ def load_train_and_eval(
     """
     if not config.path:
         raise ValueError("path is empty, expected a data file or a hub name")
-    rows = rows_of(config.path, config.split)
+    rows = rows_of(config.path, config)
     if not config.eval_size:
-        return PromptDataset(rows, tokenizer, config, max_prompt_tokens), None
+        return PromptDataset(rows, tokenizer, config), None
     train_rows, eval_rows, first = _hold_out(rows, config)
-    train = PromptDataset(train_rows, tokenizer, config, max_prompt_tokens)
-    return train, PromptDataset(eval_rows, tokenizer, config, max_prompt_tokens, first_row=first)
+    train = PromptDataset(train_rows, tokenizer, config)
+    return train, PromptDataset(eval_rows, tokenizer, config, first_row=first)
 
 
 def _hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:
@@ -158,27 +164,10 @@ def _hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]
             raise ValueError(
                 f"eval_split is {config.eval_split!r}, but {source} is a file, which has no splits: set eval_path, or leave eval_split out"
             )
-        held_out = rows_of(source, config.eval_split or config.split)
+        held_out = rows_of(source, config, config.eval_split)
         if len(held_out) < size:
             raise ValueError(f"eval_size is {size}, expected at most {len(held_out)}, the number of rows in {source}")
         return rows, held_out[:size], 0
     if len(rows) <= size:
         raise ValueError(f"eval_size is {size}, expected less than {len(rows)}, the number of rows in {config.path}")
     return rows[:-size], rows[-size:], len(rows) - size
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[list[int]]:
-    """A chat template writes the special tokens itself; an end of sequence that a tokenizer adds would end the prompt's answer."""
-    try:
-        encoded = tokenizer(texts, add_special_tokens=not chat, padding=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
-    except Exception as error:  # the tokenizers library raises nothing more precise
-        raise ValueError(f"the tokenizer cannot encode the prompts: {error}") from error
-    eos, eos_token = tokenizer.eos_token_id, tokenizer.eos_token
-    if chat or eos is None:
-        return encoded
-    return [
-        ids[:-1] if len(ids) > 1 and ids[-1] == eos and not text.endswith(eos_token) else ids
-        for ids, text in zip(encoded, texts, strict=True)
-    ]
