@@ -13,13 +13,13 @@ from fastppo.data.files import parse_json
 from fastppo.data.sources import Row
 
 PROBE = [
-    {"role": "user", "content": "1"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "3"},
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "content": "an answer"},
+    {"role": "user", "content": "one more question"},
 ]
 PROBE_TOOL = {
     "type": "function",
-    "function": {"name": "f", "description": "4", "parameters": {"type": "object", "properties": {}}},
+    "function": {"name": "f", "description": "a tool", "parameters": {"type": "object", "properties": {}}},
 }
 TEMPLATE_COLUMNS = {"tools": list, "chat_template_kwargs": dict}
 """Columns of a row that its chat template gets, and their types; a JSON text of such a value will do."""
@@ -44,19 +44,16 @@ class ChatTemplate:
             raise ValueError(f"the tokenizer's chat template refuses the prompt of row {number}: {error}") from error
 
     def mark_in(self, text: str) -> str | None:
-        """What shows that a text was rendered already: a special token that the template writes, or its beginning of the model's turn at
-        the text's end. None for a text that shows neither."""
-        tokens, turn = self._marks
-        if turn and text.rstrip().endswith(turn):
-            return turn
+        """What shows that a text was rendered already: a special token that the template writes, or at the text's end what it writes after
+        the last message. None for a text that shows neither."""
+        tokens, end = self._marks
+        if end and text.rstrip().endswith(end):
+            return end
         return next((token for token in tokens if token in text), None)
 
-    def _render(
-        self, messages: list[Row], tools: list | None = None, options: Row | None = None, *, turn: bool = True
-    ) -> str:
-        """`turn`: with the beginning of the model's turn."""
+    def _render(self, messages: list[Row], tools: list | None = None, options: Row | None = None) -> str:
         return self._tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=turn, tokenize=False, **options or {}
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options or {}
         )
 
     @functools.cached_property
@@ -64,11 +61,12 @@ class ChatTemplate:
         added = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         special = list(dict.fromkeys([*self._tokenizer.all_special_tokens, *added]))
         try:
-            rendered, without_turn = self._render(PROBE), self._render(PROBE, turn=False)
+            rendered = self._render(PROBE)
         except Exception:  # a template of other roles: each special token counts
             return special, ""
-        turn = rendered.removeprefix(without_turn).strip() if rendered.startswith(without_turn) else ""
-        return [token for token in special if token in rendered], turn
+        _, question, end = rendered.rpartition(PROBE[-1]["content"])
+        tells = question and any(map(str.isalnum, end))  # texts may end with a template's quote or full stop
+        return [token for token in special if token in rendered], end.strip() if tells else ""
 
     @functools.cached_property
     def shows_tools(self) -> bool:
@@ -84,7 +82,9 @@ def template_column(value: Any, name: str, number: int) -> Any:
         try:
             value = parse_json(value) if value.strip() else None
         except ValueError as error:
-            raise ValueError(f"{name} of row {number} is a text that is not JSON: {error}") from error
+            raise ValueError(
+                f"{name} of row {number} is {value!r}, which is not JSON: {error} (a column of this name goes to the chat template)"
+            ) from error
     if not value:
         return None
     if not isinstance(value, TEMPLATE_COLUMNS[name]):

@@ -40,7 +40,7 @@ class PromptDataset:
     Raises:
         ValueError: no rows, an empty or too long prompt, one that was rendered already, an unknown column or one that makes no prompt,
             messages that JSON cannot hold, settings that do not fit each other or the tokenizer.
-        TypeError: rows that are neither texts, conversations nor dicts.
+        TypeError: rows that are no dicts.
     """
 
     def __init__(

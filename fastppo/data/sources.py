@@ -47,7 +47,7 @@ def check_rows(rows: Sequence[Row]) -> list[str]:
         raise ValueError("the data set is empty, expected at least one row")
     columns: dict[str, None] = {}
     for number, row in enumerate(rows):
-        columns |= dict.fromkeys(_as_row(row, f"row {number}"))
+        columns |= dict.fromkeys(_check_row(row, f"row {number}"))
     for name in ("prompt_ids", *OWN_ARGUMENTS):
         if name in columns:
             raise ValueError(
@@ -57,13 +57,15 @@ def check_rows(rows: Sequence[Row]) -> list[str]:
 
 
 def _as_row(item: Any, where: str) -> Row:
-    if isinstance(item, str | list):
-        return {"prompt": item}
-    if not isinstance(item, Mapping) or not all(isinstance(name, str) for name in item):
+    return {"prompt": item} if isinstance(item, str | list) else _check_row(item, where)
+
+
+def _check_row(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
         raise TypeError(
-            f"{where} is {type(item).__name__}, expected a text, a conversation or a dict with names of columns"
+            f"{where} is {type(row).__name__}, expected a text, a conversation or a dict with names of columns"
         )
-    return item
+    return row
 
 
 def _items(source: Any, split: str) -> Placed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 
 import numpy as np
 import pytest
@@ -108,6 +109,32 @@ def test_a_rendered_text_is_refused_or_taken_as_one_setting_says(chat_tokenizer,
     assert "".join(spelled(chat_tokenizer, once_more[1])) == f"<s>[user]{text}[assistant]"
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "mark"),
+    [
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>",
+            None,
+            "<|end|><|assistant|>",
+        ),
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", None, "[/INST]"),
+        (
+            "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
+            "[INST] as others wrote it [/INST]\n",
+            "[/INST]",
+        ),
+        ("{% for m in messages %}USER: {{ m.content }} {% endfor %}ASSISTANT:", None, "ASSISTANT:"),
+        ("{% for m in messages %}{{ bos_token }}{{ m.content }}\n{% endfor %}", None, "<s>"),
+    ],
+)
+def test_templates_without_special_tokens_are_known_by_their_end(tokenizer, template, text, mark):
+    tokenizer.chat_template = template
+    rendered = text or tokenizer.apply_chat_template(user("hi"), add_generation_prompt=True, tokenize=False)
+    load_prompts(["hi"], tokenizer)
+    with pytest.raises(ValueError, match=f"row 1 has {re.escape(repr(mark))}"):
+        load_prompts(["hi", rendered], tokenizer)
+
+
 @pytest.mark.parametrize("text", ["a </s> b", "a <tool> b", "[user] in the middle", "[assistant] at the beginning"])
 def test_a_text_without_the_templates_own_tokens_is_a_text(chat_tokenizer, text):
     chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
@@ -146,6 +173,11 @@ def test_settings_that_rendered_excludes(chat_tokenizer):
         load_prompts(["hi"], chat_tokenizer, DataConfig(system_prompt="x", rendered=True))
     with pytest.raises(ValueError, match="row 0 is a conversation, expected a text because rendered is true"):
         load_prompts([user("hi")], chat_tokenizer, DataConfig(rendered=True))
+
+
+def test_punctuation_after_a_message_tells_nothing(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}'{{ m.content }}'. {% endfor %}"
+    assert len(load_prompts(["say 'hi'.", "hi."], tokenizer)) == 2
 
 
 # What else a template gets
@@ -187,7 +219,7 @@ def test_tools_and_options_of_a_row_reach_the_template(tool_tokenizer, prompt, f
     ("column", "value", "words"),
     [
         ("tools", {"a": 1}, "tools of row 0 is dict, expected a list, or JSON of one"),
-        ("tools", "hammer", "tools of row 0 is a text that is not JSON"),
+        ("tools", "hammer", "tools of row 0 is 'hammer', which is not JSON: .*goes to the chat template"),
         ("tools", [7], "chat template refuses the prompt of row 0"),
         ("chat_template_kwargs", [1], "chat_template_kwargs of row 0 is list, expected a dict, or JSON of one"),
         ("chat_template_kwargs", {"tokenize": True}, "chat template refuses the prompt of row 0: .*tokenize"),

@@ -87,6 +87,7 @@ VALUES += [
     1e-300,
     -0.0,
     float("inf"),
+    float("nan"),
 ]
 
 

@@ -109,6 +109,12 @@ def test_gsm8k(gsm8k_train, tokenizer):
     assert all("####" in row["answer"] and 1 < len(row["prompt_ids"]) <= 200 for row in rows)
 
 
+@pytest.mark.parametrize("row", ["a", ["a"], 7, None])
+def test_rows_of_a_prompt_dataset_are_dicts(tokenizer, row):
+    with pytest.raises(TypeError, match="row 1 is"):
+        PromptDataset([{"prompt": "a"}, row], tokenizer, DataConfig())
+
+
 def test_hub_names(tokenizer, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
