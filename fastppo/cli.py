@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
     from fastppo.trainer import PPOTrainer
 
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
-    train, held_out = load_train_and_eval(recipe.data, tokenizer, recipe.data.max_prompt_tokens)
+    train, held_out = load_train_and_eval(recipe.data, tokenizer)
     trainer = PPOTrainer(
         recipe.model.name,
         reward=reward,

@@ -242,7 +242,7 @@ class DataConfig:
     """Which prompts a recipe trains on."""
 
     path: str = ""
-    """JSON Lines, JSON, Parquet or CSV file (also gzipped), or a hub name of a data set."""
+    """JSON Lines, JSON, CSV, TSV (these also gzipped) or Parquet file, or a hub name of a data set."""
     split: str = "train"
     """Split of a hub data set."""
     eval_path: str | None = None
@@ -251,12 +251,17 @@ class DataConfig:
     """Split of the held-out prompts, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
     eval_size: OptionalCount = 0
     """Number of held-out prompts to evaluate on; 0 evaluates on none."""
+    columns: dict[str, Literal["int", "float", "bool", "json"]] = field(default_factory=dict)
+    """What the texts of a column stand for, such as `{level: int}`; undeclared, what is text in a file stays that text."""
     prompt_template: str = "{prompt}"
-    """Python format string over a row's columns that makes the prompt's text."""
+    """The prompt's text: `{column}` is replaced by a row's value, `{{` and `}}` are braces that stand for themselves."""
     system_prompt: str | None = None
     """First message of the conversation, where the tokenizer has a chat template."""
     chat: bool | None = None
     """Apply the tokenizer's chat template; by default when it has one."""
+    rendered: bool | None = None
+    """Whether the chat template has been applied to the texts already: `true` reads them as they stand, `false` as texts like any other;
+    by default one that has the template's special tokens is an error."""
     max_prompt_tokens: Count | None = None
     """Longest prompt; longer ones are an error unless `drop_long_prompts` is set."""
     drop_long_prompts: bool = False

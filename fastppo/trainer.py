@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastppo.algorithms.ppo import PPO
 from fastppo.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
-from fastppo.config import DataConfig, PPOConfig
+from fastppo.config import PPOConfig
 from fastppo.console import Reporter
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.learner import Learner, NonFiniteUpdates
@@ -43,7 +43,8 @@ class PPOTrainer:
     Args:
         model: a folder or hub name, or a loaded Transformers causal LM, which is trained in place.
         reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (their sum is maximised).
-        prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name, or a `PromptDataset`.
+        prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name; or, where `DataConfig` has settings for
+            them, what `fastppo.data.load_prompts(source, tokenizer, DataConfig(...))` makes of these.
         config: every setting; see `PPOConfig`.
         tokenizer: needed with a loaded model; else the model's own by default.
         eval_prompts: held-out prompts, in the same forms.
@@ -247,9 +248,8 @@ class PPOTrainer:
             )
         limit = None if context is None else context - self.config.rollout.max_new_tokens
         with _naming(name):
-            if isinstance(source, PromptDataset):
-                return source.limited(limit)
-            return load_prompts(source, self.tokenizer, DataConfig(), limit)
+            dataset = source if isinstance(source, PromptDataset) else load_prompts(source, self.tokenizer)
+            return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
     def _save(self, folder: RunFolder) -> None:
         tensors, state = self.learner.state_dict()

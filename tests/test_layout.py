@@ -135,6 +135,12 @@ def test_references_stand_alone():
             assert not foreign, f"{module} imports {foreign}"
 
 
+def test_every_package_is_in_the_wheel():
+    listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL).group(1)
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastppo").rglob("__init__.py")}
+    assert packages | {"fastppo.kernels", "fastppo.bench"} == set(re.findall(r'"([\w.]+)"', listed))
+
+
 def test_public_names_are_documented():
     for name in fastppo.__all__:
         if name != "__version__":

@@ -4,12 +4,14 @@ from fastppo.model.critic import Critic, ValueHead
 from fastppo.model.loading import load_model, load_tokenizer
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk
 from fastppo.model.prepare import prepare_model
+from fastppo.model.tokens import encode_prompt
 
 __all__ = [
     "Critic",
     "LMHead",
     "ValueHead",
     "context_length",
+    "encode_prompt",
     "evaluating",
     "lm_head",
     "load_model",

@@ -1,4 +1,4 @@
-"""Data sets of every form and format, and the prompts made of them."""
+"""Data sets of every form, the prompts made of them, and those held out."""
 
 from __future__ import annotations
 
@@ -9,43 +9,18 @@ import json
 import os
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, models, normalizers, processors
 
 from fastppo.config import DataConfig
 from fastppo.data import PromptDataset, load_prompts, load_train_and_eval
+from tests.data.conftest import spelled
 
 ROWS = [{"question": f"How much is {i}+{i}?", "answer": str(2 * i)} for i in range(6)]
 QUESTION = DataConfig(prompt_template="Q: {question}\nA:")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}"
-    "{{ '<s>' if loop.first else '' }}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 
 
-@pytest.fixture
-def tokenizer():
-    """One token a character, `<s>` before every text."""
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *map(chr, range(32, 127)), "\n"])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer):
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def prompts(source, tokenizer, config=None, limit=None):
-    return load_prompts(source, tokenizer, config or DataConfig(), limit)
-
-
-def spelled(tokenizer, row):
-    return tokenizer.convert_ids_to_tokens(row["prompt_ids"])
+def prompts(source, tokenizer, config=None):
+    return load_prompts(source, tokenizer, config)
 
 
 # Sources
@@ -105,11 +80,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.json", "a.csv", "a.ndjson", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "odd [1] *name.v2.jsonl"]
 )
-def test_files(tokenizer, tmp_path, cache, name):
+def test_files(tokenizer, tmp_path, name):
     path = write(tmp_path / name, ROWS)
     dataset = prompts(str(path), tokenizer, QUESTION)
-    assert [str(row["answer"]) for row in dataset] == [row["answer"] for row in ROWS]
-    assert not cache.exists() and os.listdir(tmp_path) == [name]
+    assert [row["answer"] for row in dataset] == [row["answer"] for row in ROWS]
+    assert os.listdir(tmp_path) == [name]
     assert len(prompts(path, tokenizer, QUESTION)) == 6  # a Path does too
 
 
@@ -123,16 +98,21 @@ def test_parquet(tokenizer, tmp_path, cache):
 
 
 def test_a_file_is_read_again_after_it_changed(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
     for count in (2, 3):
         assert len(prompts(write(tmp_path / "a.jsonl", ROWS[:count]), tokenizer, QUESTION)) == count
 
 
 def test_gsm8k(gsm8k_train, tokenizer):
-    pytest.importorskip("datasets")
-    rows = load_prompts(gsm8k_train, tokenizer, DataConfig(prompt_template="{question}", drop_long_prompts=True), 200)
+    config = DataConfig(prompt_template="{question}", max_prompt_tokens=200, drop_long_prompts=True)
+    rows = load_prompts(gsm8k_train, tokenizer, config)
     assert 3000 < len(rows) < 7473
     assert all("####" in row["answer"] and 1 < len(row["prompt_ids"]) <= 200 for row in rows)
+
+
+@pytest.mark.parametrize("row", ["a", ["a"], 7, None])
+def test_rows_of_a_prompt_dataset_are_dicts(tokenizer, row):
+    with pytest.raises(TypeError, match="row 1 is"):
+        PromptDataset([{"prompt": "a"}, row], tokenizer, DataConfig())
 
 
 def test_hub_names(tokenizer, monkeypatch):
@@ -161,23 +141,11 @@ def test_missing_file(tokenizer, name):
         prompts(name, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.jsonl", b'{"prompt": "x"}\n{oops\n', "cannot be read as json"),
-        ("a.jsonl.gz", b"not gzipped", "cannot be read as json"),
-        ("a.parquet", b"not parquet", "cannot be read as parquet"),
-        ("a.parquet.gz", b"x", "unknown format"),
-        ("a.txt", b"x", "unknown format"),
-        ("a.jsonl", b"", "the data set is empty"),
-        ("a.json", b"[]", "no data"),
-    ],
-)
-def test_unreadable_file(tokenizer, tmp_path, name, content, words):
+def test_unreadable_parquet(tokenizer, tmp_path):
     pytest.importorskip("datasets")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        prompts(tmp_path / name, tokenizer)
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        prompts(tmp_path / "a.parquet", tokenizer)
 
 
 def test_without_datasets(tokenizer, tmp_path, monkeypatch):
@@ -188,10 +156,12 @@ def test_without_datasets(tokenizer, tmp_path, monkeypatch):
             raise ImportError(name)
         return real_import(name, *rest)
 
-    path = write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setattr(builtins, "__import__", no_datasets)
-    with pytest.raises(ImportError, match=r"pip install fastppo\[data\]"):
-        prompts(path, tokenizer)
+    for source in (tmp_path / "a.parquet", "openai/gsm8k"):
+        with pytest.raises(ImportError, match=r"pip install fastppo\[data\]"):
+            prompts(source, tokenizer)
+    assert len(prompts(write(tmp_path / "a.jsonl", ROWS), tokenizer, QUESTION)) == len(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -216,123 +186,6 @@ def test_wrong_sources(tokenizer, source, error, words):
         prompts(source, tokenizer)
 
 
-# Templates
-
-
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        ("{question}", "How much is 1+1?"),
-        ("{{{answer}}} {question} {answer}", "{2} How much is 1+1? 2"),
-        ("Say hi.", "Say hi."),
-        ("{final answer}", "two"),
-    ],
-)
-def test_template(tokenizer, template, text):
-    rows = [{**ROWS[1], "final answer": "two"}]
-    assert prompts(rows, tokenizer, DataConfig(prompt_template=template))[0]["prompt"] == text
-
-
-def test_braces_in_the_data_are_left_alone(tokenizer):
-    assert prompts(["{answer} {0.__class__}"], tokenizer)[0]["prompt"] == "{answer} {0.__class__}"
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{prompt}", r"names the column 'prompt', expected one of the data's: 'question', 'answer'"),
-        ("{qestion}", r"'qestion' \(did you mean {question}\?\)"),
-        ("{question.__class__}", "names the column 'question.__class__'"),
-        ("{question[0]}", r"names the column 'question\[0\]'"),
-        ("{question!r}", "expected plain fields"),
-        ("{question:>10}", "expected plain fields"),
-        ("{}", "expected plain fields"),
-        ("{question", "prompt_template is '{question'"),
-        ("a } b", "prompt_template is 'a } b'"),
-    ],
-)
-def test_wrong_templates(tokenizer, template, words):
-    with pytest.raises(ValueError, match=words):
-        prompts(ROWS, tokenizer, DataConfig(prompt_template=template))
-
-
-# Chat
-
-
-def test_texts_go_through_the_chat_template_where_there_is_one(chat_tokenizer):
-    row = prompts(["hi"], chat_tokenizer, DataConfig(system_prompt="Be brief."))[0]
-    assert "".join(spelled(chat_tokenizer, row)) == "<s>[system]Be brief.[user]hi[assistant]"
-    assert row["prompt_ids"].count(chat_tokenizer.bos_token_id) == 1
-    assert row["prompt"] == "hi"
-
-
-def test_chat_off(chat_tokenizer):
-    row = prompts(["hi"], chat_tokenizer, DataConfig(chat=False))[0]
-    assert spelled(chat_tokenizer, row) == ["<s>", *"hi"]
-
-
-@pytest.mark.parametrize("template", ["{prompt}", "{talk}"])
-def test_conversations(chat_tokenizer, template):
-    talk = [
-        {"role": "user", "content": "hi", "name": None},  # what a table fills in
-        {"role": "assistant", "content": "yes?"},
-        {"role": "user", "content": "bye"},
-    ]
-    row = prompts([{template[1:-1]: talk, "answer": "x"}], chat_tokenizer, DataConfig(prompt_template=template))[0]
-    assert "".join(spelled(chat_tokenizer, row)) == "<s>[user]hi[assistant]yes?[user]bye[assistant]"
-    assert row["prompt"] == [{"role": "user", "content": "hi"}, *talk[1:]] and row["answer"] == "x"
-
-
-def test_system_prompt_comes_first(chat_tokenizer):
-    row = prompts([[{"role": "user", "content": "hi"}]], chat_tokenizer, DataConfig(system_prompt="Be brief."))[0]
-    assert "".join(spelled(chat_tokenizer, row)) == "<s>[system]Be brief.[user]hi[assistant]"
-    assert row["prompt"] == user("hi")
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-@pytest.mark.parametrize(
-    ("source", "config", "error", "words"),
-    [
-        ([user("hi")], {"chat": False}, ValueError, "row 0 is a conversation, expected a text because chat is off"),
-        (["hi"], {"chat": False, "system_prompt": "x"}, ValueError, "system_prompt is set, but no chat template"),
-        (
-            [[{"role": "system", "content": "a"}, *user("b")]],
-            {"system_prompt": "x"},
-            ValueError,
-            "a system message of its own",
-        ),
-        (
-            [user("hi"), [*user("a"), {"role": "assistant", "content": "b"}]],
-            {},
-            ValueError,
-            "row 1 ends with the assistant's turn",
-        ),
-        ([[]], {}, ValueError, "row 0 is a conversation without messages"),
-        ([["hi"]], {}, ValueError, "row 0 has the message 'hi'"),
-        ([[{"role": "user", "content": None}]], {}, ValueError, "expected a dict with texts 'role' and 'content'"),
-        ([[{"role": "alien", "content": "x"}]], {}, ValueError, "chat template refuses the prompt of row 0: no aliens"),
-        ([user("hi"), "hi"], {}, ValueError, r"two kinds, a conversation \(row 0\) and a text \(row 1\)"),
-    ],
-)
-def test_wrong_conversations(chat_tokenizer, source, config, error, words):
-    with pytest.raises(error, match=words):
-        prompts(source, chat_tokenizer, DataConfig(**config))
-
-
-def test_a_tokenizer_without_a_chat_template(tokenizer):
-    with pytest.raises(
-        ValueError, match="row 0 is a conversation, expected a text because the tokenizer has no chat template"
-    ):
-        prompts([user("hi")], tokenizer)
-    with pytest.raises(ValueError, match="chat is true, but the tokenizer has no chat template"):
-        prompts(["hi"], tokenizer, DataConfig(chat=True))
-    with pytest.raises(ValueError, match="system_prompt is set"):
-        prompts(["hi"], tokenizer, DataConfig(system_prompt="x"))
-
-
 # Token ids
 
 
@@ -352,8 +205,14 @@ def test_a_prompt_without_tokens(tokenizer):
 
 def test_a_tokenizer_that_fails(tokenizer):
     tokenizer.backend_tokenizer.model = models.WordLevel({"<s>": 0}, unk_token="none")
-    with pytest.raises(ValueError, match="the tokenizer cannot encode the prompts: WordLevel error"):
+    with pytest.raises(ValueError, match="the tokenizer cannot encode the prompt of row 0: WordLevel error"):
         prompts(["a"], tokenizer)
+
+
+def test_half_a_character(tokenizer):
+    """A text that was cut within a character of two halves, which JSON can hold."""
+    with pytest.raises(ValueError, match="the tokenizer cannot encode the prompt of row 1"):
+        prompts(["a", json.loads(r'"a\ud83d"')], tokenizer)
 
 
 def test_real_tokenizer(stories_model):
@@ -364,16 +223,16 @@ def test_real_tokenizer(stories_model):
     assert row["prompt_ids"] == [1, 403, 407, 261, 378]
 
 
-@pytest.mark.parametrize(("limit", "configured"), [(5, None), (None, 5), (9, 5), (5, 9)])
+@pytest.mark.parametrize(("limit", "configured"), [(5, None), (None, 5), (9, 5), (5, 12)])
 def test_long_prompts(tokenizer, caplog, limit, configured):
     texts = ["1234", "12345", "1", "123456789"]  # one token more with <s>
     config = DataConfig(max_prompt_tokens=configured)
     with pytest.raises(ValueError, match=r"row 1 has 6 tokens, expected at most 5 \(2 of 4 .*drop_long_prompts"):
-        prompts(texts, tokenizer, config, limit)
+        prompts(texts, tokenizer, config).limited(limit)
     config.drop_long_prompts = True
-    dataset = prompts(texts, tokenizer, config, limit)
+    dataset = prompts(texts, tokenizer, config).limited(limit)
     assert [row["prompt"] for row in dataset] == ["1234", "1"]
-    assert "left out 2 of 4 prompts: longer than 5 tokens" in caplog.text
+    assert "prompts: longer than 5 tokens" in caplog.text
 
 
 def test_a_limit_that_is_known_later(tokenizer):
@@ -388,24 +247,36 @@ def test_a_limit_that_is_known_later(tokenizer):
 
 def test_dropping_must_leave_something(tokenizer):
     with pytest.raises(ValueError, match="all 2 prompts are longer than 3 tokens"):
-        prompts(["1234", "123"], tokenizer, DataConfig(drop_long_prompts=True), 3)
+        prompts(["1234", "123"], tokenizer, DataConfig(drop_long_prompts=True, max_prompt_tokens=3))
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_tokens_that_the_model_does_not_know(tokenizer, dropped):
+    """`add_tokens` without resizing the model killed the run at whatever step the prompt was drawn."""
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    texts = ["long" * 9] * dropped + ["a", "b<new>c"]
+    dataset = prompts(texts, tokenizer, DataConfig(drop_long_prompts=True, max_prompt_tokens=9))
+    assert len(dataset.limited(None, known + 1)) == len(dataset.limited(None)) == 2
+    words = rf"row {1 + dropped} has the token '<new>' with id {known}, expected ids below {known}, .*resize_token_embeddings"
+    with pytest.raises(ValueError, match=words):
+        dataset.limited(None, known)
 
 
 # Held-out prompts
 
 
 def answers(dataset):
-    return [str(row["answer"]) for row in dataset]
+    return [row["answer"] for row in dataset]
 
 
 @pytest.fixture
 def data_file(tmp_path):
-    pytest.importorskip("datasets")
     return str(write(tmp_path / "train.jsonl", ROWS))
 
 
-def split(tokenizer, limit=None, **config):
-    return load_train_and_eval(DataConfig(prompt_template="{question}", **config), tokenizer, limit)
+def split(tokenizer, **config):
+    return load_train_and_eval(DataConfig(prompt_template="{question}", **config), tokenizer)
 
 
 def test_no_held_out_prompts(tokenizer, data_file):
@@ -450,7 +321,6 @@ def test_wrong_splits(tokenizer, data_file):
 
 
 def test_held_out_rows_are_counted_as_in_their_file(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
     path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "x" * 50, "answer": "0"}])
     with pytest.raises(ValueError, match="row 6 has 51 tokens"):
-        split(tokenizer, 30, path=str(path), eval_size=2)
+        split(tokenizer, path=str(path), eval_size=2, max_prompt_tokens=30)
