@@ -22,11 +22,13 @@ from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
+from fastppo.model.decoding import decode
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
-from fastppo.rollout import Engine, FinishReason, Rollout
+from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
+from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import RunFolder
 
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -112,6 +114,7 @@ class PPOTrainer:
             self._resume(folder)
         metrics: dict[str, float] = {}
         with self.reporter, self.rewards:
+            self._say_what_holds()
             if self.step == 0 and self.eval_prompts is not None:
                 folder.log_metrics(0, self.evaluate())
             while self.step < config.total_steps:
@@ -154,6 +157,8 @@ class PPOTrainer:
             rollout, rows = self._collect(seed)
         sampled_tokens = rollout.num_actions
         metrics |= engine_metrics(self.engine.stats)
+        if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
+            self.reporter.note(warning)
         with clock("time/reward"):
             rollout, scores, reward = self._score(rollout, rows, folder)
         with clock("time/score"):
@@ -178,6 +183,14 @@ class PPOTrainer:
         prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
         return self.engine.generate(prompts, sampling, progress=self._show_rollout), rows
 
+    def _say_what_holds(self) -> None:
+        """What is decided of the model, where it could be otherwise."""
+        self.reporter.note(f"a completion ends with {describe_stops(*self._stops())}")
+
+    def _stops(self) -> tuple[dict[int, list[str]], PreTrainedTokenizerBase, SamplingParams]:
+        sampling = self.config.rollout.sampling(self.config.seed)
+        return stop_ids(self.model, self.tokenizer, sampling), self.tokenizer, sampling
+
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
@@ -196,7 +209,7 @@ class PPOTrainer:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
         owners = [rows[index] for index in rollout.prompt_index.tolist()]
         completion_ids = rollout.completions()
-        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts

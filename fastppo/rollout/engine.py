@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Integral
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.model.attention import ObservingContext
-from fastppo.model.packed import context_length, evaluating, require_prepared, run_trunk
+from fastppo.model.packed import evaluating, require_prepared, run_trunk
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
@@ -27,9 +25,10 @@ from fastppo.rollout.generation import (
 from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, kv_budget, pages_for
 from fastppo.rollout.parts_decoder import parts_agree, parts_decoder
+from fastppo.rollout.prompts import encode_prompts
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
-from fastppo.rollout.stopping import StopStrings
+from fastppo.rollout.stopping import StopStrings, stop_ids
 
 
 class Engine:
@@ -55,7 +54,7 @@ class Engine:
 
         Args:
             model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
-            tokenizer: needed for prompts given as text and for stop strings only.
+            tokenizer: needed for prompts given as text and for stop strings; what it and its chat template end a text with ends completions.
             max_batch_size: most sequences side by side.
             kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
                 do not fit wait; none is thrown out.
@@ -79,7 +78,7 @@ class Engine:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Sequence[int]] | Sequence[str],
+        prompts: Sequence[Sequence[int]] | Sequence[str] | Mapping[str, Any],
         sampling: SamplingParams,
         *,
         progress: Progress | None = None,
@@ -88,7 +87,8 @@ class Engine:
         """`sampling.n` completions of every prompt: all of the first prompt, then all of the second, ...
 
         Args:
-            prompts: lists of token ids, or texts (encoded by the tokenizer with its special tokens).
+            prompts: texts (encoded by the tokenizer with its special tokens, but for an end of sequence), lists of token ids, a tensor or array
+                without padding, or a tokenizer's output with its `attention_mask`: see `encode_prompts`.
             progress: called with (finished sequences, all sequences) whenever some finish.
             on_tokens: called after every step with its [(sequence number, new token), ...].
 
@@ -97,15 +97,15 @@ class Engine:
             its prompt, the seed and its number (prompt number * n + sample); of a Llama-like fp32 model on a CPU, to the last bit.
 
         Raises:
-            TypeError, ValueError: no prompt, an empty prompt or one that leaves no room in the model's context, an id outside the
+            TypeError, ValueError: no prompt, an empty or padded prompt or one that leaves no room in the model's context, an id outside the
             vocabulary, text or stop strings without a tokenizer, a sequence that alone needs more than `kv_memory`.
             RuntimeError: called from a callback of a call on the same model. Other threads wait for each other, whatever engine they use.
         """
         require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
-        token_lists = self._encode(prompts)
-        self._check_stop_ids(sampling)
+        token_lists = encode_prompts(prompts, self.model, self.tokenizer)
+        stops = stop_ids(self.model, self.tokenizer, sampling)
         slots = min(self.max_batch_size, len(token_lists) * sampling.n)
         with alone_with(self.model):
             parts = self._parts()  # the model as it is, before its layers are swapped
@@ -120,7 +120,7 @@ class Engine:
                     token_lists,
                     sampling,
                     slots=slots,
-                    stop_ids=self._stop_ids(sampling),
+                    stop_ids=sorted(stops),
                     stop_strings=StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None,
                     progress=progress,
                     on_tokens=on_tokens,
@@ -189,56 +189,3 @@ class Engine:
         graphs = GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
         self._graphs = graphs if self.keep_cache else None
         return graphs
-
-    def _stop_ids(self, sampling: SamplingParams) -> list[int]:
-        """Token ids that end a completion, ascending."""
-        return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids())})
-
-    def _eos_ids(self) -> list[int]:
-        """The model's end-of-sequence ids; ids outside its vocabulary (left in many small configurations) can never be drawn."""
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = getattr(self.model.config.get_text_config(), "eos_token_id", None)
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return [i for i in ids if 0 <= i < self._vocab_size()]
-
-    def _vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
-
-    def _check_stop_ids(self, sampling: SamplingParams) -> None:
-        for i, token in enumerate(sampling.stop_token_ids):
-            if token >= self._vocab_size():
-                raise ValueError(
-                    f"stop_token_ids[{i}] is {token}, expected less than the vocabulary size {self._vocab_size()}"
-                )
-
-    def _encode(self, prompts: Sequence[Sequence[int]] | Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a single string, expected a list of prompts")
-        if not len(prompts):
-            raise ValueError("prompts is empty, expected at least one prompt")
-        return [self._check_prompt(i, self._encode_one(i, prompt)) for i, prompt in enumerate(prompts)]
-
-    def _encode_one(self, index: int, prompt: Sequence[int] | str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompts[{index}] is text, which needs a tokenizer: Engine(model, tokenizer)")
-            return self.tokenizer.encode(prompt)
-        return prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-
-    def _check_prompt(self, index: int, tokens: list[int]) -> list[int]:
-        limit, vocab_size = context_length(self.model), self.model.get_input_embeddings().weight.shape[0]
-        if not tokens:
-            raise ValueError(f"prompts[{index}] is empty, expected at least one token")
-        if limit is not None and len(tokens) >= limit:
-            raise ValueError(
-                f"prompts[{index}] has {len(tokens)} tokens, expected at most {limit - 1}: "
-                f"the model's context is {limit} and must hold one new token"
-            )
-        if odd := [token for token in tokens if not isinstance(token, Integral)]:
-            raise TypeError(f"prompts[{index}] holds {odd[0]!r}, expected token ids (integers)")
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise ValueError(
-                f"prompts[{index}] has token ids from {min(tokens)} to {max(tokens)}, expected 0 to {vocab_size - 1}"
-            )
-        return [int(token) for token in tokens]
