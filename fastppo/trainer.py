@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from fastppo.algorithms.ppo import PPO
 from fastppo.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
@@ -23,6 +22,7 @@ from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
 from fastppo.model.decoding import decode
+from fastppo.model.writing import odd_generation_config, require_writable, write_model
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.scores import Scores
@@ -54,7 +54,7 @@ class PPOTrainer:
         recipe: what to write to the run folder's `config.yaml`; by default the PPO settings.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be used, named, before anything is written.
+        ValueError, TypeError: an argument that cannot be used, or a model that could not be written in the end, before anything is written.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class PPOTrainer:
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model.to(device)
         self.model = prepare_model(loaded)
+        require_writable(self.model, self.tokenizer)
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
@@ -143,10 +144,8 @@ class PPOTrainer:
         return evaluation_metrics(rollout, result)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the policy and the tokenizer in Transformers' format."""
-        with _no_progress_bar():
-            self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write the policy and the tokenizer in Transformers' format, its configurations as they came."""
+        write_model(self.model, self.tokenizer, path)
 
     # One step
 
@@ -186,6 +185,8 @@ class PPOTrainer:
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise."""
         self.reporter.note(f"a completion ends with {describe_stops(*self._stops())}")
+        if odd := odd_generation_config(self.model):
+            self.reporter.note(f"the generation config will be written as it came; Transformers would refuse to: {odd}")
 
     def _stops(self) -> tuple[dict[int, list[str]], PreTrainedTokenizerBase, SamplingParams]:
         sampling = self.config.rollout.sampling(self.config.seed)
@@ -285,18 +286,6 @@ class PPOTrainer:
         self.step = step
         folder.rewind(self.step)
         self.reporter.note(f"resumed from {path}")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar for each file it writes, across the run's own display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
