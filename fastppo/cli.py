@@ -92,7 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
     )
-    add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
+    info = add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
+    info.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="say of this model instead how large it is and what ends its completions",
+    )
     plot = add("plot", _plot, "Draw the curves of a run.")
     plot.add_argument("run", metavar="RUN", help="run folder")
     plot.add_argument("-o", "--out", metavar="FILE", help="picture to write (default: curve.png in the run folder)")
@@ -159,6 +165,7 @@ def _generate(options: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from fastppo.model import load_model, load_tokenizer
+    from fastppo.model.decoding import decodable, decode
     from fastppo.rollout import Engine, SamplingParams
 
     sampling = SamplingParams(
@@ -179,18 +186,17 @@ def _generate(options: argparse.Namespace) -> int:
     engine = Engine(load_model(options.model, dtype=options.dtype, device=device), tokenizer)
     if len(prompts) * options.n == 1:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        engine.generate(
-            prompts,
-            sampling,
-            on_tokens=lambda new: (
-                streamer.put(torch.tensor([new[0][1]], dtype=torch.int64, device="cpu")) if new else None
-            ),
-        )
+
+        def show(new: list[tuple[int, int]]) -> None:
+            for token in decodable(tokenizer, [token for _, token in new]):
+                streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
+
+        engine.generate(prompts, sampling, on_tokens=show)
         streamer.end()
     else:
         with _rollout_bar(engine) as progress:
             rollout = engine.generate(prompts, sampling, progress=progress)
-        texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+        texts = [decode(tokenizer, ids, skip_special_tokens=True) for ids in rollout.completions()]
         for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
             print(f"--- prompt {index}\n{text}")
     stats = engine.stats
@@ -230,7 +236,32 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def _info_model(name: str) -> int:
+    """From its configurations and tokenizer alone: the weights are not read."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastppo.console import printable
+    from fastppo.model import context_length, ending_ids, load_outline, load_tokenizer
+    from fastppo.model.decoding import token_text
+
+    model, tokenizer = load_outline(name), load_tokenizer(name)
+    facts = Table(box=None, show_header=False)
+    facts.add_row("architecture", type(model).__name__)
+    facts.add_row("parameters", f"{model.num_parameters():,}")
+    facts.add_row("context", f"{context_length(model) or 'no limit'}")
+    facts.add_row("chat template", "yes" if getattr(tokenizer, "chat_template", None) else "no")
+    for token, places in ending_ids(model, tokenizer).items() or {None: []}.items():
+        text = "nothing" if token is None else f"{token_text(tokenizer, token)} ({token}): {', '.join(places)}"
+        facts.add_row("ends with", Text(printable(text)))
+    Console(highlight=False, soft_wrap=True).print(facts)
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
+    if options.model is not None:
+        return _info_model(options.model)
     import platform
 
     import torch

@@ -42,9 +42,11 @@ class RolloutConfig:
     min_p: Share = 0.0
     """Drop tokens less likely than this times the most likely one; 0 is off."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a completion besides the model's own end-of-sequence ids."""
+    """Token ids that end a completion besides those that generation config, tokenizer and chat template name (`fastppo info MODEL`)."""
     stop_strings: tuple[str, ...] = ()
     """Strings that end a completion as soon as its text contains one of them."""
+    ignore_eos: bool = False
+    """Only `stop_token_ids` and `stop_strings` end a completion."""
     batch_size: Count = 64
     """Sequences that are decoded side by side."""
 

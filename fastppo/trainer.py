@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from fastppo.algorithms.ppo import PPO
 from fastppo.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
@@ -22,11 +21,14 @@ from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
+from fastppo.model.decoding import decode
+from fastppo.model.writing import odd_generation_config, require_writable, write_model
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
-from fastppo.rollout import Engine, FinishReason, Rollout
+from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
+from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import RunFolder
 
 EVALUATION_SEED_OFFSET = 0x5EED
@@ -53,7 +55,7 @@ class PPOTrainer:
         recipe: what to write to the run folder's `config.yaml`; by default the PPO settings.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be used, named, before anything is written.
+        ValueError, TypeError: an argument that cannot be used, or a model that could not be written in the end, before anything is written.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class PPOTrainer:
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model.to(device)
         self.model = prepare_model(loaded)
+        require_writable(self.model, self.tokenizer)
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
@@ -113,6 +116,7 @@ class PPOTrainer:
             self._resume(folder)
         metrics: dict[str, float] = {}
         with self.reporter, self.rewards:
+            self._say_what_holds()
             if self.step == 0 and self.eval_prompts is not None:
                 folder.log_metrics(0, self.evaluate())
             while self.step < config.total_steps:
@@ -141,10 +145,8 @@ class PPOTrainer:
         return evaluation_metrics(rollout, result)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the policy and the tokenizer in Transformers' format."""
-        with _no_progress_bar():
-            self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write the policy and the tokenizer in Transformers' format, its configurations as they came."""
+        write_model(self.model, self.tokenizer, path)
 
     # One step
 
@@ -155,6 +157,8 @@ class PPOTrainer:
             rollout, rows = self._collect(seed)
         sampled_tokens = rollout.num_actions
         metrics |= engine_metrics(self.engine.stats)
+        if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
+            self.reporter.note(warning)
         with clock("time/reward"):
             rollout, scores, reward = self._score(rollout, rows, folder)
         with clock("time/score"):
@@ -179,6 +183,16 @@ class PPOTrainer:
         prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
         return self.engine.generate(prompts, sampling, progress=self._show_rollout), rows
 
+    def _say_what_holds(self) -> None:
+        """What is decided of the model, where it could be otherwise."""
+        self.reporter.note(f"a completion ends with {describe_stops(*self._stops())}")
+        if odd := odd_generation_config(self.model):
+            self.reporter.note(f"the generation config will be written as it came; Transformers would refuse to: {odd}")
+
+    def _stops(self) -> tuple[dict[int, list[str]], PreTrainedTokenizerBase, SamplingParams]:
+        sampling = self.config.rollout.sampling(self.config.seed)
+        return stop_ids(self.model, self.tokenizer, sampling), self.tokenizer, sampling
+
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
@@ -197,7 +211,7 @@ class PPOTrainer:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
         owners = [rows[index] for index in rollout.prompt_index.tolist()]
         completion_ids = rollout.completions()
-        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts
@@ -272,18 +286,6 @@ class PPOTrainer:
         self.step = step
         folder.rewind(self.step)
         self.reporter.note(f"resumed from {path}")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar for each file it writes, across the run's own display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

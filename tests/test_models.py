@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
 from fastppo.model import (
     Critic,
@@ -20,7 +33,7 @@ from fastppo.model import (
     prepare_model,
 )
 from fastppo.rollout import Engine
-from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, WINDOW, make_chain, make_model
+from tests.rollout.tiny import CONTEXT, FAMILIES, VOCAB_SIZE, WINDOW, make_chain, make_model
 
 # Transformers' norms and rotary angles are fp32 in fp64 models too: a last bit of fp64 can flip one of fp32.
 CLOSE = dict(atol=2e-5, rtol=1e-5)
@@ -173,6 +186,27 @@ class TestPrepare:
         model.save_pretrained(tmp_path)
         assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
+    @pytest.mark.parametrize("family", [*FAMILIES, "gemma3 with pictures", "llava"])
+    def test_leaves_all_that_is_saved_of_a_config_as_it_came(self, family, tmp_path):
+        """Dropout and attention, in the text part of a nested configuration too."""
+        model = make_nested(family) if family in NESTED else make_model(family)
+        for config in (model.config, model.config.get_text_config()):
+            for name in vars(config):
+                if "dropout" in name or "pdrop" in name:
+                    setattr(config, name, 0.125)
+        model.save_pretrained(tmp_path / "came")
+        prepare_model(model).save_pretrained(tmp_path / "went")
+        came, went = ((tmp_path / name / "config.json").read_text() for name in ("came", "went"))
+        assert came == went
+        assert "0.125" in went and "fastppo" not in went
+
+    def test_noise_that_layers_read_in_the_config_is_off(self):
+        """Persimmon asks its configuration for the attention's dropout at each call."""
+        config = AutoConfig.for_model("persimmon", **WIDE | dict(attention_dropout=0.5, hidden_dropout=0.5))
+        model = prepare_model(AutoModelForCausalLM.from_config(config)).train()
+        arguments = _pack(_sequences(9, 4))
+        assert torch.equal(packed_hidden(model, *arguments), packed_hidden(model.eval(), *arguments))
+
     def test_direct_calls_say_what_to_do(self):
         model = prepare_model(make_model("llama"))
         with pytest.raises(ValueError, match=r"model.set_attn_implementation\('sdpa'\)"):
@@ -206,7 +240,7 @@ REFUSED = {
     "nemotron": ("nemotron", WIDE, "drops keyword arguments|attention interface"),
     "own-mask": ("doge", WIDE, "a mask|an attention mask"),
     "window-unused": ("phimoe", EXPERTS | dict(sliding_window=WINDOW), "window None, expected 8"),
-    "not-causal": ("bert", SMALL | dict(intermediate_size=48), "differ from its own forward"),
+    "layers-before-the-head": ("bert", SMALL | dict(intermediate_size=48), r"cls \(BertOnlyMLMHead\) stands between"),
     "odd-head": ("hyperclovax", WIDE | dict(logits_scaling=3.0), "differ from its own forward"),
 }  # fmt: skip
 
@@ -243,6 +277,133 @@ class TestRefused:
         model.model.norm.weight.data[0] = torch.nan
         with pytest.raises(ValueError, match="its own logits hold NaN"):
             prepare_model(model)
+
+
+NESTED = {
+    "gemma3 with pictures": (Gemma3ForConditionalGeneration, Gemma3Config, "gemma3"),
+    "llava": (LlavaForConditionalGeneration, LlavaConfig, "llama"),
+}
+
+
+def make_nested(name: str):
+    """A model whose language part has a configuration inside another one."""
+    model_class, config_class, family = NESTED[name]
+    kind, settings = FAMILIES[family]
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    extra = {} if family == "llama" else dict(mm_tokens_per_image=4)
+    config = config_class(
+        text_config=dict(model_type=kind) | settings, vision_config=dict(model_type="siglip_vision_model") | vision, **extra
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+class LinearWithLora(nn.Module):
+    """As PEFT wraps a layer: the second factor begins at zero, so the logits are the same at the start."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class ScaledLinear(nn.Linear):
+    """As (IA)3 scales a layer's outputs, by one at the start."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__(base_layer.in_features, base_layer.out_features, bias=False)
+        self.weight, self.scale = base_layer.weight, nn.Parameter(torch.ones(base_layer.out_features))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class LlamaWithMore(LlamaForCausalLM):
+    """A layer before its head that adds nothing yet."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.more = nn.Linear(config.hidden_size, config.hidden_size)
+        nn.init.zeros_(self.more.weight)
+        nn.init.zeros_(self.more.bias)
+
+    def forward(self, input_ids, **kwargs):
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(hidden + self.more(hidden)))
+
+
+def _set_head(wrap):
+    return lambda model: model.set_output_embeddings(wrap(model.get_output_embeddings()))
+
+
+def _with_forward(part):
+    def change(model):
+        module = part(model)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+    return change
+
+
+def _head(model):
+    return model.lm_head
+
+
+class TestWhatWouldBePassedOver:
+    """Anything besides a plain linear head stands between trunk and logits, even if it changes no number yet."""
+
+    changes = {
+        "LoRA": (_set_head(LinearWithLora), "output head lm_head is LinearWithLora, expected a plain torch.nn.Linear"),
+        "scaled": (_set_head(ScaledLinear), "output head lm_head is ScaledLinear"),
+        "sequence": (_set_head(nn.Sequential), "output head lm_head is Sequential|no language-model head"),
+        "parametrized": (lambda m: weight_norm(m.lm_head), "output head lm_head is ParametrizedLinear"),
+        "hook on the head": (lambda m: m.lm_head.register_forward_hook(lambda *_: None), "its output head has hooks"),
+        "pre-hook on the head": (lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None), "its output head has"),
+        "forward of the head": (_with_forward(_head), "its output head has hooks or a forward of its own"),
+        "hook on the model": (lambda m: m.register_forward_hook(lambda *_: None), "it has hooks or a forward of its own"),
+        "forward of the model": (_with_forward(lambda m: m), "it has hooks or a forward of its own"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("case", changes)
+    def test_is_refused_by_name(self, case):
+        change, reason = self.changes[case]
+        model = make_model("llama", tie_word_embeddings=False)
+        change(model)
+        before = (model.config._attn_implementation, repr(model))
+        with pytest.raises(ValueError, match=f"^LlamaForCausalLM is not supported: .*({reason})"):
+            prepare_model(model)
+        assert (model.config._attn_implementation, repr(model)) == before
+
+    def test_a_layer_before_the_head_that_does_nothing_yet(self):
+        model = LlamaWithMore(make_model("llama").config)
+        with pytest.raises(ValueError, match=r"LlamaWithMore is not supported: more \(Linear\) stands between"):
+            prepare_model(model)
+        assert not model.more._forward_pre_hooks
+
+    @pytest.mark.parametrize("wrap", [LinearWithLora, ScaledLinear])
+    def test_an_adapter_that_comes_later(self, wrap):
+        model = prepare_model(make_model("llama", tie_word_embeddings=False))
+        _set_head(wrap)(model)
+        with pytest.raises(ValueError, match=f"output head lm_head is {wrap.__name__}"):
+            Engine(model)
+
+    def test_what_does_not_stand_between_is_left_alone(self):
+        """A value head of somebody's, adapters inside the trunk, a bias."""
+        model = make_model("llama", tie_word_embeddings=False)
+        model.v_head = nn.Linear(32, 1)
+        model.model.layers[0].mlp.up_proj = LinearWithLora(model.model.layers[0].mlp.up_proj)
+        model.lm_head.bias = nn.Parameter(torch.randn(VOCAB_SIZE))
+        prepare_model(model)
 
 
 class TestHead:

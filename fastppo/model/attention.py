@@ -76,7 +76,6 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -86,7 +85,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
 
-    Dropout must be off (`prepare_model` sees to it): the ratio of the first PPO step would not be 1.
+    A layer's dropout is passed over, as `prepare_model` says: the ratio of the first PPO step would not be 1.
     """
     if fastppo is None:
         raise MissingContextError(
@@ -95,8 +94,6 @@ def attention_forward(
         )
     if attention_mask is not None or position_bias is not None:
         raise ValueError(f"{type(module).__name__} passes an attention mask or bias of its own")
-    if dropout:
-        raise ValueError(f"{type(module).__name__} asks for attention dropout {dropout}, expected 0")
     options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     return fastppo.attend(module.layer_idx, query[0], key[0], value[0], options).unsqueeze(0), None
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def load_model(name_or_path: str, *, dtype: str | torch.dtype, device: str | torch.device) -> PreTrainedModel:
@@ -24,6 +31,20 @@ def load_model(name_or_path: str, *, dtype: str | torch.dtype, device: str | tor
     with _named_errors("model", name_or_path):
         model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype, trust_remote_code=False)
     return model.to(device)
+
+
+def load_outline(name_or_path: str) -> PreTrainedModel:
+    """The model with its configurations and the shapes of its weights alone, which are neither read nor downloaded (they are on "meta").
+
+    Raises ValueError where there is no such model.
+    """
+    with _named_errors("model", name_or_path):
+        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(str(name_or_path))
+    return model
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,14 +25,16 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Give the model fastppo's attention and switch off all dropout, after one check that nothing else changes. In place.
 
     The check runs two short sequences packed and in training mode through our attention and `lm_head`, and one at a time through the
-    model's own forward: the logits must be equal up to rounding. A prepared model runs under fastppo only; `save_pretrained` and
-    weights are untouched, and `model.set_attn_implementation("sdpa")` gives plain Transformers back.
+    model's own forward: the logits must be equal up to rounding, and nothing but a plain linear layer may stand between them and the trunk
+    (what does nothing yet, as a new adapter, would never learn). A prepared model runs under fastppo only; its weights and all that
+    `save_pretrained` writes are untouched, and `model.set_attn_implementation("sdpa")` gives plain Transformers back.
 
     Returns the same object. Raises TypeError for anything but a PreTrainedModel, and ValueError naming the architecture and the
     reason where the model cannot be supported; the model is then as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is {type(model).__name__}, expected a transformers.PreTrainedModel")
+    _require_plain_head(model)  # of a prepared model too: adapters may have come since
     if model.config._attn_implementation == attention.IMPLEMENTATION:
         _disable_noise(model)
         return model
@@ -42,12 +47,23 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
             _probe(model)
     except BaseException as error:
         model.config._attn_implementation = implementations
-        for owner, name, value in noise:
-            setattr(owner, name, value)
+        for module, name, value in noise:
+            setattr(module, name, value)
         if not isinstance(error, Exception):
             raise
         raise ValueError(f"{type(model).__name__} is not supported: {error}") from error
     return model
+
+
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Raises ValueError where the output head is more than the weight and bias that `lm_head` takes of it."""
+    head = model.get_output_embeddings()
+    if head is not None and type(head) is not nn.Linear:
+        name = next((name for name, module in model.named_modules() if module is head), "")
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its output head {name} is {type(head).__name__}, expected a plain torch.nn.Linear: "
+            "adapters and wrappers on it would be passed over and never learn"
+        )
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:
@@ -60,21 +76,23 @@ def _implementations(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def _disable_noise(model: PreTrainedModel) -> list[tuple[object, str, float]]:
-    """Set every dropout, layer-drop and router-jitter rate to 0; returns (owner, attribute, former value) of those changed.
+def _disable_noise(model: PreTrainedModel) -> list[tuple[nn.Module, str, float]]:
+    """Set every dropout, layer-drop and router-jitter rate of the modules to 0; returns (module, attribute, former value) of those changed.
 
-    A policy that samples without dropout and trains with it has a ratio other than 1 on the first step.
+    A policy that samples without dropout and trains with it has a ratio other than 1 on the first step. The configuration stays as it
+    came, since it is saved with the model: of what a layer reads there at each call, attention dropout is passed over by our attention, and
+    anything else shows in the probe.
     """
     changed = []
     dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     changed += [(module, "p", module.p) for module in dropouts if module.p]
-    for owner in (model.config, model.config.get_text_config(), *model.modules()):
-        for name, value in vars(owner).items():
+    for module in model.modules():
+        for name, value in vars(module).items():
             is_rate = isinstance(value, float) and value != 0
             if is_rate and any(word in name for word in NOISE_NAMES):
-                changed.append((owner, name, value))
-    for owner, name, _ in changed:
-        setattr(owner, name, 0.0)
+                changed.append((module, name, value))
+    for module, name, _ in changed:
+        setattr(module, name, 0.0)
     return changed
 
 
@@ -88,13 +106,17 @@ def _require_supported_config(model: PreTrainedModel) -> None:
     if odd:
         raise ValueError(f"it has layers of type {', '.join(odd)}, expected full_attention or sliding_attention only")
     lm_head(model)
+    for name, module in (("its output head", model.get_output_embeddings()), ("it", model)):
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{name} has hooks or a forward of its own, which would be passed over: remove them")
 
 
 def _probe(model: PreTrainedModel) -> None:
     """Leaves the model with fastppo's attention, or raises ValueError with the reason."""
     sequences = _probe_sequences(model)
     model.set_attn_implementation("eager")  # the one implementation that has soft-capping and sinks in every model
-    expected = torch.cat([_own_logits(model, ids) for ids in sequences])
+    with _nothing_after_the_trunk(model):
+        expected = torch.cat([_own_logits(model, ids) for ids in sequences])
     model.set_attn_implementation(attention.IMPLEMENTATION)
     if model.config._attn_implementation != attention.IMPLEMENTATION:
         raise ValueError("it does not use Transformers' attention interface")
@@ -108,6 +130,28 @@ def _probe(model: PreTrainedModel) -> None:
         raise ValueError("it drops keyword arguments on the way from its forward to its attention") from error
     _check_windows(model.config.get_text_config(), context.calls)
     _check_logits(lm_head(model).logits(hidden), expected, hidden.dtype)
+
+
+@contextmanager
+def _nothing_after_the_trunk(model: PreTrainedModel) -> Iterator[None]:
+    """Raises ValueError where a forward inside the block runs parameters besides those of trunk and head: zero as yet, they would show
+    in no probe.
+    """
+    passed_over: dict[str, str] = {}
+    head, trunk = set(model.get_output_embeddings().parameters()), set(model.base_model.modules())
+    handles = [
+        module.register_forward_pre_hook(lambda module, _, name=name: passed_over.update({name: type(module).__name__}))
+        for name, module in model.named_modules()
+        if module is not model and module not in trunk and not head.issuperset(module.parameters())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if passed_over:
+        name, kind = next(iter(passed_over.items()))
+        raise ValueError(f"{name} ({kind}) stands between its trunk and its logits, expected the output head alone")
 
 
 def _own_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:

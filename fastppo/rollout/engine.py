@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
 from typing import Any, Literal
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.model.packed import context_length, require_prepared
@@ -17,11 +15,12 @@ from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.generation import Generation, OnTokens
 from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.pages import PagedCache, pages_for
+from fastppo.rollout.prompts import encode_prompts
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.session import Session
 from fastppo.rollout.stats import GenerationStats
-from fastppo.rollout.stopping import StopStrings
+from fastppo.rollout.stopping import StopStrings, stop_ids
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +48,7 @@ class Engine:
 
         Args:
             model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
-            tokenizer: needed for prompts given as text and for stop strings only.
+            tokenizer: needed for prompts given as text and for stop strings; what it and its chat template end a text with ends completions.
             max_batch_size: most sequences side by side.
             kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
                 do not fit wait; none is thrown out.
@@ -68,7 +67,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]] | Sequence[str],
+        prompts: Sequence[Sequence[int]] | Sequence[str] | Mapping[str, Any],
         sampling: SamplingParams,
         *,
         progress: Progress | None = None,
@@ -77,7 +76,8 @@ class Engine:
         """`sampling.n` completions of every prompt: all of the first prompt, then all of the second, ...
 
         Args:
-            prompts: lists of token ids, or texts (encoded by the tokenizer with its special tokens).
+            prompts: texts (encoded by the tokenizer with its special tokens, but for an end of sequence), lists of token ids, a tensor or array
+                without padding, or a tokenizer's output with its `attention_mask`: see `encode_prompts`.
             progress: called with (finished sequences, all sequences) whenever some finish.
             on_tokens: called after every step with its [(sequence number, new token), ...].
 
@@ -86,12 +86,12 @@ class Engine:
             its prompt, the seed and its number (prompt number * n + sample); of a Llama-like fp32 model on a CPU, to the last bit.
 
         Raises:
-            TypeError, ValueError: no prompt, an empty prompt or one that leaves no room in the model's context, an id outside the
+            TypeError, ValueError: no prompt, an empty or padded prompt or one that leaves no room in the model's context, an id outside the
             vocabulary, text or stop strings without a tokenizer, a sequence that alone needs more than `kv_memory`.
             RuntimeError: called from a callback of a call on the same model. Other threads wait for each other, whatever engine they use.
         """
         self._check(sampling)
-        token_lists = self._encode(prompts)
+        token_lists = encode_prompts(prompts, self.model, self.tokenizer)
         context, total = context_length(self.model) or 2**62, len(token_lists) * sampling.n
         lengths = [min(len(tokens) + sampling.max_new_tokens, context) for tokens in token_lists]
         slots, most = min(self.max_batch_size, total), max(map(pages_for, lengths))
@@ -129,11 +129,14 @@ class Engine:
         with self.runner.alone(), lending:
             lent = lending.enter_context(self.runner.lend(slots, longest, pages=pages))
             generation = self._generation(*lent, sampling, slots=slots, max_length=longest, many_turns=True)
-            return Session(generation, self.runner, lambda prompt: self._encode([prompt])[0], lending.pop_all())
+            return Session(generation, self.runner, self._encode_one, lending.pop_all())
+
+    def _encode_one(self, prompt: Sequence[int] | str) -> list[int]:
+        return encode_prompts([prompt], self.model, self.tokenizer)[0]
 
     def _generation(self, cache: PagedCache, decoder: Decoder, sampling: SamplingParams, **options: Any) -> Generation:
         strings = StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
-        stops = dict(stop_ids=self._stop_ids(sampling), stop_strings=strings)
+        stops = dict(stop_ids=sorted(stop_ids(self.model, self.tokenizer, sampling)), stop_strings=strings)
         generation = Generation(self.model, cache, decoder, sampling, **stops, **options)
         self.stats = generation.stats
         return generation
@@ -143,54 +146,3 @@ class Engine:
         require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
-        for i, token in enumerate(sampling.stop_token_ids):
-            if token >= self._vocab_size():
-                raise ValueError(
-                    f"stop_token_ids[{i}] is {token}, expected less than the vocabulary size {self._vocab_size()}"
-                )
-
-    def _stop_ids(self, sampling: SamplingParams) -> list[int]:
-        """Token ids that end a completion, ascending."""
-        return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids())})
-
-    def _eos_ids(self) -> list[int]:
-        """The model's end-of-sequence ids; ids outside its vocabulary (left in many small configurations) can never be drawn."""
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = getattr(self.model.config.get_text_config(), "eos_token_id", None)
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return [i for i in ids if 0 <= i < self._vocab_size()]
-
-    def _vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
-
-    def _encode(self, prompts: Sequence[Sequence[int]] | Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a single string, expected a list of prompts")
-        if not len(prompts):
-            raise ValueError("prompts is empty, expected at least one prompt")
-        return [self._check_prompt(i, self._encode_one(i, prompt)) for i, prompt in enumerate(prompts)]
-
-    def _encode_one(self, index: int, prompt: Sequence[int] | str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompts[{index}] is text, which needs a tokenizer: Engine(model, tokenizer)")
-            return self.tokenizer.encode(prompt)
-        return prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-
-    def _check_prompt(self, index: int, tokens: list[int]) -> list[int]:
-        limit, vocab_size = context_length(self.model), self.model.get_input_embeddings().weight.shape[0]
-        if not tokens:
-            raise ValueError(f"prompts[{index}] is empty, expected at least one token")
-        if limit is not None and len(tokens) >= limit:
-            raise ValueError(
-                f"prompts[{index}] has {len(tokens)} tokens, expected at most {limit - 1}: "
-                f"the model's context is {limit} and must hold one new token"
-            )
-        if odd := [token for token in tokens if not isinstance(token, Integral)]:
-            raise TypeError(f"prompts[{index}] holds {odd[0]!r}, expected token ids (integers)")
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise ValueError(
-                f"prompts[{index}] has token ids from {min(tokens)} to {max(tokens)}, expected 0 to {vocab_size - 1}"
-            )
-        return [int(token) for token in tokens]

@@ -30,11 +30,11 @@ class SamplingParams:
     min_new_tokens: int = 0
     """Stop ids and end-of-sequence are banned, and stop strings ignored, before this many tokens."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a completion besides the model's own end-of-sequence ids; the completion keeps them."""
+    """Token ids that end a completion besides those of the model and its tokenizer (`ending_ids`); the completion keeps them."""
     stop_strings: tuple[str, ...] = ()
     """Strings that end a completion; it keeps all tokens up to the one that completes the string. Needs a tokenizer."""
     ignore_eos: bool = False
-    """The model's end-of-sequence ids do not stop."""
+    """What ends a completion for the model, its tokenizer and its chat template does not: `stop_token_ids` and `stop_strings` alone do."""
     seed: int = 0
     """A token depends on the seed, the number of its sequence and its position only, not on the rest of the batch."""
 
