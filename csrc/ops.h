@@ -37,9 +37,10 @@ struct LogitTransform {
   float scale, softcap, temperature;
 };
 
-// A row's sums over the columns so far: m = max z, sum exp(z - m), sum exp(z - m) (z - m), and z of the label.
+// A row's sums over the columns so far: m = max z, sum exp(z - m) - 1 without the largest element's 1 ever being added, sum exp(z - m) (z - m), and
+// z of the label. Before the first column: -inf, -1, 0, NaN.
 struct PartialRow {
-  double max, sum, weighted, label_z;
+  double max, rest, weighted, label_z;
 };
 
 // Sequences of tokens: a table [count, length] (offsets null), or packed, where sequence i holds tokens [offsets[i], offsets[i + 1]).
@@ -148,7 +149,9 @@ struct PPOResult {
   }
 #endif
 
-// logprobs[i] = z[i, labels[i]] - logsumexp(z[i]); max_logsum [count, 2] = (max z, log sum exp(z - max)): their sum would lose digits; entropy optional; an ignored row gives 0. Returns the first row whose label is outside [0, width), or -1.
+// logprobs[i] = z[i, labels[i]] - logsumexp(z[i]); max_logsum [count, 2] = (max z, log sum exp(z - max)): their sum would lose digits, and the second has
+// all of its own, as the log-probability of a token that is nearly certain needs; entropy optional; an ignored row gives 0. Returns the first row
+// whose label is outside [0, width), or -1.
 FASTPPO_EACH_ISA(int64_t token_logprobs_forward(const Rows& logits, const int64_t* labels, int64_t ignore_index, LogitTransform transform, float* logprobs,
                                                 float* entropy, float* max_logsum, int threads))
 

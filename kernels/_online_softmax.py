@@ -36,12 +36,15 @@ def transform_slope(x, scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def online_update(z, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
-    """Fold a block z [BLOCK_V] (-inf where there is nothing) into (max, sum exp(z - max), sum exp(z - max) (z - max)).
+def online_update(z, running_max, rest, weighted, WITH_ENTROPY: tl.constexpr):
+    """Fold a block z [BLOCK_V] (-inf where there is nothing) into (max, sum exp(z - max) - 1, sum exp(z - max) (z - max)).
 
-    Milakov and Gimelshein 2018. While all is -inf the shift is 0, so that -inf - shift stays -inf and a NaN still shows.
+    Milakov and Gimelshein 2018. The sum leaves out one element that is the largest, whose term is 1: beside it the others would lose
+    their digits where they are small. So it begins at -1. While all is -inf the shift is 0, so that -inf - shift stays -inf and a NaN
+    still shows.
     """
     new_max = tl.maximum(running_max, tl.max(z, axis=0))
+    rises = new_max > running_max
     shift = tl.where(new_max == -float("inf"), 0.0, new_max)
     moved = tl.where(
         running_max == -float("inf"), 0.0, running_max - shift
@@ -51,9 +54,20 @@ def online_update(z, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
     e = tl.exp(shifted)
     if WITH_ENTROPY:
         # e = 0 adds nothing though `shifted` may be -inf.
-        weighted = factor * (weighted + moved * total) + tl.sum(tl.where(e == 0.0, 0.0, e * shifted), axis=0)
-    total = factor * total + tl.sum(e, axis=0)
-    return new_max, total, weighted
+        weighted = factor * (weighted + moved * (rest + 1.0)) + tl.sum(tl.where(e == 0.0, 0.0, e * shifted), axis=0)
+    # The largest are counted, not added; in a block without them there are none.
+    largest = shifted == 0.0
+    below = tl.sum(tl.where(largest, 0.0, e), axis=0)
+    others = tl.sum(largest.to(tl.int32), axis=0) - rises.to(tl.int32)
+    rest = tl.where(rises, factor * (rest + 1.0), rest) + (below + others.to(tl.float32))
+    return new_max, rest, weighted
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= -1, to fp32's last digits: what 1 + x loses is made good (Kahan)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._online_softmax import one_minus_exp, online_update, transform_logits, transform_slope
+from ._online_softmax import log1p, one_minus_exp, online_update, transform_logits, transform_slope
 
 BLOCK_V = 4096  # elements of a row that one program holds at once
 NUM_WARPS = 8
@@ -16,7 +16,7 @@ def add_row(
     row_ptr,
     V,
     running_max,
-    total,
+    rest,
     weighted,
     scale,
     softcap,
@@ -25,14 +25,14 @@ def add_row(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Folds a row x [V], or the next piece of one, into (max, sum exp(z - max), sum exp(z - max) (z - max))."""
+    """Folds a row x [V], or the next piece of one, into (max, sum exp(z - max) - 1, sum exp(z - max) (z - max))."""
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         x = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0, eviction_policy="evict_first")  # [BLOCK_V]
         z = tl.where(mask_v, transform_logits(x, scale, softcap, temperature, HAS_SOFTCAP), -float("inf"))
-        running_max, total, weighted = online_update(z, running_max, total, weighted, WITH_ENTROPY)
-    return running_max, total, weighted
+        running_max, rest, weighted = online_update(z, running_max, rest, weighted, WITH_ENTROPY)
+    return running_max, rest, weighted
 
 
 @triton.jit
@@ -68,12 +68,22 @@ def _token_logprobs_forward_kernel(
     zero = tl.full(
         (), 0.0, tl.float32
     )  # a number written here would be a constant to add_row, and could not change in its loop
-    running_max, total, weighted = add_row(
-        row_ptr, V, zero - float("inf"), zero, zero, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
+    running_max, rest, weighted = add_row(
+        row_ptr,
+        V,
+        zero - float("inf"),
+        zero - 1.0,
+        zero,
+        scale,
+        softcap,
+        temperature,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        BLOCK_V,
     )
     # As in torch: a +inf, or nothing but -inf, leaves no distribution; NaN is in the sums already.
     no_distribution = (running_max == float("inf")) | (running_max == -float("inf"))
-    log_sum = tl.where(no_distribution, float("nan"), tl.log(total))
+    log_sum = tl.where(no_distribution, float("nan"), log1p(rest))
     in_range = (label >= 0) & (label < V)
     x_label = tl.load(row_ptr + label, mask=in_range, other=float("nan"))  # out of range: NaN, and no read outside
     z_label = transform_logits(x_label, scale, softcap, temperature, HAS_SOFTCAP)
@@ -81,7 +91,7 @@ def _token_logprobs_forward_kernel(
     tl.store(max_logsum_ptr + 2 * row, running_max)
     tl.store(max_logsum_ptr + 2 * row + 1, log_sum)
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, log_sum - weighted / total)
+        tl.store(entropy_ptr + row, log_sum - weighted / (1.0 + rest))
 
 
 @triton.jit
@@ -98,21 +108,21 @@ def _token_logprobs_add_tile_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a row. tile [rows, width]; labels [rows]; state fp64 [rows, 4]: max, sum, weighted sum, label's z."""
+    """One program a row. tile [rows, width]; labels [rows]; state fp64 [rows, 4]: max, sum - 1, weighted sum, label's z."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * stride_row
     sums_ptr = state_ptr + 4 * row
     running_max = tl.load(sums_ptr).to(tl.float32)
-    total = tl.load(sums_ptr + 1).to(tl.float32)
+    rest = tl.load(sums_ptr + 1).to(tl.float32)
     weighted = tl.load(sums_ptr + 2).to(tl.float32)
-    running_max, total, weighted = add_row(
-        row_ptr, width, running_max, total, weighted, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
+    running_max, rest, weighted = add_row(
+        row_ptr, width, running_max, rest, weighted, scale, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY, BLOCK_V
     )
     label = tl.load(labels_ptr + row)
     here = (label >= 0) & (label < width)
     x_label = tl.load(row_ptr + label, mask=here, other=0.0)
     tl.store(sums_ptr, running_max)
-    tl.store(sums_ptr + 1, total)
+    tl.store(sums_ptr + 1, rest)
     tl.store(sums_ptr + 2, weighted)
     tl.store(sums_ptr + 3, transform_logits(x_label, scale, softcap, temperature, HAS_SOFTCAP), mask=here)
 
@@ -213,10 +223,10 @@ def token_logprobs_forward(
 def token_logprobs_add_tile(
     tile: Tensor, labels: Tensor, transform: tuple[float, float, float], with_entropy: bool, state: Tensor
 ) -> None:
-    """Adds columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max), the same times z - max, label's z.
+    """Adds columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max) - 1, sum exp(z - max) (z - max), label's z.
 
     labels int64 [rows] count from the tile's first column; one outside it leaves the label's z as it is. The tile's last
-    stride is 1, all else is contiguous; `state` starts as (-inf, 0, 0, NaN).
+    stride is 1, all else is contiguous; `state` starts as (-inf, -1, 0, NaN).
     """
     count, width = tile.shape
     scale, softcap, temperature = transform

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -33,6 +35,26 @@ def strided_views(x: Tensor) -> dict[str, Tensor]:
         "vocabulary-major": x.transpose(1, 2).contiguous().transpose(1, 2),
         "expanded": x[:1].expand(batch, length, width),
     }
+
+
+CERTAIN_WIDTHS = (2, 37, 1000, 5000)  # a tail, one block of a kernel, several blocks of each
+
+
+def certain_rows(width: int) -> tuple[Tensor, Tensor]:
+    """Logits [N, width] whose largest is ahead by 5 to 60, even of all others together, and labels: it, one of two such, or another.
+
+    It stands first, in the middle and last, so that the maximum which a kernel has met so far rises in every place. All differences are
+    exact in fp32: the smallest probability can be as exact as exp.
+    """
+    rows, labels = [], []
+    for margin, place in product((5, 10, 15, 30, 60), (0, width // 2, width - 1)):
+        other = (place + width // 2) % width
+        for largest, label in (([place], place), ([place, other], place), ([place], other)):
+            row = 7.5 - max(margin, 5 + math.ceil(math.log(width))) - torch.randint(0, 17, (width,)) / 8
+            row[largest] = 7.5
+            rows.append(row)
+            labels.append(label)
+    return torch.stack(rows), torch.tensor(labels)
 
 
 def with_threads(count: int, function: Callable[[], Result]) -> Result:

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast] + ["rollout/test_fused_decoder"]
+TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast]
+TESTED += ["ops/test_certain_tokens", "rollout/test_fused_decoder"]
 # What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
 INTERPRETED = {"ops/test_linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
 

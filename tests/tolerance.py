@@ -45,3 +45,17 @@ def assert_rounds_to(ours: Tensor, exact: Tensor | float, what: str = "output") 
     """The same rule where the exact value is known: `native` is that value, rounded once."""
     exact = torch.as_tensor(exact, dtype=torch.float64, device=ours.device).expand(ours.shape)
     assert_as_exact_as_native(ours, exact.to(ours.dtype), exact, what)
+
+
+def assert_keeps_digits(ours: Tensor, exact: Tensor, what: str = "output") -> None:
+    """|ours - exact| <= 32 eps(ours.dtype) * |exact|, elementwise: for results that no cancellation excuses, however small they are.
+
+    Neither native torch's error nor the size of the numbers beside it allows a small one more.
+    """
+    assert ours.shape == exact.shape, f"{what}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    assert exact.dtype == torch.float64 and exact.isfinite().all(), "the exact value is computed in fp64"
+    excess = (ours.double() - exact).abs() - ROUNDINGS * torch.finfo(ours.dtype).eps * exact.abs()
+    wrong = ~(excess <= 0)  # NaN too
+    assert not wrong.any(), (
+        f"{what}: {ours[wrong][0]:.9g} at {wrong.nonzero()[0].tolist()}, exact {exact[wrong][0]:.9g}, {int(wrong.sum())} of {wrong.numel()}"
+    )

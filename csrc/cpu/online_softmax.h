@@ -23,12 +23,14 @@ FASTPPO_INLINE float transform_scalar(float x, const LogitTransform& t) {
   return t.softcap > 0 ? apply_transform<true>(x, t)[0] : apply_transform<false>(x, t)[0];
 }
 
+// The sum is kept without the largest element's own term, which is 1: beside it the others would lose their digits where they are small, and with
+// them the log-prob, 1 - p and the entropy of a token that is nearly certain.
 struct SoftmaxStats {
   float max = -kInfinity;  // m, the largest z
-  double sum = 0;          // sum exp(z - m)
+  double rest = -1;        // sum exp(z - m) - 1: the sum over all elements but one that is the largest; -1 where there is none yet
   double weighted = 0;     // sum exp(z - m) * (z - m), for the entropy
-  double log_sum() const { return std::log(sum); }
-  float entropy() const { return static_cast<float>(log_sum() - weighted / sum); }
+  double log_sum() const { return std::log1p(rest); }
+  float entropy() const { return static_cast<float>(log_sum() - weighted / (1 + rest)); }
 };
 
 // Transforms `size` <= kSoftmaxBlock elements into z and returns each lane's largest. NaN may hide from the maximum, never from the sums.
@@ -56,6 +58,18 @@ struct Unobserved {
   void operator()(int64_t, int, const vfloat&, float, const vfloat*) const {}
 };
 
+// One element of a block.
+struct BlockPlace {
+  int vector, lane;
+};
+
+// Where the block's maximum `top` stands: the first of its elements in the first lane that has one.
+FASTPPO_INLINE BlockPlace find_top(const vfloat* z, const vfloat& lane_max, float top) {
+  BlockPlace place{0, __builtin_ctz(lane_bits(lane_max == top))};
+  while (z[place.vector][place.lane] != top) ++place.vector;
+  return place;
+}
+
 // Adds a row, or the next piece of one, to `stats`. Online form (Milakov and Gimelshein 2018) over blocks: block maximum, one rescale when it rises,
 // then the block's sums. Pieces that begin at multiples of kSoftmaxBlock give the bits of the whole row.
 template <class Storage, bool kEntropy, bool kSoftcap, class Observer = Unobserved>
@@ -66,12 +80,16 @@ FASTPPO_INLINE void add_to_softmax(SoftmaxStats& stats, const typename Storage::
     const int vectors = (size + kLanes - 1) / kLanes;
     const vfloat lane_max = load_block<Storage, kSoftcap>(row + begin, size, t, z);
     const float top = max_lanes(lane_max);
-    if (top > stats.max) {
+    const bool rises = top > stats.max;
+    BlockPlace place{};
+    if (rises) {
       const double shift = static_cast<double>(stats.max) - top;
       const double factor = stats.max == -kInfinity ? 0.0 : std::exp(shift);
-      stats.weighted = factor == 0.0 ? 0.0 : factor * (stats.weighted + shift * stats.sum);
-      stats.sum *= factor;
+      stats.weighted = factor == 0.0 ? 0.0 : factor * (stats.weighted + shift * (stats.rest + 1));
+      stats.rest = factor * (stats.rest + 1);
       stats.max = top;
+      place = find_top(z, lane_max, top);
+      if (top != kInfinity) z[place.vector].set(place.lane, -kInfinity);  // left out of the sum; +inf stays, for inf - inf = NaN has to show
     }
     // While all is -inf, any finite shift keeps -inf - shift = -inf: a block of -inf adds 0, and a NaN still shows.
     const float shift = stats.max == -kInfinity ? 0 : stats.max;
@@ -85,8 +103,9 @@ FASTPPO_INLINE void add_to_softmax(SoftmaxStats& stats, const typename Storage::
       if (kEntropy) weighted += select(e == 0.0f, vfloat(0.0f), e * shifted);  // 0 * -inf is 0 here
       if (std::decay_t<Observer>::kWanted) z[i] = e;
     }
+    if (std::decay_t<Observer>::kWanted && rises) z[place.vector].set(place.lane, 1);
     observe(begin / kSoftmaxBlock, vectors, lane_max, stats.max, z);
-    stats.sum += sum_lanes(sum);
+    stats.rest += sum_lanes(sum);
     if (kEntropy) stats.weighted += sum_lanes(weighted);
   }
 }
@@ -96,7 +115,7 @@ FASTPPO_INLINE SoftmaxStats row_softmax(const typename Storage::type* row, int64
   SoftmaxStats stats;
   add_to_softmax<Storage, kEntropy, kSoftcap>(stats, row, width, t, observe);
   // As in torch: NaN anywhere, a +inf, or nothing but -inf leaves no distribution.
-  if (stats.max == kInfinity || stats.max == -kInfinity) stats.sum = stats.weighted = __builtin_nan("");
+  if (stats.max == kInfinity || stats.max == -kInfinity) stats.rest = stats.weighted = __builtin_nan("");
   return stats;
 }
 

@@ -110,7 +110,7 @@ class RowSampler {
   }
 
   void sample(const SampledRows& out, int64_t i) {
-    if (stats_.sum != stats_.sum) return error(out, i);
+    if (stats_.rest != stats_.rest) return error(out, i);
     if (p_.temperature == 0) return finish(out, i, first_largest(), 1, 1);
     const uint64_t total = total_mass();
     const uint64_t kept = has_filters(p_, width_) ? filter(total) : total;

@@ -18,19 +18,20 @@ void forward_rows(const Rows& logits, const int64_t* labels, int64_t ignore_inde
     const auto* row = data + logits.offset(i);
     const SoftmaxStats stats = row_softmax<Storage>(row, logits.width, t, entropy != nullptr);
     const float z = transform_scalar(load_tail<Storage>(row + labels[i], 1, 0)[0], t);
-    logprobs[i] = static_cast<float>((static_cast<double>(z) - stats.max) - stats.log_sum());
+    const double log_sum = stats.log_sum();
+    logprobs[i] = static_cast<float>((static_cast<double>(z) - stats.max) - log_sum);
     max_logsum[2 * i] = stats.max;
-    max_logsum[2 * i + 1] = static_cast<float>(stats.log_sum());
+    max_logsum[2 * i + 1] = static_cast<float>(log_sum);
     if (entropy) entropy[i] = stats.entropy();
   }
 }
 
 void add_tile_rows(const float* tile, const int64_t* labels, int64_t width, const LogitTransform& t, bool entropy, PartialRow* state, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
-    SoftmaxStats stats{static_cast<float>(state[i].max), state[i].sum, state[i].weighted};
+    SoftmaxStats stats{static_cast<float>(state[i].max), state[i].rest, state[i].weighted};
     add_to_softmax<F32>(stats, tile + i * width, width, t, entropy);
     const bool here = labels[i] >= 0 && labels[i] < width;
-    state[i] = {stats.max, stats.sum, stats.weighted, here ? transform_scalar(tile[i * width + labels[i]], t) : state[i].label_z};
+    state[i] = {stats.max, stats.rest, stats.weighted, here ? transform_scalar(tile[i * width + labels[i]], t) : state[i].label_z};
   }
 }
 

@@ -38,9 +38,9 @@ def token_logprobs_forward(
 def token_logprobs_add_tile(
     tile: Tensor, labels: Tensor, transform: tuple[float, float, float], with_entropy: bool, state: Tensor
 ) -> None:
-    """Adds fp32 columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max), the same times z - max, label's z.
+    """Adds fp32 columns [rows, width] to `state`, fp64 [rows, 4]: max z, sum exp(z - max) - 1, sum exp(z - max) (z - max), label's z.
 
-    labels int64 [rows] count from the tile's first column. Everything contiguous; `state` starts as (-inf, 0, 0, NaN).
+    labels int64 [rows] count from the tile's first column. Everything contiguous; `state` starts as (-inf, -1, 0, NaN).
     """
     count, width = tile.shape
     _C.token_logprobs_add_tile(

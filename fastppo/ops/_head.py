@@ -199,14 +199,14 @@ class Head:
     def new_state(self, count: int) -> Tensor:
         """What `token_logprobs_add_tile` adds to; a label that no tile holds leaves NaN."""
         state = torch.zeros((count, 4), dtype=torch.float64, device=self.weight.device)
-        state[:, 0], state[:, 3] = -torch.inf, torch.nan
+        state[:, 0], state[:, 1], state[:, 3] = -torch.inf, -1, torch.nan
         return state
 
 
 def finish_state(state: Tensor) -> Statistics:
-    peak, total, weighted, label_z = state.unbind(1)
-    log_sum = total.log()
-    logprobs, entropy = (label_z - peak) - log_sum, log_sum - weighted / total
+    peak, rest, weighted, label_z = state.unbind(1)
+    log_sum = rest.log1p()
+    logprobs, entropy = (label_z - peak) - log_sum, log_sum - weighted / (1 + rest)
     return Statistics(logprobs.float(), entropy.float(), torch.stack([peak, log_sum], 1).float())
 
 

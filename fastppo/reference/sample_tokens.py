@@ -11,6 +11,8 @@ import struct
 import torch
 from torch import Tensor
 
+from fastppo.reference.token_logprobs import log_softmax
+
 MASS_BITS = 40  # the most likely token weighs 2^40; with V <= 2^22 a sum stays below 2^63
 TOP_P_BITS = 31
 LOW_32 = 0xFFFFFFFF
@@ -136,7 +138,7 @@ def sample_tokens(
 
     place = tokens.unsqueeze(-1)
     exact_z = logits / divisor.double() if logits.dtype == torch.float64 else z
-    logprobs = exact_z.log_softmax(-1).gather(-1, place).squeeze(-1)
+    logprobs = log_softmax(exact_z).gather(-1, place).squeeze(-1)
     log_kept = torch.log(kept_total.double() * 2.0**-MASS_BITS)
     within = (z.gather(-1, place).double() - top.double()).squeeze(-1) - log_kept
     # All mass kept: the same distribution, so the same number.

@@ -15,6 +15,19 @@ def transform_logits(logits: Tensor, temperature: float, softcap: float | None, 
     return z / temperature
 
 
+def log_softmax(z: Tensor) -> Tensor:
+    """log softmax(z) over the last dimension, to the last digits also where one element has nearly all the probability.
+
+    There log p = -log(1 + s) with a small s, of which torch.log_softmax keeps only what 1 + s does. So the sum leaves out one
+    of the largest: log sum exp z = max z + log1p(sum over the others of exp(z - max z)).
+    """
+    top, place = z.max(dim=-1, keepdim=True)
+    own = (top - top).detach()  # 0, or NaN where there is no distribution
+    shifted = (z - top).scatter(-1, place, own)
+    rest = shifted.exp().scatter(-1, place, own).sum(-1, keepdim=True)
+    return shifted - rest.log1p()
+
+
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -34,7 +47,7 @@ def token_logprobs(
     safe_labels = torch.where(keep, labels, 0).long()
     # A kept row is selected before anything is computed: NaN under an ignored label reaches neither value nor gradient.
     z = transform_logits(torch.where(keep.unsqueeze(-1), logits, 0), temperature, softcap, logit_scale)
-    log_p = torch.log_softmax(z, dim=-1)
+    log_p = log_softmax(z)
     logprobs = torch.where(keep, log_p.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1), 0)
     if not return_entropy:
         return logprobs

@@ -16,9 +16,10 @@ from transformers.generation.logits_process import (
 
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs, use_backend
 from fastppo.reference.sample_tokens import exp_nonpositive, kept_tokens, multiply_high, philox, top_p_mass
-from tests.cases import DTYPES, strided_views
+from fastppo.reference.token_logprobs import log_softmax
+from tests.cases import CERTAIN_WIDTHS, DTYPES, certain_rows, strided_views
 from tests.isa import assert_same_bits_on_every_isa
-from tests.tolerance import assert_as_exact_as_native, assert_rounds_to
+from tests.tolerance import assert_as_exact_as_native, assert_keeps_digits, assert_rounds_to
 
 FILTERS = {
     "none": {},
@@ -166,6 +167,15 @@ def test_logprobs_against_exact_distributions(backend, options):
     kept = exact.processed_logprobs.exp() * ours.kept_mass
     assert_rounds_to(kept.float(), logprobs.exp())
     assert_as_exact_as_native(ours.processed_logprobs, ours.logprobs - ours.kept_mass.log(), exact.processed_logprobs)
+
+
+@pytest.mark.parametrize("width", CERTAIN_WIDTHS)
+def test_log_probs_of_tokens_that_are_nearly_certain(cpu_backend, width):
+    """They keep their digits however near 0 they are, as those of token_logprobs do."""
+    logits, _ = certain_rows(width)
+    sampled = sample_tokens(logits, temperature=0.0)
+    exact = log_softmax(logits.double()).gather(-1, sampled.tokens.unsqueeze(-1)).squeeze(-1)
+    assert_keeps_digits(sampled.logprobs, exact)
 
 
 def test_nothing_filtered_leaves_the_log_probability_as_it_is(backend):
