@@ -135,6 +135,17 @@ def test_references_stand_alone():
             assert not foreign, f"{module} imports {foreign}"
 
 
+def test_no_test_sets_a_tolerance_of_its_own():
+    """tests/tolerance.py has the one rule."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+            if names & {"atol", "rtol", "abs_tol", "rel_tol"} and path.name != "tolerance.py":
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
 def test_public_names_are_documented():
     for name in fastppo.__all__:
         if name != "__version__":
