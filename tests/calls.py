@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
+from tests.tolerance import assert_as_exact_as_native
 
 Inputs = dict[str, Tensor]
 Call = Callable[[Inputs], tuple[Tensor, ...]]
@@ -182,8 +183,9 @@ def large_head(elements: int, device: str) -> None:
     hidden[-2:].normal_()
     labels = torch.full((rows,), vocabulary - 1, device=device)
     found = ops.linear_token_logprobs(hidden, weight, labels)[-2:]
-    expected = ops.linear_token_logprobs(hidden[-2:], weight, labels[-2:])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # another product, other roundings
+    native = ops.linear_token_logprobs(hidden[-2:], weight, labels[-2:])  # another product, other roundings
+    exact = ops.linear_token_logprobs(hidden[-2:].double(), weight.double(), labels[-2:])
+    assert_as_exact_as_native(found, native, exact)
 
 
 def large_sampling(elements: int, device: str) -> None:
@@ -219,7 +221,9 @@ def large_whitening(elements: int, device: str) -> None:
     x = two_last_rows(elements, device).view(-1)
     mask = torch.zeros(len(x), dtype=torch.bool, device=device)
     mask[-99:] = True
-    torch.testing.assert_close(ops.masked_whiten(x, mask)[-99:], ops.masked_whiten(x[-99:], mask[-99:]))
+    few, few_mask = x[-99:], mask[-99:]
+    native, exact = (ops.masked_whiten(part, few_mask) for part in (few, few.double()))
+    assert_as_exact_as_native(ops.masked_whiten(x, mask)[-99:], native, exact)
 
 
 def large_cache(elements: int, device: str) -> None:
@@ -261,11 +265,14 @@ def assert_equal(found: tuple[Tensor, ...] | list[Tensor], expected: tuple[Tenso
         assert torch.equal(ours, theirs), f"output {place}"
 
 
-def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Up to fp32's roundings; integers are equal. Wherever they lie."""
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=2e-4, atol=2e-5)
+def assert_as_exact(call: str, found: tuple[Tensor, ...], native: tuple[Tensor, ...]) -> None:
+    """What a call gave for `make_inputs`, on any device, by the one error rule; integers are equal."""
+    exact = CALLS[call]({name: x.double() if x.is_floating_point() else x for name, x in make_inputs("cpu").items()})
+    for place, (ours, theirs, truth) in enumerate(zip(found, native, exact, strict=True)):
+        if theirs.is_floating_point():
+            assert_as_exact_as_native(ours.cpu(), theirs.cpu(), truth.double(), f"output {place} of {call}")
+        else:
+            assert torch.equal(ours.cpu(), theirs.cpu()), f"output {place} of {call}"
 
 
 def bad_inputs(device: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastppo.ops import _backends, use_backend
-from tests.calls import CALLS, LARGE, assert_close, bad_inputs, make_inputs
+from tests.calls import CALLS, LARGE, assert_as_exact, bad_inputs, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,7 +38,7 @@ def test_calls_agree_with_the_references(call):
     with use_backend("reference"):
         expected = CALLS[call](make_inputs("cpu"))
     assert all(x.isfinite().all() for x in found)
-    assert_close(found, expected)
+    assert_as_exact(call, found, expected)
 
 
 @pytest.mark.parametrize("call", CALLS)

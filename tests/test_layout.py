@@ -141,6 +141,17 @@ def test_every_package_is_in_the_wheel():
     assert packages | {"fastppo.kernels", "fastppo.bench"} == set(re.findall(r'"([\w.]+)"', listed))
 
 
+def test_no_test_sets_a_tolerance_of_its_own():
+    """tests/tolerance.py has the one rule."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {node.arg} if isinstance(node, ast.keyword) else {getattr(node, "attr", None)}
+            if names & {"atol", "rtol", "abs_tol", "rel_tol", "assert_close", "allclose", "isclose"}:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
 def test_public_names_are_documented():
     for name in fastppo.__all__:
         if name != "__version__":

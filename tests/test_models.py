@@ -33,10 +33,8 @@ from fastppo.model import (
     prepare_model,
 )
 from fastppo.rollout import Engine
-from tests.rollout.tiny import CONTEXT, FAMILIES, VOCAB_SIZE, WINDOW, make_chain, make_model
-
-# Transformers' norms and rotary angles are fp32 in fp64 models too: a last bit of fp64 can flip one of fp32.
-CLOSE = dict(atol=2e-5, rtol=1e-5)
+from tests.rollout.tiny import CONTEXT, FAMILIES, VOCAB_SIZE, WINDOW, as_transformers_has_it, make_chain, make_model
+from tests.tolerance import assert_as_exact_as_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,66 +56,45 @@ def _sequences(*lengths: int) -> list[torch.Tensor]:
 
 
 class TestPackedTraining:
-    """Packing changes neither values nor gradients, in fp64."""
+    """Packing changes neither values nor gradients but for roundings."""
 
     families = ["llama", "qwen3", "mistral-window", "gemma2", "gpt_oss", "gpt2", "phi", "mixtral"]
     lengths = (5, 33, 1, 12, 12)
 
     @staticmethod
-    def _make(family: str):
-        model = make_model(family, dtype=torch.float64)
-        if family in ("gpt_oss", "mixtral"):
-            model.set_experts_implementation("eager")  # the grouped product has no fp64
-        return model
-
-    @staticmethod
-    def _loss_and_gradients(model, groups: list[list[torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Sum over all tokens of a fixed function of the logits, the groups packed one after the other."""
+    def _gradients(model, logits: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum over all tokens of a fixed function of the logits, and its gradients."""
+        total = sum(x.log_softmax(-1)[:, ::7].sum() for x in logits)
         model.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
-        for sequences in groups:
-            logits = lm_head(model).logits(packed_hidden(model, *_pack(sequences)))
-            total = total + logits.log_softmax(-1)[:, ::7].sum()
         total.backward()
-        return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    def _packed(self, model, *groups: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._gradients(model, [lm_head(model).logits(packed_hidden(model, *_pack(group))) for group in groups])
+
+    def _alone(self, family: str, dtype: torch.dtype, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+        """By Transformers' own forward."""
+        model = as_transformers_has_it(make_model(family), dtype)
+        return self._gradients(model, [model(tokens[None], use_cache=False).logits[0] for tokens in sequences])
 
     @pytest.mark.parametrize("family", families)
-    def test_equals_own_forward_one_at_a_time(self, family):
-        plain = self._make(family)
-        model = prepare_model(copy.deepcopy(plain)).train()
-        plain.set_attn_implementation("eager")
-        sequences = _sequences(*self.lengths)
-        loss, gradients = self._loss_and_gradients(model, [sequences])
-        expected = sum(plain(s[None], use_cache=False).logits.log_softmax(-1)[0, :, ::7].sum() for s in sequences)
-        expected.backward()
-        torch.testing.assert_close(loss, expected.detach(), **CLOSE)
-        own = [p.grad for p in plain.parameters() if p.grad is not None]
-        assert len(own) == len(gradients)
-        for found, wanted in zip(gradients, own, strict=True):
-            torch.testing.assert_close(found, wanted, **CLOSE)
-
-    @pytest.mark.parametrize("family", families)
-    def test_does_not_depend_on_the_packing(self, family):
-        model = prepare_model(self._make(family))
-        sequences = _sequences(*self.lengths)
-        loss, gradients = self._loss_and_gradients(model, [[s] for s in sequences])
-        for groups in ([sequences], [sequences[::-1]], [sequences[:2], sequences[2:]]):
-            other_loss, other = self._loss_and_gradients(model, groups)
-            torch.testing.assert_close(other_loss, loss, **CLOSE)
-            for found, wanted in zip(other, gradients, strict=True):
-                torch.testing.assert_close(found, wanted, **CLOSE)
+    def test_whatever_the_packing_it_equals_the_own_forward_one_at_a_time(self, family):
+        model, sequences = prepare_model(make_model(family)).train(), _sequences(*self.lengths)
+        native, exact = (self._alone(family, dtype, sequences) for dtype in (torch.float32, torch.float64))
+        for groups in ([sequences], [sequences[::-1]], [sequences[:2], sequences[2:]], [[s] for s in sequences]):
+            found = self._packed(model, *groups)
+            for place, values in enumerate(zip(found, native, exact, strict=True)):
+                assert_as_exact_as_model(*values, f"{'gradient' if place else 'loss'} {place} of {len(groups)} groups")
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
-        model = prepare_model(make_model("qwen3", dtype=torch.float64)).train()
+        """The same work twice."""
+        model = prepare_model(make_model("qwen3")).train()
         sequences = _sequences(*self.lengths)
-        loss, gradients = self._loss_and_gradients(model, [sequences])
+        expected = self._packed(model, sequences)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        other_loss, other = self._loss_and_gradients(model, [sequences])
-        torch.testing.assert_close(other_loss, loss, **CLOSE)
-        for found, wanted in zip(other, gradients, strict=True):
-            torch.testing.assert_close(found, wanted, **CLOSE)
+        assert all(map(torch.equal, self._packed(model, sequences), expected))
 
     def test_nan_stays_in_its_sequence(self):
         model = prepare_model(make_model("llama", tie_word_embeddings=False))
@@ -450,11 +427,13 @@ class TestCritic:
         assert not shared
 
     def test_values_and_gradients_do_not_depend_on_packing(self):
-        critic = Critic.from_model(prepare_model(make_model("llama", dtype=torch.float64))).double()
+        critic = Critic.from_model(prepare_model(make_model("llama")))
         nn.init.normal_(critic.head.weight)
         sequences = _sequences(4, 7, 1)
         packed = critic(*_pack(sequences))
-        torch.testing.assert_close(packed, torch.cat([critic(*_pack([s])) for s in sequences]), **CLOSE)
+        copies = critic, copy.deepcopy(critic).double()
+        native, exact = (torch.cat([one(*_pack([s])) for s in sequences]).detach() for one in copies)
+        assert_as_exact_as_model(packed.detach(), native, exact)
         packed.sum().backward()
         assert all(p.grad is not None for p in critic.parameters())
 

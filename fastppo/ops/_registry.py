@@ -9,38 +9,86 @@ derivatives, forward mode and `torch.func` of an op with one. Each would otherwi
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from fastppo.ops._numbers import as_tensor, is_dynamic
+
 _LIBRARY = torch.library.Library("fastppo", "FRAGMENT")
 
 
-def custom_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable], OpOverload]:
+class Op:
+    """The op `fastppo::name`, and where it takes floats `fastppo::name_dynamic`, which takes fp64 tensors on the CPU for them.
+
+    The second is for compiled graphs whose floats are dynamic. It reads them on the host at each call, which a CUDA graph would do but once:
+    it is marked as unfit for one.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]) -> None:
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        self.overload = _define(name, schema, function, mutates_args)
+        self.overloads = [self.overload]
+        arguments = self.overload._schema.arguments
+        self.numbers = [n for n, argument in enumerate(arguments) if str(argument.type) in ("float", "List[float]")]
+        if self.numbers:
+            self.dynamic = self._define_dynamic(name, schema, function, mutates_args)
+            self.overloads.append(self.dynamic)
+
+    def __call__(self, *args: object) -> Tensor | tuple[Tensor, ...] | None:
+        if self.numbers:
+            # What is a tensor already comes from a forward pass, by way of its context.
+            if isinstance(args[self.numbers[0]], Tensor):
+                return self.dynamic(*args)
+            if torch.compiler.is_compiling() and any(is_dynamic(args[place]) for place in self.numbers):
+                return self.dynamic(*self._with_numbers(as_tensor, args))
+        return self.overload(*args)
+
+    def _with_numbers(self, change: Callable, args: Sequence[object]) -> list[object]:
+        return [change(x) if place in self.numbers else x for place, x in enumerate(args)]
+
+    def _define_dynamic(self, name: str, schema: str, function: Callable, mutates_args: Sequence[str]) -> OpOverload:
+        def of_tensors(*args: object) -> Tensor | tuple[Tensor, ...] | None:
+            return function(*self._with_numbers(Tensor.tolist, args))
+
+        @torch.no_grad()
+        def fake(*args: object) -> Tensor | tuple[Tensor, ...] | None:
+            return self.overload(*self._with_numbers(lambda x: [0.0] * len(x) if x.dim() else 0.0, args))
+
+        schema = re.sub(r"float(\[\])? ", "Tensor ", schema)
+        overload = _define(f"{name}_dynamic", schema, of_tensors, mutates_args, tags=(torch.Tag.cudagraph_unsafe,))
+        if overload._schema.returns:
+            torch.library.register_fake(overload.name(), fake)
+        return overload
+
+
+def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Op]:
     """Decorator that makes a function of tensors and numbers the op `fastppo::name`, on every device.
 
     The schema is read from the function's annotations. The function returns new tensors, none of which shares memory
     with an input, and changes no argument but those that `mutates_args` names. Fake and gradient follow by
     `torch.library.register_fake` and `register_gradient`; without the latter, inputs that require a gradient are an error.
     """
+    return lambda function: Op(name, function, mutates_args)
 
-    def register(function: Callable) -> OpOverload:
-        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates_args))
-        _LIBRARY.define(name + schema)
-        overload = getattr(torch.ops.fastppo, name).default
-        mutated = [place for place, argument in enumerate(overload._schema.arguments) if argument.name in mutates_args]
-        # Compiled graphs call the kernel: the compiler shall not look into it.
-        kernel = torch.compiler.disable(_kernel(overload, function, mutated))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        if not overload._schema.returns:
-            torch.library.register_fake(f"fastppo::{name}", lambda *args: None)
-        return overload
 
-    return register
+def _define(
+    name: str, schema: str, function: Callable, mutates_args: Sequence[str], tags: Sequence[torch.Tag] = ()
+) -> OpOverload:
+    _LIBRARY.define(name + schema, tags=tags)
+    overload = getattr(torch.ops.fastppo, name).default
+    mutated = [place for place, argument in enumerate(overload._schema.arguments) if argument.name in mutates_args]
+    # Compiled graphs call the kernel: the compiler shall not look into it.
+    kernel = torch.compiler.disable(_kernel(overload, function, mutated))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    if not overload._schema.returns:
+        torch.library.register_fake(f"fastppo::{name}", lambda *args: None)
+    return overload
 
 
 def _kernel(op: OpOverload, function: Callable, mutated: list[int]) -> Callable:
@@ -60,7 +108,7 @@ def _kernel(op: OpOverload, function: Callable, mutated: list[int]) -> Callable:
 
 
 def register_gradient(
-    op: OpOverload,
+    op: Op,
     names: Sequence[str],
     setup_context: Callable,
     backward: Callable,
@@ -73,6 +121,13 @@ def register_gradient(
     of `names` require a gradient. backward(ctx, *upstream) returns one gradient, or None, for each of `names`, in their
     order. differentiable_backward: it consists of torch's own ops, and can be differentiated again.
     """
+    for overload in op.overloads:
+        _register_gradient(overload, names, setup_context, backward, differentiable_backward)
+
+
+def _register_gradient(
+    op: OpOverload, names: Sequence[str], setup_context: Callable, backward: Callable, differentiable_backward: bool
+) -> None:
     arguments = [argument.name for argument in op._schema.arguments]
     tensors = [argument.name for argument in op._schema.arguments if "Tensor" in str(argument.type)]
     for name in names:

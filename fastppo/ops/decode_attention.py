@@ -173,7 +173,7 @@ def _(q, k_pages, v_pages, block_table, context_lens, scale, softcap, window, si
     return q.new_empty((*q.shape[:2], v_pages.shape[-1]))
 
 
-@custom_op("write_kv", mutates_args={"k_pages", "v_pages"})
+@custom_op("write_kv", mutates_args=("k_pages", "v_pages"))
 def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, backend: str) -> None:
     if backend == "triton":
         from fastppo.kernels.decode_attention import write_kv as kernel

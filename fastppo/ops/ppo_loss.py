@@ -12,6 +12,7 @@ from fastppo.native import as_offsets, on_cuda
 from fastppo.native import ppo_loss as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._numbers import filled
 from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.reference import ppo_loss as reference
 
@@ -264,8 +265,7 @@ def check_aggregation(aggregation: str, denominator: float | Tensor | None, like
     if isinstance(denominator, Tensor):
         _checks.shape("denominator", denominator, (), "a number")
         return denominator.detach()
-    # A product, not torch.full: the one form in which torch.compile keeps a Python number as data.
-    return _checks.number("denominator", denominator, above=0) * torch.ones((), dtype=torch.float64, device=like.device)
+    return filled((), _checks.number("denominator", denominator, above=0), torch.float64, like.device)
 
 
 def needs_sequences(ratio_level: str, aggregation: str, denominator: Tensor | None) -> bool:

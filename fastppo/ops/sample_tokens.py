@@ -10,6 +10,7 @@ from torch import Tensor
 from fastppo.native import sample_tokens as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
+from fastppo.ops._numbers import filled
 from fastppo.ops._registry import custom_op
 from fastppo.reference import sample_tokens as reference
 
@@ -94,7 +95,7 @@ def _row_parameter(
     """`value`, a number or a tensor [B], as a checked tensor [B] of `dtype`; `smallest` is the smallest besides 0."""
     if not isinstance(value, Tensor):
         number = _row_number(name, value, dtype, smallest, at_most)
-        return torch.full(logits.shape[:1], number, dtype=dtype, device=logits.device)
+        return filled(logits.shape[:1], number, dtype, logits.device)
     (_checks.integer if dtype == torch.int64 else _checks.floating)(name, value)
     _check_row_tensor(name, value, logits)
     given = value = value.detach()

@@ -201,7 +201,7 @@ def _(logits, *arguments):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@custom_op("token_logprobs_backward_", mutates_args={"logits"})
+@custom_op("token_logprobs_backward_", mutates_args=("logits",))
 def _token_logprobs_backward_(
     logits: Tensor,
     labels: Tensor,

@@ -207,11 +207,14 @@ def test_decode_steps_of_a_gpu_s_cases_are_counted_alone():
 
 
 def test_floors_of_a_gpu_s_decode_steps():
-    """Qwen3-1.7B ties its embeddings: 1.72e9 weights, all of them read. Qwen2.5-7B does not: 7.6e9, one of its two [152064, 3584] not read."""
+    """Qwen3-1.7B ties its embeddings: 1.72e9 weights, all of them read. Qwen2.5-7B does not: 7.6e9, one of its two [152064, 3584] not read.
+
+    The counts are known to three digits, so to half a unit of the third: 0.5 %.
+    """
     small, large = (case.work for case in rollout_gpu.cases(Setting("cuda")))
-    assert small.bytes == pytest.approx(2 * (1.72e9 / 256 + 768 * 2 * 28 * 8 * 128), rel=1e-2)
-    assert large.bytes == pytest.approx(2 * (7.07e9 / 64 + 512 * 2 * 28 * 4 * 128), rel=1e-2)
-    assert (small.flops, large.flops) == (pytest.approx(2 * 1.72e9, rel=1e-2), pytest.approx(2 * 7.07e9, rel=1e-2))
+    assert small.bytes == pytest.approx(2 * (1.72e9 / 256 + 768 * 2 * 28 * 8 * 128), rel=5e-3)
+    assert large.bytes == pytest.approx(2 * (7.07e9 / 64 + 512 * 2 * 28 * 4 * 128), rel=5e-3)
+    assert (small.flops, large.flops) == (pytest.approx(2 * 1.72e9, rel=5e-3), pytest.approx(2 * 7.07e9, rel=5e-3))
 
 
 def test_slow_providers_take_few_turns():
@@ -280,7 +283,7 @@ def test_peak_counts_what_is_touched_beyond_the_outputs():
         peak = memory.cpu_peak(with_scratch, {"x": torch.ones(1)})
     except memory.CannotMeasure as error:
         pytest.skip(str(error))
-    assert peak == pytest.approx(64 << 20, abs=4 << 20)
+    assert peak == pytest.approx(64 << 20, abs=4 << 20)  # what the allocator and the threads touch besides
 
 
 def test_peaks_in_processes_of_their_own():

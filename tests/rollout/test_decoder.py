@@ -13,7 +13,7 @@ from fastppo.rollout.decoder import ModuleDecoder
 from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.pages import PagedCache
 from fastppo.rollout.parts_decoder import parts_decoder
-from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
+from tests.rollout.tiny import FAMILIES, assert_logprobs_are_the_models, make_model, ragged_prompts
 
 NATIVE = {"llama", "mistral-window", "qwen2", "qwen3", "granite"}
 SAMPLING = SamplingParams(n=3, max_new_tokens=30, temperature=1.0, seed=3)
@@ -41,11 +41,13 @@ def test_which_families_are_native(family, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 20}], ids=str)
 def test_samples_as_the_modules_do(family, changes, monkeypatch):
     """The same tokens (shared prompts, refilled rows, windows, biases, heads that fill no vector), log-probabilities up to rounding."""
-    native = generate(make_model(family, **changes), max_batch_size=4)
+    model = make_model(family, **changes)
+    native = generate(model, max_batch_size=4)
     monkeypatch.setattr("fastppo.rollout.model_runner.parts_agree", lambda *_: False)
     modules = generate(make_model(family, **changes), max_batch_size=4)
     assert torch.equal(native.tokens, modules.tokens)
-    torch.testing.assert_close(native.logprobs, modules.logprobs, rtol=1e-5, atol=1e-5)
+    for rollout in (native, modules):
+        assert_logprobs_are_the_models(rollout, model)
 
 
 @pytest.mark.parametrize("family", sorted(NATIVE))

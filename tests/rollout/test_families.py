@@ -9,7 +9,8 @@ import torch
 
 from fastppo.model import lm_head, packed_hidden, prepare_model
 from fastppo.rollout import Engine, SamplingParams
-from tests.rollout.tiny import FAMILIES, make_model, ragged_prompts
+from tests.rollout.tiny import FAMILIES, assert_logprobs_are_the_models, make_model, own_logits, ragged_prompts
+from tests.tolerance import assert_as_exact_as_model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -36,15 +37,11 @@ def test_greedy_equals_single_prompt_generate(pair):
     assert rollout.prompts() == prompts
 
 
-def test_sampling_logprobs_equal_packed_recomputation(pair):
+def test_sampling_logprobs_are_the_models(pair):
     model, _ = pair
     params = SamplingParams(n=2, temperature=0.7, max_new_tokens=10)
     rollout = Engine(model, max_batch_size=4).generate(ragged_prompts(), params)
-    hidden = packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.cu_seqlens)
-    actions = rollout.action_mask.nonzero().squeeze(1)
-    logits = lm_head(model).logits(hidden[actions - 1]) / 0.7
-    expected = logits.log_softmax(-1).gather(1, rollout.tokens[actions, None]).squeeze(1)
-    torch.testing.assert_close(rollout.logprobs, expected, atol=1e-4, rtol=0)
+    assert_logprobs_are_the_models(rollout, model, 0.7)
 
 
 def test_packed_logits_equal_own_forward(pair):
@@ -53,9 +50,9 @@ def test_packed_logits_equal_own_forward(pair):
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.tensor([i for prompt in prompts for i in range(len(prompt))])
     bounds = torch.tensor([0, 5, 26, 27, 39], dtype=torch.int32)
-    expected = torch.cat([plain(torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts])
+    native, exact = (own_logits(plain, prompts, dtype) for dtype in (torch.float32, torch.float64))
     for training in (False, True):  # no dropout, no router noise
         model.train(training)
         found = lm_head(model).logits(packed_hidden(model, tokens, positions, bounds))
-        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+        assert_as_exact_as_model(found.detach(), native, exact, f"logits, training={training}")
     model.eval()

@@ -7,18 +7,23 @@ from collections import defaultdict
 import pytest
 import torch
 
-from fastppo.model import lm_head, packed_hidden, prepare_model
-from fastppo.ops import linear_token_logprobs
+from fastppo.model import prepare_model
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams, Session, Turn
 from fastppo.rollout.generation import DRAWS_AHEAD
 from fastppo.rollout.model_runner import ModelRunner
-from tests.rollout.tiny import CONTEXT, FAMILIES, VOCAB_SIZE, make_chain, make_model, ragged_prompts
-from tests.tolerance import assert_as_exact_as_native
+from tests.rollout.tiny import (
+    CONTEXT,
+    FAMILIES,
+    VOCAB_SIZE,
+    assert_logprobs_are_the_models,
+    make_chain,
+    make_model,
+    ragged_prompts,
+)
 
 PROMPTS = ragged_prompts((130, 64, 5, 63, 128, 65))
 SAMPLING = SamplingParams(n=2, max_new_tokens=9, seed=5)
 PAGE = 16 / 2**20  # GiB of the model below
-EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}  # Transformers runs these in fp32 at most
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +63,6 @@ def conversations(engine: Engine, turns: int = 3, prompts=PROMPTS, sampling=SAMP
             answer(session, turn, had, turns)
         assert had == dict.fromkeys(range(len(prompts) * sampling.n), turns)
         return session.rollout()
-
-
-def recomputed(model, rollout: Rollout) -> torch.Tensor:
-    """The rollout's log-probabilities by the packed forward of the modules."""
-    with torch.no_grad():
-        hidden = packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.bounds)
-        head, actions = lm_head(model), rollout.actions
-        options = dict(temperature=rollout.temperature, softcap=head.softcap, logit_scale=head.logit_scale)
-        labels = rollout.tokens[actions]
-        return linear_token_logprobs(hidden[actions - 1], head.weight, labels, head.bias, **options)
 
 
 def assert_same(found: Rollout, expected: Rollout) -> None:
@@ -126,9 +121,7 @@ def test_turns_of_every_family(family, monkeypatch):
             session.append(turn.id, reply(turn.id, 1)[:11])
         assert len(list(session)) == len(first) == 6
         rollout = session.rollout()
-    native = recomputed(model, rollout)
-    exact = native.double() if family in EXPERTS else recomputed(prepare_model(make_model(family).double()), rollout)
-    assert_as_exact_as_native(rollout.logprobs, native, exact)
+    assert_logprobs_are_the_models(rollout, model)
 
 
 def test_going_on_without_a_reply(model):
@@ -165,8 +158,7 @@ class TestForks:
         assert rollout.prompt_index.tolist() == [0] * 4
         first = [rollout.completions()[i][:12] for i in range(4)]
         assert first == [first[0]] * 4
-        wide = prepare_model(make_model("llama", max_position_embeddings=512, eos_token_id=7).double())
-        assert_as_exact_as_native(rollout.logprobs, recomputed(model, rollout), recomputed(wide, rollout))
+        assert_logprobs_are_the_models(rollout, model)
 
     def test_of_closed_sequences_and_when_the_source_is_gone(self, model):
         sampling = SamplingParams(max_new_tokens=9, seed=5, ignore_eos=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fastppo.rollout import Rollout
+from tests.tolerance import assert_as_exact_as_model
 
 VOCAB_SIZE, CONTEXT, WINDOW = 96, 64, 8
 
@@ -68,6 +74,36 @@ def make_model(family: str, *, dtype: torch.dtype = torch.float32, **overrides: 
         if parameter.dim() >= 2 or name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.25)
     return model.to(dtype).eval()
+
+
+def as_transformers_has_it(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy on the CPU that runs its own forward, in the attention that has every model's soft-capping and sinks."""
+    plain = copy.deepcopy(model).to("cpu", dtype)
+    plain.set_attn_implementation("eager")
+    if hasattr(plain, "set_experts_implementation"):
+        plain.set_experts_implementation("eager")  # the grouped product has no fp64
+    return plain
+
+
+@torch.no_grad()
+def own_logits(model: PreTrainedModel, sequences: list[list[int]], dtype: torch.dtype) -> Tensor:
+    """[tokens, V] of Transformers' forward in `dtype`, one sequence at a time."""
+    plain = as_transformers_has_it(model, dtype)
+    return torch.cat([plain(torch.tensor([tokens]), use_cache=False).logits[0] for tokens in sequences])
+
+
+def assert_logprobs_are_the_models(rollout: Rollout, model: PreTrainedModel, temperature: float = 1.0) -> None:
+    """By the one error rule, against the log-probabilities of the same tokens in fp64."""
+    tokens, bounds = rollout.tokens.cpu(), rollout.cu_seqlens.tolist()
+    sequences = [tokens[first:end].tolist() for first, end in pairwise(bounds)]
+    actions = rollout.action_mask.nonzero().squeeze(1).cpu()
+
+    def logprobs(dtype: torch.dtype) -> Tensor:
+        logits = own_logits(model, sequences, dtype)[actions - 1] / temperature
+        return logits.log_softmax(-1).gather(1, tokens[actions, None]).squeeze(1)
+
+    ours = rollout.logprobs.cpu()
+    assert_as_exact_as_model(ours, logprobs(torch.float32), logprobs(torch.float64), "log-probabilities")
 
 
 def make_chain(successors: list[int], *, gap: float = 6.0) -> PreTrainedModel:
