@@ -59,9 +59,11 @@ class _Stack:
         self.title, *lines = text.splitlines() or [""]
         self.frames = [line for line in lines if _FRAME.match(line)]
         ours = [i for i, line in enumerate(self.frames) if _FRAME.match(line)[1] in _CALLERS]
-        self.is_functions = bool(ours)
-        if ours:
-            self.title, self.frames = "Main thread (most recent call first):", self.frames[: ours[0]]
+        self.is_functions = bool(ours) or self.title.startswith(
+            "Current thread"
+        )  # which the signal came to: the main one
+        if self.is_functions:
+            self.title, self.frames = "Main thread (most recent call first):", self.frames[: min(ours, default=None)]
 
     def __str__(self) -> str:
         return "\n".join([f"  {self.title}", *(f"  {line}" for line in self.frames[:SHOWN_FRAMES])])
