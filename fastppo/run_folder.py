@@ -29,7 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a reward in this process may change the working directory
         check_usable(self.path, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.dump(_plain(settings), Dumper=NumberDumper, sort_keys=False, allow_unicode=True)

@@ -82,9 +82,7 @@ class RewardRunner:
         return combine(answers, errors, len(completions))
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raises ValueError where data with these columns cannot be scored: a function asks for more, or a column has a name of ours."""
-        names = list(names)
-        _refuse_own_names(names)
+        """Raises ValueError naming the first argument that a function asks for and data with these columns will not have."""
         arguments = dict.fromkeys([*OWN_ARGUMENTS, *names])
         for function in self._functions:
             function.select(arguments)
@@ -222,7 +220,11 @@ def _arguments(
     completion_ids: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
     """Everything a function may ask for, by keyword."""
-    _refuse_own_names(columns)
+    for name in OWN_ARGUMENTS:
+        if name in columns:
+            raise ValueError(
+                f"columns has {name!r}, which is the name of a reward function's own argument: rename the column"
+            )
     for index, text in enumerate(completions):
         if not isinstance(text, str):
             raise TypeError(f"completions[{index}] is {type(text).__name__}, expected str")
@@ -235,14 +237,6 @@ def _arguments(
             raise ValueError(f"{name} has {len(values)} entries, expected {len(completions)}, one for each completion")
     arguments["completions"] = [_as_in_prompt(p, text) for p, text in zip(prompts, completions, strict=True)]
     return arguments
-
-
-def _refuse_own_names(columns: Iterable[str]) -> None:
-    for name in columns:
-        if name in OWN_ARGUMENTS:
-            raise ValueError(
-                f"columns has {name!r}, which is the name of a reward function's own argument: rename the column"
-            )
 
 
 def _as_in_prompt(prompt: str | Conversation, text: str) -> str | Conversation:
