@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import queue
@@ -15,21 +16,27 @@ from typing import Any
 def pools_of_this_process() -> list[Any]:
     """Every executor and multiprocessing pool. Looks through all objects (a tenth of a second), where there may be one."""
     kinds = _kinds()
-    if threading.active_count() == 1 and list(kinds) == [
-        ThreadPoolExecutor
-    ]:  # one that has no thread yet needs nothing
+    if list(kinds) == [ThreadPoolExecutor] and threading.active_count() == 1:  # without threads it needs nothing
         return []
     wanted = {id(cls) for kind in kinds for cls in _with_subclasses(kind)}
     return [thing for thing in gc.get_objects() if id(type(thing)) in wanted]
 
 
 def restart_at_first_use(pools: list[Any]) -> None:
-    """In a fork: make the copies usable. What they were busy with stays with the originals."""
+    """In a fork: make the copies usable. What they were busy with stays with the originals, and so does the server that forks for them."""
+    with contextlib.suppress(Exception):
+        _forget_fork_server()
     for pool in pools:
-        for kind, restart in _kinds().items():
-            if isinstance(pool, kind):
-                restart(pool)
-                break
+        restart = next(restart for kind, restart in _kinds().items() if isinstance(pool, kind))
+        with contextlib.suppress(Exception):  # a subclass that is made otherwise: it stays as it is
+            restart(pool)
+
+
+def _forget_fork_server() -> None:
+    if module := sys.modules.get("multiprocessing.forkserver"):
+        preload = module._forkserver._preload_modules
+        module._forkserver.__init__()
+        module._forkserver._preload_modules = preload
 
 
 def _kinds() -> dict[type, Callable[[Any], None]]:
@@ -68,9 +75,8 @@ def _restart_pool(kind: type, pool: Any) -> None:
     arguments = [pool._processes, pool._initializer, pool._initargs]
     if kind.__name__ == "Pool":
         arguments += [pool._maxtasksperchild, pool._ctx]
-    _when_called(
-        pool, "_check_running", functools.partial(kind.__init__, pool, *arguments)
-    )  # every call begins with it
+    again = functools.partial(kind.__init__, pool, *arguments)
+    _when_called(pool, "_check_running", again)  # with which every call begins
 
 
 def _when_called(pool: Any, method: str, restart: Callable[[], None]) -> None:

@@ -39,8 +39,10 @@ def ask(pid: int, pipe: int) -> str:
     """The stacks of process `pid`, shortened for a message, each line indented; "" where it writes none."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACK_SIGNAL)
+    readable = select.poll()
+    readable.register(pipe, select.POLLIN)
     written, patience = b"", FIRST_WAIT
-    while len(written) < MAX_BYTES and select.select([pipe], [], [], patience)[0]:
+    while len(written) < MAX_BYTES and readable.poll(patience * 1000):
         if not (part := os.read(pipe, 1 << 16)):
             break
         written, patience = written + part, NEXT_WAIT
@@ -58,12 +60,11 @@ class _Stack:
     def __init__(self, text: str) -> None:
         self.title, *lines = text.splitlines() or [""]
         self.frames = [line for line in lines if _FRAME.match(line)]
-        ours = [i for i, line in enumerate(self.frames) if _FRAME.match(line)[1] in _CALLERS]
-        self.is_functions = bool(ours) or self.title.startswith(
-            "Current thread"
-        )  # which the signal came to: the main one
+        ours = next((i for i, line in enumerate(self.frames) if _FRAME.match(line)[1] in _CALLERS), None)
+        # The signal comes to the main thread, which may be too deep for faulthandler to reach our own frames.
+        self.is_functions = ours is not None or self.title.startswith("Current thread")
         if self.is_functions:
-            self.title, self.frames = "Main thread (most recent call first):", self.frames[: min(ours, default=None)]
+            self.title, self.frames = "Main thread (most recent call first):", self.frames[:ours]
 
     def __str__(self) -> str:
         return "\n".join([f"  {self.title}", *(f"  {line}" for line in self.frames[:SHOWN_FRAMES])])
