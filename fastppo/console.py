@@ -27,6 +27,7 @@ COLUMNS = {
 }
 SHOWN_STEPS = 12
 SHOWN_CHARACTERS = 2000
+SHOWN_NOTES = 20
 # C0 and C1 controls but tab and newline, halves of characters, and the marks that reverse the direction of text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -53,6 +54,7 @@ class Reporter:
         self.total_steps, self.quiet = total_steps, quiet
         self.console = console or Console(highlight=False)
         self.rows: list[tuple[int, Mapping[str, float]]] = []
+        self.noted: set[str] = set()
         self.live: Live | None = None
         columns = (
             TextColumn("{task.description:8}"),
@@ -100,6 +102,14 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line that stays on the screen."""
         self._print(text)
+
+    def note_once(self, text: str) -> None:
+        """A note, unless one that differs in its numbers only was shown before; after `SHOWN_NOTES` different ones there are no more."""
+        kind = re.sub(r"\d+", "0", text)
+        if kind in self.noted or len(self.noted) > SHOWN_NOTES:
+            return
+        self.noted.add(kind)
+        self.note(text if len(self.noted) <= SHOWN_NOTES else "further notes of this kind are not shown")
 
     def sample(self, title: str, prompt: str, completion: str, score: float) -> None:
         """A completion under its prompt. Every line of the model's is marked as such: it cannot pass for a record of the run."""

@@ -65,10 +65,11 @@ def reward_metrics(scores: Scores) -> dict[str, float]:
 
 
 def evaluation_metrics(rollout: Rollout, result: RewardResult) -> dict[str, float]:
-    """Of held-out prompts."""
+    """Of held-out prompts; the mean is over the completions that have a valid score."""
     valid = [score for score in result.scores if not math.isnan(score)]
     return {
         "eval/scores": sum(valid) / len(valid) if valid else math.nan,
+        "eval/failures": float(result.failures),
         "eval/mean_length": rollout.num_actions / rollout.num_sequences,
     }
 

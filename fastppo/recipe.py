@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastppo.config import MOVED, Recipe, RecipeRewardConfig, moved_to
+from fastppo.yaml_numbers import NumberLoader
 
 SECTIONS = {
     spec.name: spec.default_factory for spec in dataclasses.fields(Recipe) if isinstance(spec.default_factory, type)
@@ -28,7 +29,7 @@ RUN_KEYS = [spec.name for spec in dataclasses.fields(Recipe) if spec.name not in
 OLD_SECTION = "ppo"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(NumberLoader):
     """YAML in which a key may stand once only: the second would silently replace the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -259,16 +260,37 @@ def _import(name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    """The module in a file, which can import its neighbours, as a script can; but what is installed comes first."""
     if not path.is_file():
         raise FileNotFoundError(f"reward.function: {path} does not exist")
-    # A name of its own shadows no other module; dataclasses look their module up by it.
+    path = path.resolve()
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        return _import_anew(path) if _is_importable(path) else _load_under_own_name(path)
+    except Exception as error:  # whatever the file does when it is imported
+        raise ValueError(f"reward.function: {path} cannot be imported: {_reason(error)}") from error
+
+
+def _is_importable(path: Path) -> bool:
+    """Whether the file is what its name imports: so do the processes of a pool that is spawned, which look its functions up."""
+    if loaded := sys.modules.get(path.stem):
+        return getattr(loaded, "__file__", None) == str(path)
+    found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
+    return found is not None and found.origin == str(path)
+
+
+def _import_anew(path: Path) -> ModuleType:
+    sys.modules.pop(path.stem, None)  # it may have been edited since
+    return importlib.import_module(path.stem)
+
+
+def _load_under_own_name(path: Path) -> ModuleType:
+    """Shadows no other module; dataclasses look their module up by its name."""
     spec = importlib.util.spec_from_file_location(f"fastppo_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does when it is imported
-        raise ValueError(f"reward.function: {path} cannot be imported: {_reason(error)}") from error
+    spec.loader.exec_module(module)
     return module
 
 

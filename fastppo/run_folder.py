@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from fastppo.yaml_numbers import NumberDumper
+
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
 MARK = "# Settings of a fastppo run\n"
 # Half a character, which broken input can hold, becomes \udXXX: in JSON that is its escape, and it comes back as it was.
@@ -27,10 +29,11 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a reward in this process may change the working directory
         check_usable(self.path, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.path / CONFIG, MARK + yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+        text = yaml.dump(_plain(settings), Dumper=NumberDumper, sort_keys=False, allow_unicode=True)
+        _write_whole(self.path / CONFIG, MARK + text)
         if not resume:
             self.rewind(-1)  # samples of a run that ended within its first step
 

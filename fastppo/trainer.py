@@ -142,6 +142,14 @@ class PPOTrainer:
         sampling = dataclasses.replace(sampling, n=1, temperature=self.config.evaluation.temperature)
         rollout = self.engine.generate([row["prompt_ids"] for row in rows], sampling)
         result, _ = self._call_rewards(rollout, rows)
+        self._note_errors(result)
+        if result.failures:
+            count = rollout.num_sequences
+            others = f"eval/scores is the mean of the other {count - result.failures}"
+            self.reporter.note(
+                f"held out: {result.failures} of {count} completions have no valid score; "
+                f"{others if result.failures < count else 'there is no eval/scores'}"
+            )
         return evaluation_metrics(rollout, result)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -203,6 +211,7 @@ class PPOTrainer:
         self._log_samples(folder, rollout, rows, texts, result)
         scores = Scores.of(result, rollout.tokens.device)
         valid = self._valid(rollout, scores, result.errors)
+        self._note_errors(result)
         kept = rollout.select(valid)
         penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
         return kept, penalised, reward_metrics(scores)
@@ -215,6 +224,10 @@ class PPOTrainer:
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts
+
+    def _note_errors(self, result: RewardResult) -> None:
+        for error in result.errors:
+            self.reporter.note_once(error)
 
     def _valid(self, rollout: Rollout, scores: Scores, errors: list[str]) -> list[int]:
         """The samples to learn from: not those without a valid score (a failed reward is never a silent 0), those that broke off because
@@ -229,7 +242,8 @@ class PPOTrainer:
         failure_rate = 1 - len(valid) / count
         if failure_rate > self.config.reward.max_failure_rate or not valid:
             odd_logits = [f"the model's logits were NaN or infinite in {broken} of {count}"] if broken else []
-            why = "; ".join(dict.fromkeys([*odd_logits, *errors])) or "the scores are NaN or None"
+            empty = [f"{counts.count(0)} of {count} completions hold no token"] if 0 in counts else []
+            why = "; ".join(dict.fromkeys([*odd_logits, *empty, *errors]))
             raise TrainingError(
                 f"{failure_rate:.0%} of the samples of step {self.step} have no valid reward, more than "
                 f"reward.max_failure_rate = {self.config.reward.max_failure_rate:.0%}: {why}"
@@ -263,6 +277,7 @@ class PPOTrainer:
         limit = None if context is None else context - self.config.rollout.max_new_tokens
         with _naming(name):
             dataset = source if isinstance(source, PromptDataset) else load_prompts(source, self.tokenizer)
+            self.rewards.check_columns(name for name in dataset[0] if name not in PROMPT_COLUMNS)
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
     def _save(self, folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ FLOORS = [
     ("fastppo._C", "fastppo.kernels"),
     ("fastppo.native", "fastppo.reference", "fastppo.ops"),
     ("fastppo.model",),
-    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data"),
+    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.yaml_numbers"),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.trainer"),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import difflib
+import functools
 import inspect
+import itertools
 import math
 import numbers
+import reprlib
 import traceback
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Set
+from decimal import Decimal
 from typing import Any
 
+import torch
+
+from fastppo.rewards.event_loop import wait_for
+
 Scores = list[float | None]
+
+_UNORDERED_OR_TEXT = str | bytes | bytearray | memoryview | Mapping | Set
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """What every reward function is offered; the data's columns have other names."""
@@ -20,14 +29,16 @@ OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 TRACEBACK_FRAMES = 3
 MESSAGE_CHARACTERS = 2000
 
+_SHORT = reprlib.Repr()  # takes no time over long values, and survives a __repr__ that raises
+_SHORT.maxstring = _SHORT.maxother = 80
+
 
 class RewardFunction:
     """A function that follows TRL's convention, `fn(prompts, completions, **columns) -> list[float | None]`, sync or async."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
-        """Raises TypeError for anything that cannot be called with keywords."""
-        if not callable(function):
-            raise TypeError(f"reward function is {function!r}, expected a callable")
+        """Raises TypeError for anything that is no function to be called with keywords, ValueError for one whose signature does not fit."""
+        _refuse_what_is_no_function(function)
         self.name = name
         self._function = function
         self._parameters = _keyword_parameters(function, name)
@@ -49,16 +60,22 @@ class RewardFunction:
         return {name: value for name, value in arguments.items() if self._takes_all or name in self._parameters}
 
     def answer(self, keywords: Mapping[str, Any], expected: int) -> dict[str, Any]:
-        """Call the function once: {"scores": [float or None] * expected} or {"error": text}; both survive a trip through JSON."""
+        """Call the function once: {"scores": [float or None] * expected} or {"error": text}; both survive a trip through JSON.
+
+        It gets copies of all values, so that nothing it does to them reaches another function, a retry, the data set, or another
+        sample of the same row. Raises KeyboardInterrupt alone.
+        """
         try:
-            result = self._function(**keywords)
+            result = self._function(**{name: [_own_copy(v) for v in values] for name, values in keywords.items()})
             if inspect.isawaitable(result):
-                result = _wait_for(result)
+                result = wait_for(result)
             return {"scores": to_scores(result, expected)}
         except BadScores as error:
             return {"error": str(error)}
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            return {"error": _describe(error)}
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, CancelledError, ...: no way of giving up ends the run
+            return {"error": describe(error)}
 
 
 class BadScores(ValueError):
@@ -70,11 +87,13 @@ def to_scores(result: Any, expected: int) -> Scores:
 
     Raises BadScores with the expected and the actual number, or with the first element that is no number.
     """
-    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+    if isinstance(result, _UNORDERED_OR_TEXT) or not hasattr(result, "__iter__"):
         raise BadScores(f"returned {_show(result)}, expected a list of {expected} numbers or None")
-    values = result.tolist() if hasattr(result, "tolist") else list(result)
-    if not isinstance(values, list) or len(values) != expected:
-        found = len(values) if isinstance(values, list) else 0
+    if getattr(result, "ndim", 1) != 1:
+        raise BadScores(f"returned {type(result).__name__} of shape {tuple(result.shape)}, expected ({expected},)")
+    values = list(itertools.islice(result.tolist() if hasattr(result, "tolist") else result, expected + 1))
+    if len(values) != expected:
+        found = len(values) if len(values) < expected else len(result) if hasattr(result, "__len__") else "more"
         raise BadScores(f"returned {found} scores, expected {expected}, one for each completion")
     return [_to_score(value, index) for index, value in enumerate(values)]
 
@@ -84,7 +103,7 @@ def _to_score(value: Any, index: int) -> float | None:
         value = value.item()
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real | Decimal):
         raise BadScores(f"returned {_show(value)} for completion {index}, expected a number or None")
     try:
         return float(value)
@@ -92,19 +111,30 @@ def _to_score(value: Any, index: int) -> float | None:
         return math.inf
 
 
-def _wait_for(awaitable: Any) -> Any:
-    async def wait() -> Any:
-        return await awaitable
-
+def _own_copy(value: Any) -> Any:
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with ThreadPoolExecutor(1) as pool:  # called in-process from a notebook, whose own loop is busy with us
-        return pool.submit(asyncio.run, wait()).result()
+        return copy.deepcopy(value)
+    except Exception:  # a lock, an open file: it can only be what it is
+        return value
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _refuse_what_is_no_function(function: Any) -> None:
+    inner = function.func if isinstance(function, functools.partial) else function
+    if isinstance(inner, torch.nn.Module):
+        raise TypeError(
+            f"reward function is a model, {type(inner).__name__}, expected a function that asks it: "
+            "def reward(prompts, completions, **columns), which tokenises them, runs the model under torch.no_grad() and "
+            "returns a list of numbers, one for each completion (docs/rewards.md has one)"
+        )
+    if isinstance(inner, type):
+        raise TypeError(
+            f"reward function is the class {inner.__name__}, expected a function or an object that can be called: {inner.__name__}(...)"
+        )
+    if not callable(inner):
+        raise TypeError(f"reward function is {_show(function)}, expected a callable")
 
 
 def _keyword_parameters(function: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
@@ -121,20 +151,29 @@ def _keyword_parameters(function: Callable[..., Any], name: str) -> dict[str, in
     return parameters
 
 
-def _describe(error: BaseException) -> str:
-    text = str(error)
-    if len(text) > MESSAGE_CHARACTERS:
-        text = text[:MESSAGE_CHARACTERS] + " ..."
+def describe(error: BaseException) -> str:
+    """Type, text and the last frames of where it was raised."""
+    text = _text_of(error)
     if "CUDA" in text and "fork" in text:
-        text += " (a reward that needs the GPU runs in this process: timeout=None)"
+        text += " (a reward that needs the GPU runs in this process: reward.timeout=None)"
     # The first frame is ours.
     frames = traceback.extract_tb(error.__traceback__)[1:][-TRACEBACK_FRAMES:]
-    return "\n".join([f"{type(error).__name__}: {text}", *(line.rstrip() for line in traceback.format_list(frames))])
+    inner = [f"{type(part).__name__}: {_text_of(part)}" for part in getattr(error, "exceptions", ())[:TRACEBACK_FRAMES]]
+    return "\n".join(
+        [f"{type(error).__name__}: {text}", *inner, *(line.rstrip() for line in traceback.format_list(frames))]
+    )
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception as problem:
+        return f"its text cannot be had, {type(problem).__name__}"
+    return text if len(text) <= MESSAGE_CHARACTERS else text[:MESSAGE_CHARACTERS] + " ..."
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:80] + ' ...'}"
+    return f"{type(value).__name__} {_SHORT.repr(value)}"
 
 
 def _did_you_mean(name: str, names: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 The keeper is forked once, early. It starts no thread and runs no foreign code, so it can fork a fresh worker at any time: forking the
 trainer itself later would copy locks that other threads hold, a CUDA context, and every page of weights that changes afterwards. It
 reaps what it kills, and it notices when the trainer dies. The worker runs the function on its main thread, in a process group of its
-own, and serves until it must be killed.
+own, and serves until it must be killed; before it is killed for taking too long, it says where it hangs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 
+from fastppo.rewards import stacks
+from fastppo.rewards.pools import restart_at_first_use
+
 Serve = Callable[[bytes], dict[str, Any]]
 
 CANCEL, QUIT = b"C", b"Q"  # no request is like them: those are pickles, which begin with 0x80
@@ -38,6 +41,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 class ProcessFailure(Exception):
     """The function gave no answer: it took too long, or its process died. The text says which."""
+
+
+class TookTooLong(ProcessFailure):
+    """It was still at work when its time was over."""
 
 
 def fork(run: Callable[..., None], *arguments: Any) -> int:
@@ -76,8 +83,20 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def keep(serve: Serve, timeout: float, trainer: Connection, not_mine: list[Connection], trainer_pid: int) -> None:
-    """The keeper's life: hand requests to a worker until the trainer quits, closes the pipe or dies."""
+def keep(
+    serve: Serve,
+    timeout: float,
+    trainer: Connection,
+    not_mine: list[Connection],
+    trainer_pid: int,
+    pools: list[Any],
+    advice: str,
+) -> None:
+    """The keeper's life: hand requests to a worker until the trainer quits, closes the pipe or dies.
+
+    pools: those of the trainer's process. advice: what to say of a function that hangs, after where it hangs.
+    """
+    restart_at_first_use(pools)
     os.setpgid(0, 0)  # a signal to the trainer's group must not end the keeper before it has cleaned up
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     for pipe in not_mine:
@@ -91,12 +110,19 @@ def keep(serve: Serve, timeout: float, trainer: Connection, not_mine: list[Conne
         worker = worker or _Worker(serve, trainer)
         try:
             reply = worker.ask(request, timeout, lambda: trainer.poll() or os.getppid() != trainer_pid)
+        except TookTooLong as failure:
+            reason = f"{failure}{worker.where_it_hangs()}\n{advice}"
+            worker, reply = worker.kill(), _failure(reason)
         except ProcessFailure as failure:
-            worker, reply = worker.kill(), json.dumps({"failure": str(failure)}).encode()
+            worker, reply = worker.kill(), _failure(str(failure))
         with contextlib.suppress(OSError):
             trainer.send_bytes(reply)
     if worker is not None:
         worker.kill()
+
+
+def _failure(reason: str) -> bytes:
+    return json.dumps({"failure": reason}).encode()
 
 
 def _next_message(trainer: Connection, trainer_pid: int, worker: _Worker | None) -> bytes:
@@ -116,12 +142,14 @@ class _Worker:
 
     def __init__(self, serve: Serve, trainer: Connection) -> None:
         self._pipe, theirs = Pipe()
-        self._pid = fork(_work, serve, theirs, [self._pipe, trainer], os.getpid())
+        self._stacks, write_end = os.pipe()
+        self._pid = fork(_work, serve, theirs, [self._pipe, trainer], os.getpid(), write_end)
         with contextlib.suppress(
             OSError
         ):  # both sides do it: whoever comes first, the group is there before it is needed
             os.setpgid(self._pid, self._pid)
         theirs.close()
+        os.close(write_end)
 
     def ask(self, request: bytes, timeout: float, interrupted: Callable[[], bool]) -> bytes:
         """The worker's reply. Raises ProcessFailure; then only `kill` is left to do."""
@@ -134,10 +162,15 @@ class _Worker:
                 if self.has_exited() and not self._pipe.poll():  # what it started may still hold the pipe open
                     raise ProcessFailure(self._last_words())
                 if time.monotonic() >= deadline:
-                    raise ProcessFailure(f"no answer within {timeout:g} s: its process was killed")
+                    raise TookTooLong(f"no answer within {timeout:g} s: its process was killed")
             return self._pipe.recv_bytes(MAX_REPLY_BYTES)
         except (EOFError, OSError):
             raise ProcessFailure(self._last_words()) from None
+
+    def where_it_hangs(self) -> str:
+        """To be appended to a message; "" where it does not say."""
+        found = stacks.ask(self._pid, self._stacks)
+        return f". It was here:\n{found}" if found else ""
 
     def has_exited(self) -> bool:
         return self._state() is not None
@@ -148,6 +181,7 @@ class _Worker:
             os.killpg(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         self._pipe.close()
+        os.close(self._stacks)
         deadline = time.monotonic() + KILL_SECONDS
         while (orphans := _children()) and time.monotonic() < deadline:  # killing one makes orphans of its children
             for pid in orphans:
@@ -175,7 +209,7 @@ class _Worker:
         return f"its process was killed by signal {state.si_status} ({signal.strsignal(state.si_status)})"
 
 
-def _work(serve: Serve, keeper: Connection, not_mine: list[Connection], keeper_pid: int) -> None:
+def _work(serve: Serve, keeper: Connection, not_mine: list[Connection], keeper_pid: int, stack_pipe: int) -> None:
     """The worker's life: answer requests until the keeper is gone."""
     os.setpgid(0, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -183,6 +217,7 @@ def _work(serve: Serve, keeper: Connection, not_mine: list[Connection], keeper_p
         return
     for pipe in not_mine:
         pipe.close()
+    stacks.write_at_signal(stack_pipe)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a background process that reads the terminal would be stopped
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"

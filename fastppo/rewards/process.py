@@ -12,15 +12,18 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 import weakref
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from fastppo.rewards.keeper import CANCEL, MAX_REPLY_BYTES, QUIT, ProcessFailure, Serve, fork, keep
+from fastppo.rewards.pools import pools_of_this_process
 
 GRACE = 10.0  # seconds a keeper may take beyond the time limit, to fork and to kill
 CLOSE_GRACE = 2.0  # seconds it may take to give up a request, or to end
+SHOWN_THREADS = 5
 
 _open_pipes: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -92,7 +95,8 @@ class KillableProcess:
         self._pipe, theirs = Pipe()
         _open_pipes.add(self._pipe)
         # A copy of a trainer's end in the new keeper would hide from the other keepers that the trainer is gone.
-        self._keeper = fork(keep, self._serve, self._timeout, theirs, list(_open_pipes), self._owner)
+        not_mine, pools = list(_open_pipes), pools_of_this_process()
+        self._keeper = fork(keep, self._serve, self._timeout, theirs, not_mine, self._owner, pools, _advice())
         theirs.close()
         self._finalizer = weakref.finalize(self, _stop_keeper, self._keeper, self._pipe, self._owner)
 
@@ -108,6 +112,22 @@ class KillableProcess:
         os.kill(self._keeper, signal.SIGKILL)
         self.close()
         raise ProcessFailure("the process that watches it does not answer")
+
+
+def _advice() -> str:
+    """What to do about a function that took too long."""
+    text = (
+        "  If it only needs longer, raise reward.timeout; reward.timeout=None calls it in the trainer's process, where a debugger "
+        "can follow it."
+    )
+    lost = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if lost:
+        shown = ", ".join(map(repr, lost[:SHOWN_THREADS])) + (", ..." if len(lost) > SHOWN_THREADS else "")
+        text += (
+            f"\n  The trainer had other threads ({shown}) when it forked this process, which has none of them: a function that "
+            "waits for one must start it itself, at its first call."
+        )
+    return text
 
 
 def _stop_keeper(pid: int, pipe: Connection, owner: int) -> None:

@@ -8,30 +8,16 @@ import math
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastppo.rewards import process
-from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, to_scores
+from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, describe, to_scores
 from fastppo.rewards.keeper import ProcessFailure
 from fastppo.rewards.process import KillableProcess
+from fastppo.rewards.result import RewardResult, combine
 
 Conversation = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class RewardResult:
-    """What the reward functions said about B completions. NaN is the only mark of an invalid score."""
-
-    scores: list[float]
-    """[B] sum over the functions; NaN where one of them failed or gave NaN or infinity, or where none applies."""
-    by_name: dict[str, list[float]]
-    """Each function's own [B] scores; NaN where it is invalid or does not apply."""
-    failures: int
-    """How many of `scores` are NaN."""
-    errors: list[str]
-    """One text for each failed attempt (also those that a retry made good) and each function with invalid entries."""
 
 
 class RewardRunner:
@@ -93,7 +79,13 @@ class RewardRunner:
             return RewardResult([], {name: [] for name in requests}, 0, [])
         with self._lock:
             answers, errors = self._run(requests, len(completions))
-        return _combine(answers, errors, len(completions))
+        return combine(answers, errors, len(completions))
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Raises ValueError naming the first argument that a function asks for and data with these columns will not have."""
+        arguments = dict.fromkeys([*OWN_ARGUMENTS, *names])
+        for function in self._functions:
+            function.select(arguments)
 
     def close(self) -> None:
         """End all processes. The next call would start them again."""
@@ -183,7 +175,10 @@ class _Forked:
 
 def _serve(function: RewardFunction, request: bytes) -> dict[str, Any]:
     keywords, expected = pickle.loads(request)  # written by the process that forked this one
-    return function.answer(keywords, expected)
+    try:
+        return function.answer(keywords, expected)
+    except KeyboardInterrupt as error:  # its own: Ctrl-C is the trainer's to handle
+        return {"error": describe(error)}
 
 
 @functools.cache
@@ -204,7 +199,8 @@ def _name_functions(functions: Callable[..., Any] | Sequence[Callable[..., Any]]
     """Under the functions' own names; the second `f` is `f_2`."""
     several = [functions] if callable(functions) else functions
     if not isinstance(several, list | tuple):
-        raise TypeError(f"functions is {type(functions).__name__}, expected a callable or a list of callables")
+        hint = " (a reward model is asked by a function: docs/rewards.md)" if isinstance(functions, str) else ""
+        raise TypeError(f"functions is {type(functions).__name__}, expected a callable or a list of callables{hint}")
     if not several:
         raise ValueError("functions is empty, expected at least one reward function")
     named: dict[str, RewardFunction] = {}
@@ -249,31 +245,3 @@ def _as_in_prompt(prompt: str | Conversation, text: str) -> str | Conversation:
     if isinstance(prompt, list):
         return [{"role": "assistant", "content": text}]
     raise TypeError(f"a prompt is {type(prompt).__name__}, expected str or a list of messages")
-
-
-def _combine(answers: dict[str, Scores | None], errors: list[str], count: int) -> RewardResult:
-    totals, applies = [0.0] * count, [False] * count
-    by_name: dict[str, list[float]] = {}
-    for name, scores in answers.items():
-        values = [math.nan] * count if scores is None else [_finite_or_nan(score) for score in scores]
-        by_name[name] = [math.nan if value is None else value for value in values]
-        for index, value in enumerate(values):
-            if value is not None:
-                applies[index] = True
-                totals[index] += value
-        if scores is not None:
-            odd = [index for index, value in enumerate(values) if value is not None and math.isnan(value)]
-            errors += _complaint(f"reward {name!r} gave NaN or infinity", odd, count)
-    errors += _complaint("no reward applies (each gave None)", [i for i, used in enumerate(applies) if not used], count)
-    scores = [total if used and math.isfinite(total) else math.nan for total, used in zip(totals, applies, strict=True)]
-    return RewardResult(scores, by_name, sum(map(math.isnan, scores)), errors)
-
-
-def _finite_or_nan(score: float | None) -> float | None:
-    return score if score is None or math.isfinite(score) else math.nan
-
-
-def _complaint(what: str, indices: list[int], count: int) -> list[str]:
-    return (
-        [f"{what} for {len(indices)} of {count} completions, the first of them number {indices[0]}"] if indices else []
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastppo.rewards.runner import RewardResult
+from fastppo.rewards.result import RewardResult
 from fastppo.rollout.record import on_device
 from fastppo.rollout.rollout import FinishReason, Rollout
 

@@ -137,7 +137,7 @@ def test_anything_that_is_a_list_of_numbers(make, timeout, returned):
     [
         ([1.0, 2.0], ["returned 2 scores, expected 3"]),
         ([1.0] * 4, ["returned 4 scores, expected 3"]),
-        (torch.zeros(3, 1), ["completion 0", "expected a number"]),
+        (torch.zeros(3, 1), ["Tensor of shape (3, 1), expected (3,)"]),
         ([1.0, "2", 3.0], ["str '2' for completion 1"]),
         ([1.0, 2 + 1j, 3.0], ["complex"]),
         (1.0, ["float 1.0", "expected a list of 3"]),

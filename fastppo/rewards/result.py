@@ -1,0 +1,68 @@
+"""What the reward functions said of a batch: their sum and each one's own scores, with the invalid ones marked and explained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastppo.rewards.function import Scores
+
+LARGEST_SCORE = 1e12
+"""Larger ones, of either sign, are invalid: their squares (a variance, the critic's loss), summed over a batch, may leave fp32."""
+
+_TOO_LARGE = f"more than {LARGEST_SCORE:g} in size, which fp32 cannot train on"
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What the reward functions said about B completions. NaN is the only mark of an invalid score."""
+
+    scores: list[float]
+    """[B] sum over the functions; NaN where one of them failed or gave NaN, infinity or more than `LARGEST_SCORE`, or where none applies."""
+    by_name: dict[str, list[float]]
+    """Each function's own [B] scores; NaN where it is invalid or does not apply."""
+    failures: int
+    """How many of `scores` are NaN."""
+    errors: list[str]
+    """One text for each failed attempt (also those that a retry made good) and each function with invalid entries."""
+
+
+def combine(answers: dict[str, Scores | None], errors: list[str], count: int) -> RewardResult:
+    """answers: each function's [count] scores, None where it failed. errors: of the attempts; those of single scores come after them."""
+    totals, applies = [0.0] * count, [False] * count
+    by_name: dict[str, list[float]] = {}
+    for name, scores in answers.items():
+        values = [math.nan] * count if scores is None else scores
+        errors += _complaints(f"reward {name!r} gave", [] if scores is None else scores)
+        by_name[name] = [math.nan if value is None or not _usable(value) else value for value in values]
+        for index, value in enumerate(values):
+            if value is not None:
+                applies[index] = True
+                totals[index] += by_name[name][index]
+    errors += _complaint("no reward applies (each gave None)", [i for i, used in enumerate(applies) if not used], count)
+    large = [index for index, total in enumerate(totals) if _too_large(total)]
+    errors += _complaint(f"the rewards' sum is {_TOO_LARGE}", large, count)
+    scores = [total if used and _usable(total) else math.nan for total, used in zip(totals, applies, strict=True)]
+    return RewardResult(scores, by_name, sum(map(math.isnan, scores)), errors)
+
+
+def _usable(score: float) -> bool:
+    return abs(score) <= LARGEST_SCORE  # NaN is not
+
+
+def _too_large(score: float) -> bool:
+    return math.isfinite(score) and not _usable(score)
+
+
+def _complaints(who: str, scores: Scores) -> list[str]:
+    given = [(index, score) for index, score in enumerate(scores) if score is not None]
+    odd = [index for index, score in given if not math.isfinite(score)]
+    large = [index for index, score in given if _too_large(score)]
+    count = len(scores)
+    return _complaint(f"{who} NaN or infinity", odd, count) + _complaint(f"{who} {_TOO_LARGE}", large, count)
+
+
+def _complaint(what: str, indices: list[int], count: int) -> list[str]:
+    return (
+        [f"{what} for {len(indices)} of {count} completions, the first of them number {indices[0]}"] if indices else []
+    )

@@ -1,0 +1,79 @@
+"""What docs/rewards.md shows runs as it is written there."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo.config import RewardConfig
+from fastppo.recipe import load_recipe, resolve_reward
+from fastppo.rewards import RewardRunner
+from fastppo.rewards.result import LARGEST_SCORE
+from tests.tiny import make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "rewards.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """All names that the Python blocks define, run from top to bottom."""
+    module = types.ModuleType("rewards_of_the_docs")
+    for block in blocks("python"):
+        exec(compile(block, "docs/rewards.md", "exec"), module.__dict__)
+    return module
+
+
+def test_a_reward_is_tried_as_shown(shown):
+    assert shown.result.scores == [1 - 0.001, -0.007] and shown.result.errors == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("graded", [1, 1, 0]), ("judged", [0, 1, 0])], ids=["with a pool", "async"]
+)
+@pytest.mark.parametrize("timeout", [20.0, None], ids=["forked", "in-process"])
+def test_the_examples_work_step_after_step(shown, name, expected, timeout):
+    with RewardRunner(getattr(shown, name), timeout=timeout, retries=0) as runner:
+        for _ in range(2):
+            result = runner(["p"] * 3, ["short", "because", "x" * 100], {})
+            assert result.errors == [] and result.scores == expected
+
+
+def test_a_model_is_asked_as_shown(shown):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=18, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1
+    )
+    config.pad_token_id = 0
+    model = LlamaForSequenceClassification(config)
+    with pytest.raises(TypeError, match="docs/rewards.md"):
+        RewardRunner(model, timeout=None)
+    with RewardRunner(shown.RewardModel(model, make_tokenizer()), timeout=None, retries=0) as runner:
+        result = runner(["ab", "c"], ["cd", "d"], {})
+    assert result.errors == [] and len(set(result.scores)) == 2 and torch.tensor(result.scores).isfinite().all()
+
+
+def test_the_recipe_is_one(tmp_path):
+    (recipe,) = blocks("yaml")
+    code = next(block for block in blocks("python") if "def close_to" in block)
+    (tmp_path / "my_rewards.py").write_text(code)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    reward = resolve_reward(load_recipe(tmp_path / "recipe.yaml").reward)
+    with RewardRunner(reward, timeout=None) as runner:
+        assert runner(["p", "q"], ["x" * 30, "x" * 40], {}).scores == [-0.1, 0]
+
+
+def test_its_figures_are_the_defaults():
+    config = RewardConfig()
+    for setting in ("timeout", "retries", "max_failure_rate"):
+        assert re.search(rf"`reward\.{setting}`[^(`]*\({getattr(config, setting):g}( s)?\)", TEXT), setting
+    assert f"more than {LARGEST_SCORE:g} in size".replace("+", "") in TEXT
