@@ -19,13 +19,13 @@ STEMS = sorted(path.stem for path in (ROOT / "fastppo" / "ops").glob("[a-z]*.py"
 
 # Floors from the ground up; a module may import from its own floor and those below.
 FLOORS = [
-    ("fastppo._C", "fastppo.kernels"),
+    ("fastppo._C", "fastppo.kernels", "fastppo.errors"),
     ("fastppo.native", "fastppo.reference", "fastppo.ops"),
     ("fastppo.model",),
     ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data"),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
-    + ("fastppo.plot", "fastppo.trainer"),
+    + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
     ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo"),
 ]
 

@@ -181,7 +181,8 @@ def test_the_written_config_is_a_recipe_again(tmp_path):
     from fastppo.run_folder import RunFolder
 
     recipe = load_recipe(write(tmp_path), ["rollout.stop_token_ids=[3]"])
-    folder = RunFolder(tmp_path / "run", dataclasses.asdict(recipe))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(dataclasses.asdict(recipe))
     assert load_recipe(folder.path / "config.yaml") == recipe
     assert yaml.safe_load((folder.path / "config.yaml").read_text())["total_steps"] == 5
 

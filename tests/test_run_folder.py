@@ -14,10 +14,11 @@ from rich.console import Console
 from fastppo.console import Reporter, printable
 from fastppo.plot import PANELS, _draw, plot_run
 from fastppo.run_folder import RunFolder, read_metrics
+from tests.tiny import make_folder
 
 
 def test_rows_come_back(tmp_path):
-    folder = RunFolder(tmp_path / "run", {"ppo": {"lr": 0.1}})
+    folder = make_folder(tmp_path / "run", {"ppo": {"lr": 0.1}})
     folder.log_metrics(1, {"a": 0.5, "b": math.nan})
     folder.log_metrics(2, {"a": math.inf})
     folder.log_sample(1, "p", "c\n", math.nan)
@@ -26,13 +27,13 @@ def test_rows_come_back(tmp_path):
 
 
 def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     for step in (1, 2, 3):
         folder.log_metrics(step, {"a": step})
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "a"')
     assert [row["step"] for row in read_metrics(folder.path)] == [1, 2, 3]
-    RunFolder(folder.path, {}, resume=True).rewind(2)
+    folder.resume({}, 2)
     folder.log_metrics(3, {"a": 9})
     assert [row["step"] for row in read_metrics(folder.path)] == [1, 2, 3]
 
@@ -40,37 +41,37 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
 def test_foreign_and_finished_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"):
-        RunFolder(tmp_path, {})
+        RunFolder(tmp_path)
     with pytest.raises(ValueError, match="which is a file"):
-        RunFolder(tmp_path / "thesis.txt", {})
+        RunFolder(tmp_path / "thesis.txt")
     (tmp_path / "config.yaml").write_text("somebody: else\n")
     for resume in (False, True):
         with pytest.raises(ValueError, match="holds other files"):
-            RunFolder(tmp_path, {}, resume=resume)
+            RunFolder(tmp_path, resume=resume)
     assert (tmp_path / "config.yaml").read_text() == "somebody: else\n"
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     folder.log_metrics(1, {})
     with pytest.raises(ValueError, match="--resume"):
-        RunFolder(tmp_path / "run", {})
-    RunFolder(tmp_path / "run", {}, resume=True)
-    folder = RunFolder(tmp_path / "unrecorded", {})
+        RunFolder(tmp_path / "run")
+    RunFolder(tmp_path / "run", resume=True)
+    folder = make_folder(tmp_path / "unrecorded", {})
     folder.checkpoints.mkdir()
     with pytest.raises(ValueError, match="--resume"):
-        RunFolder(folder.path, {})
+        RunFolder(folder.path)
 
 
 def test_a_run_that_ended_in_its_first_step_starts_afresh(tmp_path):
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     folder.log_sample(1, "p", "c", 0.0)
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     assert (folder.path / "samples.jsonl").read_text() == ""
 
 
 def test_any_text_and_any_kind_of_number_is_recorded(tmp_path):
-    folder = RunFolder(tmp_path / "run", {"ppo": {"output_dir": "é"}})
+    folder = make_folder(tmp_path / "run", {"ppo": {"output_dir": "é"}})
     folder.log_sample(1, "half \ud83d", "中\u2028", 1.0)
     folder.log_metrics(1, {"numpy": np.float32(0.5), "tensor": torch.tensor(2.0)})
-    folder.rewind(1)
+    folder.resume({}, 1)
     sample = json.loads((folder.path / "samples.jsonl").read_text(encoding="utf-8"))
     assert (sample["prompt"], sample["completion"]) == ("half \ud83d", "中\u2028")
     assert read_metrics(folder.path) == [{"step": 1, "numpy": 0.5, "tensor": 2.0}]
@@ -78,7 +79,7 @@ def test_any_text_and_any_kind_of_number_is_recorded(tmp_path):
 
 @pytest.mark.parametrize("line", [b"\0\0\0", b"[]", b'{"a": 1}'])
 def test_a_damaged_line_is_named(tmp_path, line):
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     folder.log_metrics(1, {"a": 1.0})
     with (folder.path / "metrics.jsonl").open("ab") as file:
         file.write(line + b"\n")
@@ -92,7 +93,7 @@ def test_a_folder_without_metrics_is_no_run(tmp_path):
 
 
 def make_run(tmp_path, steps=20):
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     for step in range(steps):
         score = step / steps
         row = {
@@ -122,7 +123,7 @@ def test_a_run_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_nothing_to_draw(tmp_path):
-    folder = RunFolder(tmp_path / "run", {})
+    folder = make_folder(tmp_path / "run", {})
     folder.log_metrics(1, {"other": 1.0})
     with pytest.raises(ValueError, match="no metrics to draw"):
         plot_run(folder.path)
