@@ -113,8 +113,9 @@ class RunFolder:
         # The reward's arguments may hold what only their owner should read.
         mode = PRIVATE if settings.get("reward", {}).get("arguments") else None
         row = {"step": step, "time": datetime.now().astimezone().isoformat(timespec="seconds"), "settings": settings}
-        before = (self.path / HISTORY).read_text(encoding="utf-8") if (self.path / HISTORY).exists() else ""
-        _write_whole(self.path / HISTORY, before + _line(row), mode)
+        history = self.path / HISTORY
+        before = history.read_text(encoding="utf-8", errors="replace") if history.exists() else ""
+        _write_whole(history, before + _line(row), mode)
         _write_whole(config, MARK + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), mode)
 
     @contextmanager

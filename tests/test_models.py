@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -20,7 +21,7 @@ from fastppo.model import (
     prepare_model,
 )
 from fastppo.rollout import Engine
-from tests.rollout.tiny import CONTEXT, VOCAB_SIZE, WINDOW, make_chain, make_model
+from tests.rollout.tiny import CONTEXT, FAMILIES, VOCAB_SIZE, WINDOW, make_chain, make_model
 
 # Transformers' norms and rotary angles are fp32 in fp64 models too: a last bit of fp64 can flip one of fp32.
 CLOSE = dict(atol=2e-5, rtol=1e-5)
@@ -332,6 +333,32 @@ class TestLoading:
     def test_folder_without_model(self, tmp_path):
         with pytest.raises(ValueError, match="model '.*' cannot be read from this folder"):
             load_model(str(tmp_path), dtype="auto", device="cpu")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_no_family_lacks_what_it_saved(self, tmp_path, family):
+        make_model(family).save_pretrained(tmp_path)
+        load_model(tmp_path, dtype="auto", device="cpu")
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("change", [lambda weight: None, lambda weight: weight[:1].clone()], ids=["lost", "cut"])
+    def test_weights_that_are_missing_are_named(self, tmp_path, tied, change):
+        """Transformers would put random numbers in their place. Tied weights are stored once, which is not missing."""
+        make_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+        load_model(str(tmp_path), dtype="auto", device="cpu")
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        changed = change(tensors.pop(name))
+        save_file(
+            tensors if changed is None else tensors | {name: changed}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(ValueError, match=f"lacks weights.*: {name}$"):
+            load_model(tmp_path, dtype="auto", device="cpu")
+
+    def test_broken_weights(self, tmp_path):
+        make_model("llama").save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"cut")
+        with pytest.raises(ValueError, match="cannot be read from this folder"):
+            load_model(tmp_path, dtype="auto", device="cpu")
 
     def test_unknown_dtype(self, tmp_path):
         make_model("llama").save_pretrained(tmp_path)

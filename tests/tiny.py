@@ -21,8 +21,8 @@ def ppo_config(**changes) -> PPOConfig:
     return PPOConfig(**settings)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+def make_tokenizer(letters=LETTERS) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
