@@ -40,7 +40,8 @@ def is_users(error: BaseException) -> bool:
 def _raised_by_a_check(traceback: TracebackType | None) -> bool:
     module, raised = "", False
     while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
+        spec = traceback.tb_frame.f_globals.get("__spec__")  # under `python -m`, `__name__` says nothing
+        name = "" if spec is None else spec.name
         raised = dis.opname[traceback.tb_frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
         module = module if name == _SHARED_CHECKS and raised else name
         traceback = traceback.tb_next

@@ -19,10 +19,10 @@ STEMS = sorted(path.stem for path in (ROOT / "fastppo" / "ops").glob("[a-z]*.py"
 
 # Floors from the ground up; a module may import from its own floor and those below.
 FLOORS = [
-    ("fastppo._C", "fastppo.kernels", "fastppo.errors"),
+    ("fastppo._C", "fastppo.kernels"),
     ("fastppo.native", "fastppo.reference", "fastppo.ops"),
     ("fastppo.model",),
-    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data"),
+    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.errors"),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
