@@ -202,7 +202,7 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
 
     checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
     if not checkpoints:
-        return "there is no checkpoint yet (checkpoint.every sets how often one is written)"
+        return "no step is done, so there is no checkpoint yet"
     command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
 

@@ -3,6 +3,7 @@
 config.yaml  history.jsonl  metrics.jsonl  samples.jsonl  curve.png  checkpoints/  model/
 
 `config.yaml` holds the settings of now; `history.jsonl` has a line for each start and resume, with the step from which its settings held.
+`earlier-1/` has the records of a run that had no checkpoint when it was to be resumed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -107,7 +109,12 @@ class RunFolder:
             _write_whole(path, "".join(map(_line, rows)))
 
     def _record_settings(self, step: int, settings: Mapping[str, Any]) -> None:
-        config, settings = self.path / CONFIG, _as_written(settings)
+        config, given, settings = self.path / CONFIG, _plain(settings), _as_written(settings)
+        if settings != given:
+            warnings.warn(
+                f"reward.arguments hold what looks like a secret: {CONFIG} names environment variables in its place",
+                stacklevel=4,
+            )
         if config.exists() and not _is_ours(config) and config.stat().st_size:
             config.rename(config.with_suffix(".yaml.damaged"))
         # The reward's arguments may hold what only their owner should read.

@@ -69,7 +69,7 @@ class PPOTrainer:
     ) -> None:
         self.config = config = config or PPOConfig()
         named = isinstance(model, str | os.PathLike)
-        name = os.path.expanduser(model) if named else getattr(model, "name_or_path", "")
+        name = os.path.expanduser(model) if named else getattr(model, "name_or_path", None) or ""
         name = os.path.abspath(name) if os.path.isdir(name) else name
         self.recipe = recipe or dataclasses.asdict(config) | {"model": {"name": name}}
         device = _resolve_device(config.device)
