@@ -14,6 +14,7 @@ from fastppo.bench import compare, isa, peers, plots, record, report, targets
 from fastppo.bench.catalog import OPS, check_op, ops_on, size_names, takes_dtype
 from fastppo.bench.run import Plan, run
 from fastppo.bench.setting import DTYPES, Setting, parse_sizes
+from fastppo.errors import is_users
 
 ROUNDS, QUICK_ROUNDS = 20, 3
 TABLE_WIDTH = 190  # where the output is no terminal
@@ -162,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         check_options(options)
         planned = plan(options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return finish(options, run(planned, Console(stderr=True)))

@@ -3,7 +3,8 @@
     root/step-000120/policy.safetensors ... state.json manifest.json
 
 A checkpoint is written to a hidden temporary folder, every file is flushed to the disk, a manifest with sizes and SHA-256 comes last, and one
-rename makes it visible. Older ones are removed only afterwards. One process at a time may write to a root.
+rename makes it visible. Older ones are removed only afterwards. One process at a time may write to a root. What goes wrong once a checkpoint is
+complete is a warning: it is there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastppo.errors import CheckpointError
+
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
@@ -30,10 +33,6 @@ _NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{6,}})")
 
 Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]
 """(tensors by file, state, step)"""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or cannot be read; the message names the path and what to do."""
 
 
 def save_checkpoint(
@@ -46,7 +45,7 @@ def save_checkpoint(
     left behind, and the checkpoints that were there still are.
     """
     root = Path(root)
-    target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}"
+    target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
     replaced = root / f"{_REPLACED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -54,17 +53,18 @@ def save_checkpoint(
         temporary.mkdir()
         for name, named in tensors.items():
             save_file(_separate(named), temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "state": state}, indent=1))
+        saved = {"step": step, "files": sorted(tensors), "state": state}
+        (temporary / "state.json").write_text(json.dumps(saved, indent=1))
         manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
             _flush(path)
+        _flush_folder(temporary, root)
         if (
             target.exists()
         ):  # reached again after a resume from an older one; still found under its other name until the rename below
             target.rename(replaced)
         temporary.rename(target)
-        _flush(root)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not target.exists():
@@ -74,10 +74,11 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {target} could not be written: {error}. The earlier ones are untouched{cure}"
         ) from error
+    _flush_folder(root, root)
     _remove_leftovers(root)
     up_to_now = [path for number, path in list_checkpoints(root).items() if number <= step]
     for old in up_to_now[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
 
 
@@ -89,19 +90,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         name.removesuffix(".safetensors"): load_file(path / name) for name in manifest if name.endswith(".safetensors")
     }
     saved = json.loads((path / "state.json").read_text())
+    if lost := sorted(set(saved.get("files", ())) - set(tensors)):
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not list {lost[0]}.safetensors")
     return tensors, saved["state"], saved["step"]
 
 
 def load_latest_checkpoint(root: str | Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint under `root` that is whole, and what it holds, read and hashed once.
 
-    Damaged ones are passed over with a warning. None when there is none.
+    Damaged ones are passed over with a warning. None when there is none; CheckpointError when all are damaged.
     """
+    problems = []
     for _, path in reversed(list_checkpoints(root).items()):
         try:
             return path, load_checkpoint(path)
         except CheckpointError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"no checkpoint in {root} can be used: {'; '.join(problems)}")
     return None
 
 
@@ -124,11 +131,9 @@ def _verify(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{MANIFEST} does not list state.json")
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
-                raise CheckpointError(
-                    f"checkpoint {path} is damaged: {name} is not what was written; delete the folder"
-                )
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}; delete the folder") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     return manifest
 
 
@@ -149,13 +154,28 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_folder(path: Path, root: Path) -> None:
+    """Some file systems refuse it for a folder. A power cut right after may then lose the checkpoint, and nothing else."""
+    try:
+        _flush(path)
+    except OSError as error:
+        warnings.warn(f"folders in {root} cannot be flushed to the disk: {error}", stacklevel=3)
+
+
 def _remove_leftovers(root: Path) -> None:
     """Remove what a killed process was still writing, and what has a successor in its place."""
     for path in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
+        _remove(path)
     for path in root.glob(f"{_REPLACED}*"):
         if (root / path.name.removeprefix(_REPLACED)).exists():
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # a file that another machine has open, over NFS
+        warnings.warn(f"{folder} cannot be removed: {error}", stacklevel=3)
 
 
 def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: fastppo train | generate | info | plot | bench."""
+"""The command line: fastppo train | generate | export | plot | info | bench."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fastppo.errors import is_users
+
 if TYPE_CHECKING:
+    from transformers import TextStreamer
+
     from fastppo.ops._backends import OpStatus
     from fastppo.rollout import Engine
 
@@ -28,38 +32,76 @@ EXTRAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 2 a mistake of the user's (one line says which), 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 2 a mistake of the user's (one line says which), 130 interrupted (143 by SIGTERM), 141
+    nobody reads what is printed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     try:
-        if arguments[:1] == ["bench"]:  # its options are its own
-            from fastppo.bench.__main__ import main as bench
-
-            return bench(arguments[1:])
-        options = _parser().parse_args(arguments)
-        return options.command(options)
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can be told
+        return code
     except KeyboardInterrupt:
         print("fastppo: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
     except Exception as error:
-        if not _is_users(error) or os.environ.get("FASTPPO_TRACEBACK"):
+        if not is_users(error) or os.environ.get("FASTPPO_TRACEBACK"):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        from fastppo.console import printable
+
+        text = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"fastppo: error: {text}", file=sys.stderr)
+        _silence_stdout()
         return 2
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether users can mend it: shown as one line, with a traceback only under FASTPPO_TRACEBACK=1."""
-    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "fastppo":
-        return False  # our own modules do not fit together
-    errors: list[type[Exception]] = [ValueError, OSError, ImportError]
-    for module, name in (("fastppo.checkpoint", "CheckpointError"), ("fastppo.trainer", "TrainingError")):
-        if module in sys.modules:
-            errors.append(getattr(sys.modules[module], name))
-    return isinstance(error, tuple(errors))
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:  # its options are its own
+        from fastppo.bench.__main__ import main as bench
+
+        return bench(arguments[1:])
+    parser, commands = _parser()
+    if arguments and arguments[0] in commands:  # options and other arguments in any order
+        options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
+    else:
+        options = parser.parse_args(arguments)
+    return options.command(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _open_streams() -> None:
+    """Standard streams that were closed lead nowhere: else the next file that is opened would be standard output. A character that the
+    terminal lacks becomes a question mark."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _silence_stdout() -> None:
+    """What is still in its buffer is lost; the exit of Python would complain of it."""
+    with suppress(Exception):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _settle_stdout(text: str = "") -> None:
+    """Print what a run ends with, or what is left of it: the run is over, whether or not anybody reads this."""
+    from fastppo.console import printable
+
+    try:
+        print(printable(text), end="\n" if text else "", flush=True)
+    except OSError:
+        _silence_stdout()
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """(the whole, each command's own)"""
     parser = argparse.ArgumentParser(prog="fastppo", description="PPO for language models")
     parser.add_argument("--version", action="version", version=f"fastppo {_version('fastppo')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -92,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
     )
+    export = add("export", _export, "Write the policy of a run's newest checkpoint as a model folder.")
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument("folder", metavar="FOLDER", nargs="?", help="where to (default: model in the run folder)")
+    export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
+    export.add_argument(
+        "--model", metavar="MODEL", help="what the run started from, where its config.yaml does not say"
+    )
     info = add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
     info.add_argument(
         "model",
@@ -103,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("run", metavar="RUN", help="run folder")
     plot.add_argument("-o", "--out", metavar="FILE", help="picture to write (default: curve.png in the run folder)")
     commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
-    return parser
+    return parser, commands.choices
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -137,14 +186,18 @@ def _train(options: argparse.Namespace) -> int:
     )
     try:
         metrics = trainer.train(resume=options.resume)
-    except KeyboardInterrupt:
-        print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.output_dir)}", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as end:
+        with suppress(OSError):  # a terminal that is gone
+            print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.output_dir)}", file=sys.stderr)
+        _settle_stdout()
+        return end.code if isinstance(end, SystemExit) else 130
     if not metrics:
-        print(f"nothing to do: {recipe.output_dir} has all its {recipe.total_steps} steps; to go on, raise total_steps")
+        _settle_stdout(
+            f"nothing to do: {recipe.output_dir} has all its {recipe.total_steps} steps; to go on, raise total_steps"
+        )
         return 0
     reward_now = metrics.get("eval/scores", metrics["objective/scores"])
-    print(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.output_dir}")
+    _settle_stdout(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.output_dir}")
     return 0
 
 
@@ -155,15 +208,15 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
 
     checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
     if not checkpoints:
-        return "there is no checkpoint yet (checkpoint.every sets how often one is written)"
+        return "no step is done, so there is no checkpoint yet"
     command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
 
 
 def _generate(options: argparse.Namespace) -> int:
     import torch
-    from transformers import TextStreamer
 
+    from fastppo.console import printable
     from fastppo.model import load_model, load_tokenizer
     from fastppo.model.decoding import decodable, decode
     from fastppo.rollout import Engine, SamplingParams
@@ -178,14 +231,14 @@ def _generate(options: argparse.Namespace) -> int:
         stop_strings=tuple(options.stop),
         seed=options.seed,
     )
-    prompts = options.prompt or [sys.stdin.read()]
+    prompts = options.prompt or [sys.stdin.read() if sys.stdin else ""]
     tokenizer = load_tokenizer(options.model)
     if options.chat:
         prompts = [_as_message(tokenizer, text) for text in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = Engine(load_model(options.model, dtype=options.dtype, device=device), tokenizer)
     if len(prompts) * options.n == 1:
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer = _streamer(tokenizer)
 
         def show(new: list[tuple[int, int]]) -> None:
             for token in decodable(tokenizer, [token for _, token in new]):
@@ -198,7 +251,7 @@ def _generate(options: argparse.Namespace) -> int:
             rollout = engine.generate(prompts, sampling, progress=progress)
         texts = [decode(tokenizer, ids, skip_special_tokens=True) for ids in rollout.completions()]
         for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
-            print(f"--- prompt {index}\n{text}")
+            print(f"--- prompt {index}\n{printable(text)}")
     stats = engine.stats
     print(
         f"prompt {stats.prefill_tokens} tokens, {stats.prefill_tokens_per_second:,.0f} a second; "
@@ -206,6 +259,19 @@ def _generate(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _streamer(tokenizer) -> TextStreamer:
+    """Prints completions as they grow, without what could drive the terminal."""
+    from transformers import TextStreamer
+
+    from fastppo.console import printable
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Printer(tokenizer, skip_special_tokens=True)
 
 
 @contextmanager
@@ -227,6 +293,13 @@ def _as_message(tokenizer, text: str) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fastppo.export import export_run
+
+    print(export_run(options.run, options.folder, step=options.step, model=options.model))
+    return 0
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -17,6 +18,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _path_text(value: Any) -> Any:
+    """A `Path` as its text, `~` as the user's home."""
+    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
+
+
+PathText = Annotated[str, BeforeValidator(_path_text)]
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -183,8 +192,8 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    every: OptionalCount = 0
-    """Steps between checkpoints; 0 saves only at the end."""
+    every: OptionalCount = 10
+    """Steps between checkpoints, so what a crash or a power cut can cost; 0 saves only at the end and when the run is interrupted."""
     keep: Count = 2
     """Newest checkpoints kept."""
 
@@ -197,7 +206,7 @@ class PPOConfig:
     A *step* is one rollout of `rollout.prompts_per_step * rollout.samples_per_prompt` completions and the updates made from it.
     """
 
-    output_dir: str = "runs/ppo"
+    output_dir: PathText = "runs/ppo"
     """Folder that receives config, metrics, samples, curve and checkpoints."""
     total_steps: Count = 100
     """Number of rollout-and-update steps."""
@@ -231,9 +240,9 @@ class PPOConfig:
 class ModelConfig:
     """Which model a recipe trains."""
 
-    name: str = ""
+    name: PathText = ""
     """Folder in Transformers' format, or a hub name."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub name of the tokenizer; the model's own when not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weight type; `auto` is float32 on the CPU and bfloat16 on a GPU."""
@@ -243,11 +252,11 @@ class ModelConfig:
 class DataConfig:
     """Which prompts a recipe trains on."""
 
-    path: str = ""
+    path: PathText = ""
     """JSON Lines, JSON, CSV, TSV (these also gzipped) or Parquet file, or a hub name of a data set."""
     split: str = "train"
     """Split of a hub data set."""
-    eval_path: str | None = None
+    eval_path: PathText | None = None
     """Held-out prompts, same format; when neither it nor `eval_split` is given, `eval_size` rows are taken off the end of `path`."""
     eval_split: str | None = None
     """Split of the held-out prompts, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
@@ -274,10 +283,11 @@ class DataConfig:
 class RecipeRewardConfig(RewardConfig):
     """Which reward a recipe maximises, and how it is called."""
 
-    function: str = ""
+    function: PathText = ""
     """`package.module:function`, or `path/to/file.py:function` (relative to the recipe)."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments bound to the function for every call."""
+    """Keyword arguments bound to the function for every call. `${env:NAME}` in a text stands for an environment variable, whose value no file
+    of the run ever holds."""
 
 
 @dataclass(config=STRICT)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -47,6 +49,8 @@ def format_metric(title: str, metrics: Mapping[str, float]) -> str | None:
 class Reporter:
     """Shows the steps of a run; use it as a context manager around them.
 
+    What only shows may fail: an output that is closed, full or of another encoding is given up, which standard error says once.
+
     quiet: show nothing (tests, several processes). console: where to write; by default the terminal's standard output.
     """
 
@@ -69,22 +73,39 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self.console.is_terminal and not self.quiet:
-            self.live = Live(self._view(), console=self.console, refresh_per_second=6)
-            self.live.start()
+            with self._may_fail():
+                self.live = Live(self._view(), console=self.console, refresh_per_second=6)
+                self.live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.live is not None:
-            self.progress.remove_task(self.phase_task)
-            self.live.update(self._view())
-            self.live.stop()
+            with self._may_fail():
+                self.progress.remove_task(self.phase_task)
+                self.live.update(self._view())
+                self.live.stop()
             self.live = None
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """What goes wrong inside ends the display, not the run. Rich answers a broken pipe with SystemExit."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            live, self.live, self.quiet = self.live, None, True
+            with suppress(Exception, SystemExit):
+                if live is not None:
+                    live.stop()
+            reason = error.__context__ if isinstance(error, SystemExit) else error
+            with suppress(Exception):
+                print(f"fastppo: the run goes on without a display: {reason}", file=sys.stderr, flush=True)
 
     def phase(self, name: str, done: int, total: int, note: str = "") -> None:
         """Progress within a step: rollout, reward, update; `note` stands beside the bar."""
         if self.live is not None:
-            self.progress.update(self.phase_task, description=name, completed=done, total=total, note=note)
-            self.live.update(self._view())
+            with self._may_fail():
+                self.progress.update(self.phase_task, description=name, completed=done, total=total, note=note)
+                self.live.update(self._view())
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One more step of the run is done."""
@@ -92,8 +113,9 @@ class Reporter:
             self.progress.reset(self.steps_task)
         self.rows = [*self.rows, (step, metrics)][-SHOWN_STEPS:]
         if self.live is not None:
-            self.progress.update(self.steps_task, completed=step)
-            self.live.update(self._view())
+            with self._may_fail():
+                self.progress.update(self.steps_task, completed=step)
+                self.live.update(self._view())
         elif not self.quiet:
             cells = ((title, format_metric(title, metrics)) for title in COLUMNS)
             parts = [f"{title} {cell}" for title, cell in cells if cell is not None]
@@ -121,9 +143,10 @@ class Reporter:
 
     def _print(self, text: str) -> None:
         if not self.quiet:
-            encoding = self.console.encoding  # a character that the terminal lacks must not end the run
-            shown = printable(text).encode(encoding, "replace").decode(encoding)
-            self.console.print(Text(shown), soft_wrap=True)
+            with self._may_fail():
+                encoding = self.console.encoding  # a character that the terminal lacks must not end the display
+                shown = printable(text).encode(encoding, "replace").decode(encoding)
+                self.console.print(Text(shown), soft_wrap=True)
 
     def _view(self) -> Group:
         shown = [title for title in COLUMNS if any(format_metric(title, metrics) for _, metrics in self.rows)]

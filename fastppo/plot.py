@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastppo.console import printable
 from fastppo.run_folder import read_metrics
 
 
@@ -41,6 +42,7 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
 
     Panels without data are left out. Raises FileNotFoundError when `run` has no metrics, ImportError without matplotlib.
     """
+    run = Path(run).expanduser()
     rows = read_metrics(run)
     try:
         from matplotlib.figure import Figure
@@ -54,8 +56,8 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
     figure = Figure(figsize=(4.6 * columns, 3.1 * grid), layout="constrained")
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(grid, columns, index + 1), panel, rows)
-    figure.suptitle(Path(run).resolve().name)
-    out = Path(run) / "curve.png" if out is None else Path(out)
+    figure.suptitle(printable(run.resolve().name), parse_math=False)  # `$` in a folder's name is a dollar
+    out = run / "curve.png" if out is None else Path(out).expanduser()
     figure.savefig(out, dpi=110)
     return out
 

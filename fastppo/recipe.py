@@ -8,7 +8,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
+import os
+import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -27,10 +31,22 @@ SECTIONS = {
 KEYS = {name: [key.name for key in dataclasses.fields(section)] for name, section in SECTIONS.items()}
 RUN_KEYS = [spec.name for spec in dataclasses.fields(Recipe) if spec.name not in SECTIONS]  # at the recipe's top level
 OLD_SECTION = "ppo"
+MOST_VALUES = 10_000
+# Settings that may name a file or folder; `reward.function` may too, before its colon.
+PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"), ("reward", "function"))
+PATH_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py")
+ENVIRONMENT = re.compile(r"\$\{env:(\w+)\}")
 
 
 class _UniqueKeyLoader(NumberLoader):
-    """YAML in which a key may stand once only: the second would silently replace the first."""
+    """YAML in which a key may stand once only, where the second would silently replace the first, and aliases (`*name`) make no more values
+    than a recipe can need."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases (*name) make more than {MOST_VALUES} values of it, or one without end")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -44,23 +60,44 @@ class _UniqueKeyLoader(NumberLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values `node` stands for once every alias is a copy; infinite where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+        known[id(node)] = 1 + sum(_count_values(child, known) for pair in pairs for child in pair)
+    return known[id(node)]
+
+
+def _load_yaml(text: str | bytes) -> Any:
+    """Raises ValueError with the reason in one line."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"not valid YAML: {_one_line(error)}") from error
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `overrides`: "optimizer.lr=1e-5", "total_steps=5", or "gamma=0.9" where only one section has the key.
 
-    Files that the recipe names relative to itself are found from any working directory. Raises FileNotFoundError, or ValueError that names
-    the key, what it was and what it should be.
+    A relative path in the recipe starts beside the recipe, one in an override in the working directory; `output_dir` always there. Raises
+    FileNotFoundError, or ValueError that names the key, what it was and what it should be.
     """
-    path = Path(path)
-    settings = _read(path)
+    path = Path(path).expanduser()
+    settings, typed = _read(path), set()
     for override in overrides:
         section, key, value = _parse_override(override)
         (settings.setdefault(section, {}) if section else settings)[key] = value
+        typed.add((section, key))
     _refuse_booleans(settings)
     try:
         recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
-    _find_files(recipe, path.parent)
+    for section, key in PATHS:
+        folder = Path.cwd() if (section, key) in typed else path.absolute().parent
+        _locate(getattr(recipe, section), key, f"{section}.{key}", folder)
     return recipe
 
 
@@ -69,9 +106,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
+        settings = _load_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"recipe {path} is {_one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"recipe {path} is {type(settings).__name__}, expected sections: {', '.join(SECTIONS)}")
     for name, values in settings.items():
@@ -162,15 +199,26 @@ def _one_line(error: Exception) -> str:
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:
-    """(section or "" for a run key, key, value) of "section.key=value" or "key=value"."""
+    """(section or "" for a run key, key, value) of "section.key=value" or "key=value". A setting that is a text gets the text as it was typed,
+    but `null` for none where it may have none; all others are YAML."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} has no '=', expected section.key=value, for example optimizer.lr=1e-5")
     section, key = _resolve_name(name.strip(), f"override {override!r}")
+    kinds = _kinds(SECTIONS[section] if section else Recipe, key)
+    if kinds <= {str, type(None)}:
+        return section, key, None if text == "null" and type(None) in kinds else text
     try:
-        return section, key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+        return section, key, _load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: the value is {error}") from error
+
+
+def _kinds(owner: type, key: str) -> set[type]:
+    """The types that a setting may have; a choice of texts is a text."""
+    kind = typing.get_type_hints(owner)[key]
+    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return {type(typing.get_args(m)[0]) if typing.get_origin(m) is typing.Literal else m for m in members}
 
 
 def _resolve_name(name: str, where: str) -> tuple[str, str]:
@@ -204,24 +252,28 @@ def _explain(problem: dict[str, Any]) -> str:
     return f"{where} is {problem['input']!r}: {expected.replace('input should be', 'expected')}"
 
 
-def _find_files(recipe: Recipe, folder: Path) -> None:
-    """Replace names that are files beside the recipe by their paths; other names stay (hub names, the working directory)."""
-    for section, key in (
-        (recipe.model, "name"),
-        (recipe.model, "tokenizer"),
-        (recipe.data, "path"),
-        (recipe.data, "eval_path"),
-    ):
-        name = getattr(section, key)
-        if name and (folder / name).exists():
-            setattr(section, key, str((folder / name).resolve()))
-    file, colon, function = recipe.reward.function.rpartition(":")
-    if colon and file.endswith(".py") and (folder / file).is_file():
-        recipe.reward.function = f"{(folder / file).resolve()}:{function}"
+def _locate(section: Any, key: str, name: str, folder: Path) -> None:
+    """Make a path that starts in `folder` absolute. What is neither there nor looks like a path stays: a name on the hub, a module.
+
+    Raises ValueError where the working directory has what was to stand beside the recipe.
+    """
+    text, colon, function = getattr(section, key) or "", "", ""
+    if key == "function":
+        text, colon, function = text.rpartition(":")
+    looks_like_a_path = text.startswith((".", "/")) or text.endswith(PATH_ENDINGS)
+    if not text or (key == "function" and not text.endswith(".py")):
+        return
+    if (folder / text).exists() or looks_like_a_path:
+        setattr(section, key, f"{os.path.normpath(folder / text)}{colon}{function}")
+    if not (folder / text).exists() and Path(text).exists():
+        raise ValueError(
+            f"{name} is {text!r}, which is not beside the recipe ({folder / text} does not exist): write ./{text} as an override, which starts in "
+            f"the working directory, or the path from the recipe's folder, {os.path.relpath(text, folder)}"
+        )
 
 
 def resolve_reward(config: RecipeRewardConfig) -> Callable[..., Any]:
-    """The function that `reward.function` names, with `reward.arguments` bound to it.
+    """The function that `reward.function` names, with `reward.arguments` bound to it, `${env:NAME}` in them replaced by that variable's value.
 
     Raises FileNotFoundError or ValueError when it cannot be imported, is not there, or does not take the arguments.
     """
@@ -243,11 +295,25 @@ def resolve_reward(config: RecipeRewardConfig) -> Callable[..., Any]:
         inspect.signature(function).bind_partial(**config.arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"reward.arguments is {config.arguments!r}, but {config.function} {error}") from error
-    bound = functools.partial(function, **config.arguments)
+    bound = functools.partial(function, **_from_environment(config.arguments, "reward.arguments"))
     # Name and text only: `__wrapped__` would show the signature in which the bound arguments are still asked for.
     functools.update_wrapper(bound, function)
     del bound.__wrapped__
     return bound
+
+
+def _from_environment(value: Any, name: str) -> Any:
+    """`value` with the values of the environment variables that its texts name. Raises ValueError where one is not set."""
+    if isinstance(value, dict):
+        return {key: _from_environment(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    for variable in ENVIRONMENT.findall(value):
+        if variable not in os.environ:
+            raise ValueError(f"{name} is {value!r}, but the environment variable {variable} is not set")
+    return ENVIRONMENT.sub(lambda match: os.environ[match[1]], value)
 
 
 def _import(name: str) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.algorithms.ppo import PPO
-from fastppo.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
 from fastppo.config import PPOConfig
-from fastppo.console import Reporter
+from fastppo.console import Reporter, printable
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
+from fastppo.errors import TrainingError
+from fastppo.interruption import Interrupted, Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
@@ -29,21 +31,18 @@ from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
 from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
-from fastppo.run_folder import RunFolder
+from fastppo.run_folder import MODEL, RunFolder
+from fastppo.run_state import RunState, identity
 
 EVALUATION_SEED_OFFSET = 0x5EED
 SEEDS = 2**63  # of the sampler
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: too many rewards failed, or too many updates were not finite."""
 
 
 class PPOTrainer:
     """Proximal policy optimisation (Schulman et al. 2017) of a causal language model on prompts and a reward.
 
     Args:
-        model: a folder or hub name, or a loaded Transformers causal LM, which is trained in place.
+        model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place.
         reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (their sum is maximised).
         prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name; or, where `DataConfig` has settings for
             them, what `fastppo.data.load_prompts(source, tokenizer, DataConfig(...))` makes of these.
@@ -52,7 +51,7 @@ class PPOTrainer:
         eval_prompts: held-out prompts, in the same forms.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
-        recipe: what to write to the run folder's `config.yaml`; by default the PPO settings.
+        recipe: what to write to the run folder's `config.yaml`; by default the PPO settings and the model's name.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, or a model that could not be written in the end, before anything is written.
@@ -60,7 +59,7 @@ class PPOTrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | os.PathLike | PreTrainedModel,
         *,
         reward: Callable | Sequence[Callable],
         prompts: Any,
@@ -72,15 +71,18 @@ class PPOTrainer:
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        self.recipe = recipe or dataclasses.asdict(config)
+        named = isinstance(model, str | os.PathLike)
+        name = os.path.expanduser(model) if named else getattr(model, "name_or_path", None) or ""
+        name = os.path.abspath(name) if os.path.isdir(name) else name
+        self.recipe = recipe or dataclasses.asdict(config) | {"model": {"name": name}}
         device = _resolve_device(config.device)
         # First, so that the processes which run rewards hold no copy of the model.
         with _naming("reward"):
             self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
-        if tokenizer is None and not isinstance(model, str):
+        if tokenizer is None and not named:
             raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
-        loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model.to(device)
+        loaded = load_model(model, dtype=dtype, device=device) if named else model.to(device)
         self.model = prepare_model(loaded)
         require_writable(self.model, self.tokenizer)
         self.prompts = self._load(prompts, "prompts")
@@ -102,35 +104,39 @@ class PPOTrainer:
         )
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed)
-        self.step = 0
+        self.state = RunState(self.learner, self.sampler, self._identity)
+        self._interruption = Interruption()
 
     # Public
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.state.step
 
     def train(self, resume: bool = False) -> dict[str, float]:
         """Run to `total_steps`, recording into `output_dir`; with `resume`, go on from its newest checkpoint.
 
-        Returns the last step's metrics. Raises TrainingError when the run cannot go on; what was written stays.
+        Returns the last step's metrics. On SIGINT (Ctrl-C), SIGTERM and SIGHUP the rollout in hand is dropped, or the update in hand finished, and a
+        checkpoint is written; then KeyboardInterrupt is raised, or SystemExit with the code 128 + signal. A second signal ends at once.
+        Whatever else ends the run, the steps that are done are saved too; `train(resume=True)` goes on, here or in a new process.
+
+        Raises TrainingError when the run cannot go on, ValueError or CheckpointError where it cannot be recorded or resumed; what was written stays.
         """
-        config, folder = self.config, RunFolder(self.config.output_dir, self.recipe, resume=resume)
-        if resume:
-            self._resume(folder)
-        metrics: dict[str, float] = {}
-        with self.reporter, self.rewards:
-            self._say_what_holds()
-            if self.step == 0 and self.eval_prompts is not None:
-                folder.log_metrics(0, self.evaluate())
-            while self.step < config.total_steps:
-                metrics = self._train_step(folder)
-                self.step += 1
-                last = self.step == config.total_steps
-                if self.eval_prompts is not None and (last or self._due(config.evaluation.every)):
-                    metrics |= self.evaluate()
-                folder.log_metrics(self.step, metrics)
-                self.reporter.step(self.step, metrics)
-                if last or self._due(config.checkpoint.every):
-                    self._save(folder)
-        self.save_pretrained(folder.path / "model")
-        self._plot(folder)
+        folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
+        evaluate = self.eval_prompts is not None
+        with folder.lock(note):
+            self.state.begin(folder, self.recipe, resume=resume, evaluate=evaluate, note=note)
+            with Interruption() as self._interruption, self.reporter, self.rewards:
+                try:
+                    metrics = self._run(folder)
+                except BaseException as error:
+                    self.state.save_before(error, folder, keep=self.config.checkpoint.keep, note=note)
+                    if isinstance(error, Interrupted):
+                        self._interruption.end()
+                    raise
+            self._write_model(folder)
+            self._plot(folder)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -140,7 +146,9 @@ class PPOTrainer:
         rows = list(self.eval_prompts)
         sampling = self.config.rollout.sampling((self.config.seed + EVALUATION_SEED_OFFSET) % SEEDS)
         sampling = dataclasses.replace(sampling, n=1, temperature=self.config.evaluation.temperature)
-        rollout = self.engine.generate([row["prompt_ids"] for row in rows], sampling)
+        rollout = self.engine.generate(
+            [row["prompt_ids"] for row in rows], sampling, on_tokens=self._interruption.check
+        )
         result, _ = self._call_rewards(rollout, rows)
         self._note_errors(result)
         if result.failures:
@@ -154,11 +162,36 @@ class PPOTrainer:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the policy and the tokenizer in Transformers' format, its configurations as they came."""
+        Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
         write_model(self.model, self.tokenizer, path)
 
     # One step
 
-    def _train_step(self, folder: RunFolder) -> dict[str, float]:
+    def _run(self, folder: RunFolder) -> dict[str, float]:
+        """Steps until there are `total_steps`; the last one's metrics."""
+        metrics: dict[str, float] = {}
+        self._say_what_holds()
+        while self.state.unrecorded is not None or self.step < self.config.total_steps:
+            if self.state.unrecorded is None:
+                self._train_step(folder)
+            metrics = self._record(folder)
+            if self.step and (self.step == self.config.total_steps or self._due(self.config.checkpoint.every)):
+                self.state.save(folder, keep=self.config.checkpoint.keep)
+            self._interruption.check()
+        return metrics
+
+    def _record(self, folder: RunFolder) -> dict[str, float]:
+        """Write the metrics of the step that is done, with those of an evaluation where one is due."""
+        metrics, at_either_end = self.state.unrecorded, self.step in (0, self.config.total_steps)
+        if self.eval_prompts is not None and (at_either_end or self._due(self.config.evaluation.every)):
+            metrics = metrics | self.evaluate()
+        folder.log_metrics(self.step, metrics)
+        self.state.unrecorded = None
+        if self.step:
+            self.reporter.step(self.step, metrics)
+        return metrics
+
+    def _train_step(self, folder: RunFolder) -> None:
         clock, seed = Clock(self.model.device), _mix(self.config.seed, self.step)
         metrics = self.learner.start_step(self.step)
         with clock("time/rollout"):
@@ -174,22 +207,23 @@ class PPOTrainer:
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
             targets = self.algorithm.credit(rollout, evaluation, scores)
         metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config.reward)
+        self._interruption.check()
         with clock("time/update"):
+            self.state.whole = False
             try:
-                metrics |= self.algorithm.update(
-                    self.learner, rollout, evaluation, targets, plan, lambda *done: self.reporter.phase("update", *done)
-                )
+                metrics |= self.algorithm.update(self.learner, rollout, evaluation, targets, plan, self._show_update)
             except NonFiniteUpdates as error:
                 where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
                 _dump_batch(where, rollout, evaluation, targets)
                 raise TrainingError(f"{error}; the batch is in {where}") from error
-        return metrics | clock.metrics(sampled_tokens)
+        self.state.step_done(metrics | clock.metrics(sampled_tokens))
 
     def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
         """Completions of the next prompts, and the rows that these stand in."""
         rows = [self.prompts[index] for index in self.sampler.next()]
         prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
-        return self.engine.generate(prompts, sampling, progress=self._show_rollout), rows
+        check = self._interruption.check
+        return self.engine.generate(prompts, sampling, progress=self._show_rollout, on_tokens=check), rows
 
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise."""
@@ -203,6 +237,10 @@ class PPOTrainer:
 
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
+
+    def _show_update(self, done: int, total: int) -> None:
+        stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
+        self.reporter.phase("update", done, total, stopping)
 
     def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder) -> tuple[Rollout, Scores, dict[str, float]]:
         """The samples that have a valid reward, their scores, and what the rewards said of all of them."""
@@ -222,7 +260,8 @@ class PPOTrainer:
         completion_ids = rollout.completions()
         texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
-        result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
+        with self._interruption.at_once():
+            result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
         return result, texts
 
     def _note_errors(self, result: RewardResult) -> None:
@@ -246,7 +285,7 @@ class PPOTrainer:
             why = "; ".join(dict.fromkeys([*odd_logits, *empty, *errors]))
             raise TrainingError(
                 f"{failure_rate:.0%} of the samples of step {self.step} have no valid reward, more than "
-                f"reward.max_failure_rate = {self.config.reward.max_failure_rate:.0%}: {why}"
+                f"reward.max_failure_rate = {self.config.reward.max_failure_rate:.0%}: {printable(why)}"
             )
         return valid
 
@@ -260,10 +299,19 @@ class PPOTrainer:
         for i in range(min(self.config.num_logged_samples, len(texts))):
             folder.log_sample(self.step + 1, rows[prompt_index[i]]["prompt"], texts[i], result.scores[i])
 
+    def _write_model(self, folder: RunFolder) -> None:
+        try:
+            self.save_pretrained(folder.path / MODEL)
+        except Exception as error:  # Transformers and the disk have many
+            raise TrainingError(
+                f"{folder.path / MODEL} could not be written: {error}. The weights are in the newest checkpoint of {folder.checkpoints}; "
+                f"once the cause is gone, `fastppo export {folder.path}` writes them"
+            ) from error
+
     def _plot(self, folder: RunFolder) -> None:
         try:
             plot_run(folder.path)
-        except ImportError as error:
+        except Exception as error:  # a picture is worth no run
             self.reporter.note(f"no curve.png: {error}")
 
     # Set-up, checkpoints
@@ -280,36 +328,18 @@ class PPOTrainer:
             self.rewards.check_columns(name for name in dataset[0] if name not in PROMPT_COLUMNS)
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
-    def _save(self, folder: RunFolder) -> None:
-        tensors, state = self.learner.state_dict()
-        state |= {"sampler": self.sampler.state_dict(), "reference_sha256": self.roles.reference_sha256}
-        save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=self.config.checkpoint.keep)
-
-    def _resume(self, folder: RunFolder) -> None:
-        found = load_latest_checkpoint(folder.checkpoints)
-        if found is None:
-            self.reporter.note(f"no checkpoint in {folder.checkpoints}: starting from step 0")
-            folder.rewind(-1)
-            return
-        path, (tensors, state, step) = found
-        if state["reference_sha256"] != self.roles.reference_sha256:
-            raise CheckpointError(
-                f"{path} was written with another reference model: resume with the model that the run started from"
-            )
-        self.learner.load_state_dict(tensors, state)
-        self.sampler.load_state_dict(state["sampler"])
-        self.step = step
-        folder.rewind(self.step)
-        self.reporter.note(f"resumed from {path}")
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.config, self.model, self.prompts, self.roles.reference_sha256)
 
 
 @contextmanager
 def _naming(argument: str) -> Iterator[None]:
-    """Errors about an argument begin with the name that the caller knows it by."""
+    """Errors about an argument begin with the name that the caller knows it by, and stay what and where they are."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{argument}: {error}") from error
+        error.args = (f"{argument}: {error}",)
+        raise
 
 
 def _resolve_device(name: str) -> torch.device:

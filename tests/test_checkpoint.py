@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -249,3 +250,45 @@ def test_optimizer_of_another_model_is_refused():
     other = nn.Linear(4, 2)
     with pytest.raises(CheckpointError, match="shape"):
         restore_optimizer(torch.optim.AdamW(other.parameters()), dict(other.named_parameters()), tensors, state)
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "critic.safetensors", "state.json"])
+def test_a_manifest_that_lacks_an_entry_is_damaged(tmp_path, name):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    del manifest[name]
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(path)
+
+
+def test_when_all_are_damaged_nothing_is_taken_for_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "state.json")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no checkpoint in .*step-000002.*step-000001"):
+        load_latest_checkpoint(tmp_path)
+
+
+def refuse(*arguments, **keywords):
+    raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+def refuse_folders(path):
+    if path.is_dir():
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "replacement", "message"),
+    [(checkpoint.shutil, "rmtree", refuse, "cannot be removed"), (checkpoint, "_flush", refuse_folders, "flushed")],
+)
+def test_what_goes_wrong_beside_a_complete_checkpoint_is_a_warning(
+    tmp_path, monkeypatch, owner, name, replacement, message
+):
+    """An old one that cannot be removed (NFS), a file system that flushes no folders."""
+    save(tmp_path, 1, keep=1)
+    (tmp_path / ".writing-000002").mkdir()
+    monkeypatch.setattr(owner, name, replacement)
+    with pytest.warns(UserWarning, match=message):
+        save(tmp_path, 2, keep=1)
+    assert load_latest_checkpoint(tmp_path)[1][2] == 2

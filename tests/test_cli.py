@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -10,10 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from fastppo import cli
-from fastppo.checkpoint import CheckpointError, save_checkpoint
-from fastppo.run_folder import RunFolder
+from fastppo import Rollout, SamplingParams, cli, gae
+from fastppo.checkpoint import list_checkpoints, save_checkpoint
+from fastppo.errors import CheckpointError, TrainingError, is_users
+from fastppo.ops import use_backend
+from fastppo.run_folder import read_metrics
+from tests.tiny import make_folder, make_model, make_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RECIPE = """
@@ -49,8 +57,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
     assert "nearest is lr" in error_of(capsys, "train", write_recipe(tmp_path), "optimizer.lrr=1")
     assert "no-model" in error_of(capsys, "train", write_recipe(tmp_path))
     assert "sqr" in error_of(capsys, "train", write_recipe(tmp_path, reward="math:sqr"))
-    assert "data.path is empty" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=''")
-    assert "data.path is None" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=")
+    assert "data.path is empty" in error_of(capsys, "train", write_recipe(tmp_path), "data.path=")
     assert "no run folder" in error_of(capsys, "plot", tmp_path)
 
 
@@ -101,7 +108,7 @@ def fake_trainer(monkeypatch):
             return fake.outcome
 
     data = SimpleNamespace(load_train_and_eval=lambda *arguments: ("train", "held out"))
-    monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer, TrainingError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer))
     monkeypatch.setitem(sys.modules, "fastppo.data", data)
     monkeypatch.setitem(
         sys.modules, "fastppo.model", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")
@@ -115,14 +122,18 @@ def test_the_recipe_reaches_the_trainer(tmp_path, fake_trainer, capsys):
         cli.main(["train", str(path), "model.dtype=float32", "model.tokenizer=t", "optimizer.lr=0.5", "--resume"]) == 0
     )
     seen = fake_trainer.seen
-    assert (seen["model"], seen["tokenizer"], seen["dtype"]) == ("./no-model", "tokenizer of t", "float32")
+    assert (seen["model"], seen["tokenizer"], seen["dtype"]) == (
+        str(tmp_path / "no-model"),
+        "tokenizer of t",
+        "float32",
+    )
     assert (seen["prompts"], seen["eval_prompts"], seen["resume"]) == ("train", "held out", True)
     assert seen["config"].optimizer.lr == seen["recipe"]["optimizer"]["lr"] == 0.5 and callable(seen["reward"])
     assert "done: reward 0.500" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_taken_is_noticed_before_anything_is_loaded(tmp_path, fake_trainer, capsys):
-    RunFolder(tmp_path / "run", {}).log_metrics(1, {})
+    save_checkpoint(make_folder(tmp_path / "run").checkpoints, 1, {}, {}, keep=1)
     arguments = ("train", write_recipe(tmp_path))
     assert "--resume" in error_of(capsys, *arguments) and not fake_trainer.seen
     assert cli.main([*map(str, arguments), "--resume"]) == 0
@@ -140,7 +151,7 @@ def test_interrupting_a_run_says_how_to_go_on(tmp_path, fake_trainer, capsys):
     recipe, override = write_recipe(tmp_path), f"output_dir={tmp_path / 'a run'}"
     assert cli.main(["train", str(recipe), override]) == 130
     assert "no checkpoint yet" in capsys.readouterr().err
-    folder = RunFolder(tmp_path / "a run", {})
+    folder = make_folder(tmp_path / "a run")
     for step in (9, 10):
         save_checkpoint(folder.checkpoints, step, {}, {}, keep=2)
     assert cli.main(["train", str(recipe), override, "--resume"]) == 130
@@ -150,26 +161,175 @@ def test_interrupting_a_run_says_how_to_go_on(tmp_path, fake_trainer, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("two\nlines"), ValueError(), CheckpointError("two\nlines"), OSError("two\nlines")]
+    "order",
+    [
+        ["recipe", "--resume", "seed=3", "lr"],
+        ["recipe", "seed=3", "--resume", "lr"],
+        ["recipe", "seed=3", "lr", "--resume"],
+        ["--resume", "recipe", "seed=3", "lr"],
+    ],
+    ids=" ".join,
 )
-def test_every_error_of_the_user_is_one_line(tmp_path, fake_trainer, capsys, error):
-    fake_trainer.outcome = error
-    assert ("two lines" if str(error) else "ValueError") in error_of(capsys, "train", write_recipe(tmp_path))
+def test_flags_and_overrides_in_any_order(tmp_path, fake_trainer, order):
+    words = {"recipe": str(write_recipe(tmp_path)), "lr": "optimizer.lr=1e-5"}
+    assert cli.main(["train", *(words.get(word, word) for word in order)]) == 0
+    config = fake_trainer.seen["config"]
+    assert (config.seed, config.optimizer.lr, fake_trainer.seen["resume"]) == (3, 1e-5, True)
 
 
-@pytest.mark.parametrize(
-    "fault", [ZeroDivisionError(), TypeError("int + None"), ImportError("no such name", name="fastppo.ops")]
-)
-def test_a_fault_of_ours_keeps_its_traceback(tmp_path, fake_trainer, fault):
-    fake_trainer.outcome = fault
-    with pytest.raises(type(fault)):
+def test_ended_by_a_signal_says_how_to_go_on_and_gives_its_code(tmp_path, fake_trainer, capsys):
+    fake_trainer.outcome = SystemExit(143)
+    assert cli.main(["train", str(write_recipe(tmp_path))]) == 143
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch) -> list[str]:
+    """`fastppo train` of a recipe with more steps than any test waits for."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ab"}\n' * 8)
+    (tmp_path / "r.py").write_text("def f(prompts, completions):\n    return list(map(len, completions))\n")
+    text = "device: cpu\nmodel: {name: model}\ndata: {path: data.jsonl}\nreward: {function: 'r.py:f'}\n"
+    text += "rollout: {prompts_per_step: 4, max_new_tokens: 4}\ntotal_steps: 100000\ncheckpoint: {every: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    return [sys.executable, "-m", "fastppo", "train", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'run'}"]
+
+
+def test_a_real_process_saves_on_sigterm_with_nobody_reading_its_output(tiny_run, tmp_path):
+    """Standard output is a pipe that closes after a line, as `| head -1` does."""
+    with subprocess.Popen(tiny_run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        process.stdout.close()
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and len(metrics.read_text().splitlines()) < 4:
+            time.sleep(0.05)
+        process.terminate()
+        printed = process.stderr.read()
+    assert process.returncode == 143, printed
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    steps = [row["step"] for row in read_metrics(tmp_path / "run")]
+    assert list(checkpoints) == [steps[-1]] and len(steps) >= 4
+    assert str(checkpoints[steps[-1]]) in printed and "goes on without a display" in printed
+
+
+def test_a_finished_run_is_done_whatever_becomes_of_its_output(tiny_run, tmp_path):
+    """On a full disk the display is lost, and on closed descriptors; records, checkpoint and model are not."""
+    for steps, redirect in ((1, ">/dev/full"), (2, "<&- >&- 2>&-")):
+        command = shlex.join([*tiny_run, f"total_steps={steps}", "--resume"])
+        assert subprocess.run(["bash", "-c", f"{command} {redirect}"]).returncode == 0
+        assert [row["step"] for row in read_metrics(tmp_path / "run")][-1] == steps
+        assert list(list_checkpoints(tmp_path / "run" / "checkpoints"))[-1] == steps
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_export_writes_the_policy_of_a_checkpoint(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main([*tiny_run[3:], "total_steps=2", "checkpoint.every=1"]) == 0
+    trained = load_file(run / "model" / "model.safetensors")
+    capsys.readouterr()
+    assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in trained.items()) and len(exported) == len(trained)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+    assert cli.main(["export", "--step", "1", str(run)]) == 0
+    first = load_file(run / "model-step-000001" / "model.safetensors")
+    assert any(not torch.equal(first[name], value) for name, value in trained.items())
+    capsys.readouterr()
+    assert "step is 3, expected one that has a checkpoint: 1, 2" in error_of(capsys, "export", run, "--step", 3)
+    assert "is not empty" in error_of(capsys, "export", run, tmp_path / "out")
+    assert "no checkpoints" in error_of(capsys, "export", tmp_path / "model")
+    other = other_model(tmp_path / "other")
+    assert cli.main(["export", str(run), str(tmp_path / "new"), "--model", str(other)]) == 2
+    assert "another model" in capsys.readouterr().err
+    (run / "config.yaml").unlink()
+    (run / "history.jsonl").unlink()
+    assert "--model" in error_of(capsys, "export", run, tmp_path / "new")
+    assert cli.main(["export", str(run), str(tmp_path / "new"), "--model", str(tmp_path / "model")]) == 0
+
+
+def other_model(path) -> Path:
+    make_model(hidden_size=16).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, TrainingError, OSError, PermissionError])
+def test_what_ends_a_run_is_one_line(tmp_path, fake_trainer, capsys, kind):
+    """And shown harmlessly: it may quote what a model wrote."""
+    fake_trainer.outcome = kind("two\nlines\x1b[2J")
+    printed = error_of(capsys, "train", write_recipe(tmp_path))
+    assert "two lines" in printed and "\x1b" not in printed
+
+
+def refused_argument():
+    return SamplingParams(temperature=-1)
+
+
+def refused_backend():
+    with use_backend("abacus"):
+        pass
+
+
+def refused_by_the_check_of_an_op():
+    return gae(torch.ones(2), torch.ones(2), gamma=7, lam=1)
+
+
+def broken_record():
+    return Rollout(*[None] * 9)
+
+
+def wrong_number():
+    return int("seven")
+
+
+def wrong_types():
+    return 1 + None
+
+
+def unequal_lengths():
+    return list(zip([1], [], strict=True))
+
+
+def deep_inside_torch():
+    return torch.ones(2).view(3, 3)
+
+
+def raised_elsewhere():
+    raise ValueError("a reward, a data set or a test says so")
+
+
+def own_modules_do_not_fit():
+    return importlib.import_module("fastppo.ops.no_such_module")
+
+
+FAULTS = (refused_by_the_check_of_an_op, broken_record, wrong_number, wrong_types, unequal_lengths, deep_inside_torch)
+FAULTS += (raised_elsewhere, own_modules_do_not_fit)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch, fault):
+    """Whatever its class: only what a check of ours says of an argument is the user's."""
+    monkeypatch.setattr(cli, "_train", lambda options: fault())
+    with pytest.raises(Exception) as error:  # noqa: B017 - each has its own
         cli.main(["train", str(write_recipe(tmp_path))])
+    assert not is_users(error.value)
+
+
+@pytest.mark.parametrize(("mistake", "message"), [(refused_argument, "temperature is -1"), (refused_backend, "abacus")])
+def test_what_a_check_says_of_an_argument_is_the_users(tmp_path, monkeypatch, capsys, mistake, message):
+    monkeypatch.setattr(cli, "_train", lambda options: mistake())
+    assert message in error_of(capsys, "train", write_recipe(tmp_path))
 
 
 def test_bench_gets_its_own_arguments_and_the_same_error_line(monkeypatch, capsys):
     def bench(arguments):
         assert arguments == ["--op", "gae"]
-        raise ValueError("no such op")
+        raise TrainingError("no such op")
 
     monkeypatch.setitem(sys.modules, "fastppo.bench.__main__", SimpleNamespace(main=bench))
     assert "no such op" in error_of(capsys, "bench", "--op", "gae")
@@ -197,6 +357,16 @@ def test_generate_streams_what_the_engine_samples(stories_model, capsys):
     together = capsys.readouterr().out
     assert streamed.out.strip() and streamed.out.strip() == together.split("--- prompt 0\n")[1].strip()
     assert "GB/s" in streamed.err and "new " in streamed.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["streamed", "several"])
+def test_what_a_model_writes_cannot_drive_the_terminal(tmp_path, capsys, arguments):
+    hostile = ["a", *(f"owned{number}\x1b[2J\x1b]0;\x07\x9b31m\u202e" for number in range(15))]
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer(hostile).save_pretrained(tmp_path)
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--max-new-tokens", "9", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "owned" in printed and not re.search("[\x1b\x07\x9b\u202e]", printed)
 
 
 def test_generate_names_mistakes(stories_model, capsys):

@@ -22,10 +22,10 @@ FLOORS = [
     ("fastppo._C", "fastppo.kernels"),
     ("fastppo.native", "fastppo.reference", "fastppo.ops"),
     ("fastppo.model",),
-    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.yaml_numbers"),
+    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.yaml_numbers", "fastppo.errors"),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
-    + ("fastppo.plot", "fastppo.trainer"),
+    + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
     ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo"),
 ]
 

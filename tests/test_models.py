@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
@@ -472,6 +473,32 @@ class TestLoading:
     def test_folder_without_model(self, tmp_path):
         with pytest.raises(ValueError, match="model '.*' cannot be read from this folder"):
             load_model(str(tmp_path), dtype="auto", device="cpu")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_no_family_lacks_what_it_saved(self, tmp_path, family):
+        make_model(family).save_pretrained(tmp_path)
+        load_model(tmp_path, dtype="auto", device="cpu")
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("change", [lambda weight: None, lambda weight: weight[:1].clone()], ids=["lost", "cut"])
+    def test_weights_that_are_missing_are_named(self, tmp_path, tied, change):
+        """Transformers would put random numbers in their place. Tied weights are stored once, which is not missing."""
+        make_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+        load_model(str(tmp_path), dtype="auto", device="cpu")
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        changed = change(tensors.pop(name))
+        save_file(
+            tensors if changed is None else tensors | {name: changed}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(ValueError, match=f"lacks weights.*: {name}$"):
+            load_model(tmp_path, dtype="auto", device="cpu")
+
+    def test_broken_weights(self, tmp_path):
+        make_model("llama").save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"cut")
+        with pytest.raises(ValueError, match="cannot be read from this folder"):
+            load_model(tmp_path, dtype="auto", device="cpu")
 
     def test_unknown_dtype(self, tmp_path):
         make_model("llama").save_pretrained(tmp_path)

@@ -59,7 +59,7 @@ def test_every_other_line_runs_in_the_order_shown(
             arguments += ["--quick", "--op", "gae"]
         assert cli.main([command, *arguments]) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
         shown.append(command)
-    assert shown == ["train", "train", "train", "generate", "plot", "info", "info", "bench"]
+    assert shown == ["train", "train", "train", "generate", "export", "plot", "info", "info", "bench"]
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()
 
 

@@ -70,6 +70,7 @@ def test_values_and_overrides(tmp_path):
         ("total_steps=2.5", "total_steps is 2.5"),
         ("rollout.min_new_tokens=1000", "rollout.min_new_tokens is 1000, expected at most max_new_tokens = 256"),
         ("optimizer.lr=[", "not valid YAML"),
+        ("optimizer.betas=&a [*a]", "aliases"),
     ],
 )
 def test_wrong_overrides(tmp_path, override, message):
@@ -181,7 +182,8 @@ def test_the_written_config_is_a_recipe_again(tmp_path):
     from fastppo.run_folder import RunFolder
 
     recipe = load_recipe(write(tmp_path), ["rollout.stop_token_ids=[3]"])
-    folder = RunFolder(tmp_path / "run", dataclasses.asdict(recipe))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(dataclasses.asdict(recipe))
     assert load_recipe(folder.path / "config.yaml") == recipe
     assert yaml.safe_load((folder.path / "config.yaml").read_text())["total_steps"] == 5
 
@@ -247,3 +249,134 @@ def test_a_file_named_as_a_module_gets_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     with pytest.raises(ValueError, match=r"write \./score_xyz.py:function"):
         resolve_reward(RecipeRewardConfig(function="score_xyz:f"))
+
+
+TEXTS = [
+    "Solve {prompt}, after #### please",
+    "Q: {prompt} A:",
+    "a: b",
+    "# no comment",
+    "[x",
+    "null and void",
+    " x ",
+    "",
+    "010",
+]
+TEXTS += ["yes", "~x", "*a", "&a", "!tag", "'quoted'", '"', "{a: 1}", "a=b", "- x", "1e5", "\\n", "true"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["data.prompt_template", "data.system_prompt", "output_dir", "data.split"])
+def test_a_text_is_taken_as_it_was_typed(tmp_path, key, text):
+    recipe = load_recipe(write(tmp_path), [f"{key}={text}"])
+    section, _, name = key.rpartition(".")
+    assert getattr(getattr(recipe, section) if section else recipe, name) == text
+
+
+def test_only_null_is_no_text_where_there_may_be_none(tmp_path):
+    text = MINIMAL.replace("{path: p}", "{path: p, system_prompt: x}")
+    assert load_recipe(write(tmp_path, text), ["data.system_prompt=null"]).data.system_prompt is None
+    assert load_recipe(write(tmp_path), ["data.prompt_template=null"]).data.prompt_template == "null"
+
+
+PATHS = {
+    "model.name": ("model", "name"),
+    "model.tokenizer": ("model", "tokenizer"),
+    "data.path": ("data", "path"),
+    "data.eval_path": ("data", "eval_path"),
+    "reward.function": ("reward", "function"),
+}
+
+
+@pytest.fixture
+def two_folders(tmp_path, monkeypatch):
+    """(beside the recipe, the working directory, which is also the home); each has its own `x` and `r.py`."""
+    for name in ("beside", "here"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "r.py").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    return tmp_path / "beside", tmp_path / "here"
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_starts_where_it_was_written(two_folders, key):
+    beside, here = two_folders
+    section, name = PATHS[key]
+    file, function = ("r.py", ":f") if key == "reward.function" else ("x", "")
+    in_recipe = f"{section}: {{{name}: '{file}{function}'}}"
+    for text, overrides, expected in (
+        (in_recipe, [], beside),
+        ("{}", [f"{key}={file}{function}"], here),
+        ("{}", [f"{key}=./{file}{function}"], here),
+        ("{}", [f"{key}=~/{file}{function}"], here),
+        (in_recipe, [f"{key}={file}{function}"], here),
+        (in_recipe.replace(file, f"~/{file}"), [], here),
+        (in_recipe.replace(file, f"../here/{file}"), [], here),
+    ):
+        recipe = load_recipe(write(beside, text), overrides)
+        assert getattr(getattr(recipe, section), name) == f"{expected / file}{function}", (text, overrides)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_that_stands_in_the_wrong_place_is_not_taken_silently(two_folders, key):
+    beside, here = two_folders
+    section, name = PATHS[key]
+    (here / "only-here.py").mkdir()
+    function = ":f" if key == "reward.function" else ""
+    with pytest.raises(
+        ValueError, match=f"{key} is 'only-here.py', which is not beside the recipe .*{beside}/only-here.py"
+    ):
+        load_recipe(write(beside, f"{section}: {{{name}: 'only-here.py{function}'}}"))
+
+
+def test_what_is_no_path_stays(two_folders):
+    text = "model: {name: gpt2}\ndata: {path: openai/gsm8k:main}\nreward: {function: math:sqrt}"
+    recipe = load_recipe(write(two_folders[0], text))
+    assert (recipe.model.name, recipe.data.path, recipe.reward.function) == ("gpt2", "openai/gsm8k:main", "math:sqrt")
+
+
+def bomb(levels: int, merge: str = "") -> str:
+    lines = ["a0: &a0 {k: 1}" if merge else "a0: &a0 [x]"]
+    for i in range(levels):
+        value = f"{{<<: [*a{i}, *a{i}]}}" if merge else f"[*a{i}, *a{i}]"
+        lines.append(f"a{i + 1}: &a{i + 1} {value}")
+    return "reward:\n  arguments:\n" + "".join(f"    {line}\n" for line in lines)
+
+
+BOMBS = {
+    "lists": bomb(40),
+    "merges": bomb(40, merge="<<"),
+    "a loop": "reward: {arguments: &a {b: *a}}",
+    "deep": "[" * 5000,
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_aliases_that_multiply_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="recipe.yaml is not valid YAML") as error:
+        load_recipe(write(tmp_path, text))
+    assert len(str(error.value)) < 500
+
+
+def test_plain_aliases_are_welcome(tmp_path):
+    recipe = load_recipe(write(tmp_path, "reward: {arguments: {a: &x [1, 2], b: *x}}"))
+    assert recipe.reward.arguments == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_arguments_may_name_the_environment(tmp_path, monkeypatch):
+    """Resolved where they are used: no record of the run holds the value."""
+    code = "def f(prompts, completions, key, nested):\n    return [key, nested]\n"
+    arguments = {"key": "Bearer ${env:MY_KEY}", "nested": {"a": ["${env:MY_KEY}", 3]}}
+    with pytest.raises(ValueError, match="reward.arguments.key is .*MY_KEY is not set"):
+        reward(tmp_path, code, **arguments)
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    assert reward(tmp_path, code, **arguments)([], []) == ["Bearer s3cret", {"a": ["s3cret", 3]}]
+    assert arguments["key"] == "Bearer ${env:MY_KEY}"
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(b"output_dir: caf\xe9")
+    with pytest.raises(ValueError, match="recipe .* is not valid YAML"):
+        load_recipe(path)

@@ -91,7 +91,9 @@ def test_not_a_number_is_read(tmp_path):
 @pytest.mark.parametrize("value", [value for value in MEANINGS.values()] + list(MEANINGS))
 def test_what_is_written_reads_back_the_same(tmp_path, value):
     """Texts that look like numbers above all: in ours and, for other programs, in YAML 1.1's eyes."""
-    path = RunFolder(tmp_path / "run", {"reward": {"arguments": {"x": value}}}).path / "config.yaml"
+    folder = RunFolder(tmp_path / "run")
+    folder.start({"reward": {"arguments": {"x": value}}})
+    path = folder.path / "config.yaml"
     back = load_recipe(path).reward.arguments["x"]
     assert back == value and type(back) is type(value)
     if isinstance(value, str):

@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastppo import PPOConfig
+from fastppo.run_folder import RunFolder
 
 LETTERS = "abcdefghijklmnop"
 
@@ -20,12 +21,19 @@ def ppo_config(**changes) -> PPOConfig:
     return PPOConfig(**settings)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+def make_tokenizer(letters=LETTERS) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def make_folder(path, settings=None) -> RunFolder:
+    """The folder of a run that has begun."""
+    folder = RunFolder(path)
+    folder.start(settings or {})
+    return folder
 
 
 def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:

@@ -216,3 +216,9 @@ def test_the_parts_of_the_gpu_script_take_nine_minutes_at_most():
     seconds = [int(share) for share in re.findall(r"^part \w+ (\d+) ", text, re.MULTILINE)]
     killed_after = int(re.search(r"--kill-after=(\d+)", text)[1])
     assert len(seconds) == 7 and sum(seconds) + killed_after * len(seconds) <= 540
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "plan", lambda options: int("seven"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["--op", "gae"])

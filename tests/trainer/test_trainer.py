@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from fastppo import PPOConfig, PPOTrainer
+from fastppo import PPOConfig, PPOTrainer, cli
+from fastppo.console import Reporter
+from fastppo.model import load_model
 from fastppo.rewards.scores import Scores
 from fastppo.rollout import FinishReason
-from fastppo.run_folder import read_metrics
+from fastppo.run_folder import MARK, read_metrics
 from fastppo.trainer import TrainingError
 from tests.tiny import make_model, make_tokenizer
 from tests.tolerance import assert_rounds_to
@@ -54,6 +60,63 @@ def test_the_exported_model_loads_in_transformers(make_trainer, tmp_path):
     assert model.config._attn_implementation != "fastppo"
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name])
+
+
+@pytest.mark.parametrize("breakage", ["curve.png is a folder", "a display", "matplotlib"])
+def test_what_only_shows_may_fail(make_trainer, tmp_path, monkeypatch, breakage):
+    trainer = make_trainer(total_steps=1)
+    if breakage == "curve.png is a folder":
+        (tmp_path / "run" / "curve.png").mkdir(parents=True)
+        (tmp_path / "run" / "config.yaml").write_text(MARK)
+    elif breakage == "a display":
+        closed = io.StringIO()
+        closed.close()
+        trainer.reporter = Reporter(1, console=Console(file=closed, force_terminal=False))
+    else:
+        monkeypatch.setattr("fastppo.trainer.plot_run", lambda folder: 1 / 0)
+    assert trainer.train()
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_model_that_cannot_be_written_is_in_a_checkpoint(make_trainer, tmp_path, monkeypatch):
+    """And `fastppo export` writes it once it can be."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(total_steps=1, model=load_model(tmp_path / "base", dtype="auto", device="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.model, "save_pretrained", lambda path: 1 / 0)
+        with pytest.raises(TrainingError, match="model could not be written.*`fastppo export .*run` writes them"):
+            trainer.train()
+    assert cli.main(["export", str(tmp_path / "run")]) == 0
+    trainer.save_pretrained(tmp_path / "expected")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "run" / "model" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+
+
+def test_a_model_is_never_written_to_nowhere(make_trainer, tmp_path):
+    """Transformers passes over a file in its place without an error."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        make_trainer().save_pretrained(tmp_path / "file")
+
+
+def test_reward_errors_are_shown_harmlessly(make_trainer):
+    def hostile(prompts, completions, **_):
+        raise ValueError("\x1b[2J\x1b]0;owned\x07")
+
+    with pytest.raises(TrainingError, match="owned") as error:
+        make_trainer(hostile).train()
+    assert not re.search(r"[\x1b\x07]", str(error.value))
+
+
+@pytest.mark.parametrize("as_given", [Path, str])
+def test_a_model_may_be_a_path(make_trainer, tmp_path, as_given, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = PPOConfig(device="cpu", output_dir=as_given("~/run"), rollout={"max_new_tokens": 8})
+    trainer = PPOTrainer(as_given("~/base"), reward=count_a, prompts=PROMPTS, config=config)
+    assert config.output_dir == str(tmp_path / "run") and trainer.recipe["model"]["name"] == str(tmp_path / "base")
 
 
 def test_same_seed_same_run(make_trainer, tmp_path):

@@ -1,0 +1,158 @@
+"""Where a run stands between two steps: saved as a checkpoint, and gone on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastppo.checkpoint import Checkpoint, load_latest_checkpoint, save_checkpoint
+from fastppo.config import PPOConfig
+from fastppo.data import PromptDataset, PromptSampler
+from fastppo.errors import CheckpointError
+from fastppo.learner import Learner
+from fastppo.run_folder import RunFolder
+
+Note = Callable[[str], None]
+
+
+class RunState:
+    """Counts the steps of a run, saves them and goes back to them.
+
+    Args:
+        learner, sampler: whose states a checkpoint holds.
+        identity: what a checkpoint is bound to, as `identity` gives it.
+    """
+
+    def __init__(self, learner: Learner, sampler: PromptSampler, identity: Callable[[], dict[str, Any]]) -> None:
+        self._learner, self._sampler, self._make_identity = learner, sampler, identity
+        self.step = 0
+        self.unrecorded: dict[str, float] | None = None
+        """Metrics of the step that is done, while they wait for an evaluation."""
+        self.whole = True
+        """The weights are those after `step` steps: no update is half done."""
+        self._next_prompts = sampler.state_dict()
+        self._saved: int | None = None
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return self._make_identity()
+
+    def step_done(self, metrics: dict[str, float]) -> None:
+        self.step, self.unrecorded = self.step + 1, metrics
+        self._next_prompts, self.whole = self._sampler.state_dict(), True
+
+    def begin(
+        self, folder: RunFolder, settings: Mapping[str, Any], *, resume: bool, evaluate: bool, note: Note
+    ) -> None:
+        """Put this state and the folder where the run starts, with an evaluation or without, or goes on. Nothing is written before all is
+        found to fit."""
+        found = load_latest_checkpoint(folder.checkpoints) if resume else None
+        if found is not None:
+            changes = self._go_back_to(folder, settings, *found)
+            note(f"resumed from {found[0]}" + (f", with changes: {'; '.join(changes)}" if changes else ""))
+            return
+        if self.step or not self.whole:
+            raise ValueError(
+                f"this trainer has trained already, and {folder.path} has no checkpoint to go back to: make a new trainer"
+            )
+        self._sampler.load_state_dict(self._next_prompts)  # also after a first rollout that was dropped
+        self.unrecorded = {} if evaluate else None
+        aside = folder.start(settings)
+        if resume:
+            where = "" if aside is None else f"; the records of before are in {aside}"
+            note(f"no checkpoint in {folder.checkpoints}: starting from step 0{where}")
+
+    def _go_back_to(
+        self, folder: RunFolder, settings: Mapping[str, Any], path: Path, checkpoint: Checkpoint
+    ) -> list[str]:
+        """The settings that are not what they were."""
+        tensors, state, step = checkpoint
+        if "identity" not in state:
+            raise CheckpointError(f"{path} was written by an earlier version of fastppo, expected one of this version")
+        saved = state["identity"]
+        _require_same(saved, self._identity, path)
+        self.whole = False
+        self._learner.load_state_dict(tensors, state)
+        self._sampler.load_state_dict(state["sampler"])
+        self.step = self._saved = step
+        self._next_prompts, self.unrecorded, self.whole = state["sampler"], state["unrecorded"], True
+        changes = folder.resume(settings, step, metrics_step=step if self.unrecorded is None else step - 1)
+        return changes + ["other prompts" for _ in [0] if saved[_PROMPTS] != self._identity[_PROMPTS]]
+
+    def save(self, folder: RunFolder, *, keep: int) -> None:
+        tensors, state = self._learner.state_dict()
+        state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
+        save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep)
+        self._saved = self.step
+
+    def save_before(self, error: BaseException, folder: RunFolder, *, keep: int, note: Note) -> None:
+        """A checkpoint of the steps that the newest one lacks, before `error` ends the run. After a fault no older one is removed for it:
+        its weights may be what is wrong."""
+        if not self.whole or self.step in (0, self._saved) or isinstance(error, CheckpointError):
+            return
+        try:
+            self.save(folder, keep=keep if isinstance(error, KeyboardInterrupt) else keep + 1)
+        except Exception as failure:  # `error` is what the user has to hear of
+            note(f"step {self.step} could not be saved: {failure}")
+
+
+_REFERENCE, _PROMPTS = "reference_sha256", "prompts_sha256"
+# Of a model's configuration: where it came from, how it is stored, who wrote it, how it is sampled from.
+_IRRELEVANT = re.compile(r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|\w+_token_id")
+
+
+def identity(
+    config: PPOConfig, model: PreTrainedModel, prompts: PromptDataset, reference_sha256: str | None
+) -> dict[str, Any]:
+    """Setting -> value, as JSON holds it, of all that may not change between a checkpoint and the run that goes on from it: its numbers would
+    mean something else. The prompts themselves may: that is only said."""
+    model_config = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        "model": {key: value for key, value in model_config.items() if not _IRRELEVANT.fullmatch(key)},
+        "model.dtype": str(model.dtype).removeprefix("torch."),
+        "critic.kind": config.critic.kind,
+        "reward.kl_coef": "0" if reference_sha256 is None else "above 0",
+        "seed": config.seed,
+        "number of prompts": len(prompts),
+        _PROMPTS: _sha256(row["prompt_ids"] for row in prompts),
+        _REFERENCE: reference_sha256,
+    }
+
+
+def _sha256(token_lists: Iterable[list[int]]) -> str:
+    digest = hashlib.sha256()
+    for tokens in token_lists:
+        digest.update(array("q", [len(tokens), *tokens]).tobytes())
+    return digest.hexdigest()
+
+
+def _require_same(saved: Mapping[str, Any], mine: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises CheckpointError naming every setting that is not the one that `checkpoint` was written with."""
+    found = _changes(saved, mine)
+    changes = [f"{name} is {new!r}, was {old!r}" for name, (old, new) in found.items() if "sha256" not in name]
+    if _REFERENCE in found and not changes:
+        changes = ["the run started from another reference model"]
+    if changes:
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with what the run started with, or choose another output_dir"
+        )
+
+
+def _changes(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """name -> (saved, mine), of what both have: another version of Transformers may add keys."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in saved.keys() & mine.keys():
+        old, new = saved[name], mine[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= {f"{name}.{key}": change for key, change in _changes(old, new).items()}
+        elif old != new:
+            found[name] = (old, new)
+    return dict(sorted(found.items()))
