@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from fastppo.ops import _checks
+from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
 
 Count = Annotated[int, Field(ge=1)]
@@ -42,7 +44,7 @@ class RolloutConfig:
     """Longest completion; a completion that reaches it is truncated, not terminated."""
     min_new_tokens: OptionalCount = 0
     """End-of-sequence is banned before this many tokens."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=TEMPERATURES["smallest"], le=TEMPERATURES["at_most"])] = 1.0
     """Divides the logits of the policy *and* of the reference."""
     top_k: OptionalCount = 0
     """Sample from the k most likely tokens; 0 is off."""
@@ -184,8 +186,13 @@ class EvaluationConfig:
 
     every: OptionalCount = 0
     """Steps between evaluations; 0 evaluates only before and after training."""
-    temperature: NonNegative = 0.0
+    temperature: float = 0.0
     """Sampling temperature of the evaluation; 0 is greedy."""
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> EvaluationConfig:
+        _checks.number_or_zero("temperature", self.temperature, **TEMPERATURES)
+        return self
 
 
 @dataclass(config=STRICT)

@@ -380,3 +380,10 @@ def test_a_recipe_in_another_encoding_is_named(tmp_path):
     path.write_bytes(b"output_dir: caf\xe9")
     with pytest.raises(ValueError, match="recipe .* is not valid YAML"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["1e-300", "-1", ".nan", "1e11"])
+@pytest.mark.parametrize("key", ["rollout.temperature", "evaluation.temperature"])
+def test_a_temperature_that_the_sampler_would_refuse_ends_no_run_at_its_first_draw(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"^{key} is"):
+        load_recipe(write(tmp_path), [f"{key}={value}"])

@@ -64,6 +64,14 @@ def number(
     return value if isinstance(value, torch.SymFloat) else float(value)
 
 
+def number_or_zero(name: str, value: object, *, smallest: float, at_most: float) -> float:
+    """0, or a real number in the given interval."""
+    found = number(name, value, at_least=0, at_most=at_most)
+    if 0 < found < smallest:
+        raise ValueError(f"{name} is {value!r}, expected 0 or a number from {smallest} to {at_most}")
+    return found
+
+
 def integer_number(name: str, value: object, *, at_least: int = 0, at_most: int = (1 << 63) - 1) -> int:
     """An integer in the given interval, as a Python int."""
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):

@@ -112,11 +112,10 @@ def _row_parameter(
 
 
 def _row_number(name: str, value: object, dtype: torch.dtype, smallest: float, at_most: float | None) -> float:
+    if smallest:
+        return _checks.number_or_zero(name, value, smallest=smallest, at_most=at_most)
     limit = {} if at_most is None else {"at_most": at_most}
-    number = (_checks.integer_number if dtype == torch.int64 else _checks.number)(name, value, at_least=0, **limit)
-    if 0 < number < smallest:
-        raise ValueError(f"{name} is {value!r}, expected 0 or a number from {smallest} to {at_most}")
-    return number
+    return (_checks.integer_number if dtype == torch.int64 else _checks.number)(name, value, at_least=0, **limit)
 
 
 def _row_numbers(name: str, value: Tensor | None, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastppo.ops import _checks
+from fastppo.ops.sample_tokens import TEMPERATURES
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SamplingParams:
     n: int = 1
     """Completions of each prompt."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits, from 1e-10 to 1e10; or 0, which takes the most likely token."""
     top_k: int = 0
     """Sample from the k most likely tokens; 0 is off."""
     top_p: float = 1.0
@@ -43,7 +44,7 @@ class SamplingParams:
             _checks.integer_number(name, getattr(self, name), at_least=1)
         for name in ("top_k", "min_new_tokens", "seed"):
             _checks.integer_number(name, getattr(self, name))
-        _checks.number("temperature", self.temperature, at_least=0)
+        _checks.number_or_zero("temperature", self.temperature, **TEMPERATURES)
         _checks.number("top_p", self.top_p, above=0, at_most=1)
         _checks.number("min_p", self.min_p, at_least=0, at_most=1)
         if self.min_new_tokens > self.max_new_tokens:

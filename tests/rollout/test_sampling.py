@@ -17,6 +17,8 @@ from fastppo.rollout import SamplingParams
         ("temperature", -0.1, ValueError),
         ("temperature", float("nan"), ValueError),
         ("temperature", "hot", TypeError),
+        ("temperature", 1e-300, ValueError),
+        ("temperature", 1e11, ValueError),
         ("top_k", -1, ValueError),
         ("top_k", 1.5, TypeError),
         ("top_p", 0.0, ValueError),
