@@ -4,7 +4,7 @@ Ops replace the PyTorch code in any trainer; `Engine` samples on the weights tha
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fastppo import ops
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from fastppo.rollout import Engine, Rollout, SamplingParams
     from fastppo.trainer import PPOTrainer
 
-__version__ = version("fastppo")
+try:
+    __version__ = version("fastppo")
+except PackageNotFoundError:  # in a zipped or frozen application, which brings the package without its metadata
+    __version__ = "unknown"
 
 # Imported at first use: whoever wants the ops alone does not wait for Transformers.
 _LAZY = {

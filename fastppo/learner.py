@@ -72,6 +72,8 @@ class Learner:
         policy, critic = (self.optimizers[name].set_learning_rate(factor) for name in ("policy", "critic"))
         return {"lr": policy, "critic_lr": critic}
 
+    # Gradients are on, whatever the caller or a reward function has set for its thread.
+    @torch.inference_mode(mode=False)
     def minimise(
         self,
         losses: Callable[[Roles, Minibatch], Losses],

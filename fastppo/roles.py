@@ -49,6 +49,7 @@ class Roles(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        _require_trainable(policy)
         # Transformers checkpoints gradients in training mode only; all that is random in it is off in a prepared model.
         policy.train()
         if gradient_checkpointing:
@@ -126,6 +127,18 @@ class Roles(nn.Module):
     def reference_sha256(self) -> str | None:
         """Fingerprint of the reference, to notice that a resumed run was given another one. It never changes."""
         return None if self.reference is None else weights_sha256(self.reference)
+
+
+def _require_trainable(policy: PreTrainedModel) -> None:
+    """Raises ValueError where no gradient can reach the policy."""
+    if any(parameter.is_inference() for parameter in policy.parameters()):
+        raise ValueError(
+            f"{type(policy).__name__} was made inside torch.inference_mode(), where parameters never get gradients: load it outside"
+        )
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            f"{type(policy).__name__} has no parameter with requires_grad, expected some that learn: model.requires_grad_(True) frees all"
+        )
 
 
 def _hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:

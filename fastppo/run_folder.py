@@ -15,6 +15,7 @@ import math
 import os
 import re
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -188,6 +189,15 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
     name = f"output_dir {str(path)!r}"
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir is {str(path)!r}, which is a file, expected a folder")
+    if os.fsencode(path.absolute()) != str(path.absolute()).encode("utf-8", "surrogatepass"):
+        raise ValueError(
+            f"output_dir is {ascii(str(path))}, whose name is not UTF-8, in which tokenizers are written: rename the folder, or set PYTHONUTF8=1 "
+            f"where the locale's encoding ({sys.getfilesystemencoding()}) is another"
+        )
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"output_dir is {str(path)!r}, a link to {os.readlink(path)!r}, which does not exist: make that folder first"
+        )
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
     passing = {_temporary(path / file).name for file in (CONFIG, HISTORY, METRICS, SAMPLES)}
     is_run = _is_ours(path / CONFIG) or list_checkpoints(path / CHECKPOINTS)  # config.yaml may be damaged

@@ -57,6 +57,8 @@ class PPOTrainer:
         ValueError, TypeError: an argument that cannot be used, or a model that could not be written in the end, before anything is written.
     """
 
+    # The networks made here are to learn, also where the caller has switched gradients off.
+    @torch.inference_mode(mode=False)
     def __init__(
         self,
         model: str | os.PathLike | PreTrainedModel,
@@ -82,8 +84,8 @@ class PPOTrainer:
         if tokenizer is None and not named:
             raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
-        loaded = load_model(model, dtype=dtype, device=device) if named else model.to(device)
-        self.model = prepare_model(loaded)
+        loaded = load_model(model, dtype=dtype, device=device) if named else model
+        self.model = prepare_model(loaded, device)
         require_writable(self.model, self.tokenizer)
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
@@ -114,6 +116,7 @@ class PPOTrainer:
         """Steps that are done."""
         return self.state.step
 
+    @torch.inference_mode(mode=False)
     def train(self, resume: bool = False) -> dict[str, float]:
         """Run to `total_steps`, recording into `output_dir`; with `resume`, go on from its newest checkpoint.
 

@@ -21,20 +21,24 @@ PROBE_LENGTHS = (23, 14)
 NOISE_NAMES = ("dropout", "pdrop", "layerdrop", "jitter")
 
 
-def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
     """Give the model fastppo's attention and switch off all dropout, after one check that nothing else changes. In place.
 
     The check runs two short sequences packed and in training mode through our attention and `lm_head`, and one at a time through the
     model's own forward: the logits must be equal up to rounding, and nothing but a plain linear layer may stand between them and the trunk
     (what does nothing yet, as a new adapter, would never learn). A prepared model runs under fastppo only; its weights and all that
-    `save_pretrained` writes are untouched, and `model.set_attn_implementation("sdpa")` gives plain Transformers back.
+    `save_pretrained` writes are untouched, and `model.set_attn_implementation("sdpa")` gives plain Transformers back. With `device` it is
+    moved there first.
 
     Returns the same object. Raises TypeError for anything but a PreTrainedModel, and ValueError naming the architecture and the
     reason where the model cannot be supported; the model is then as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is {type(model).__name__}, expected a transformers.PreTrainedModel")
+    _require_weights(model)
     _require_plain_head(model)  # of a prepared model too: adapters may have come since
+    if device is not None:
+        model.to(device)
     if model.config._attn_implementation == attention.IMPLEMENTATION:
         _disable_noise(model)
         return model
@@ -53,6 +57,16 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
             raise
         raise ValueError(f"{type(model).__name__} is not supported: {error}") from error
     return model
+
+
+def _require_weights(model: PreTrainedModel) -> None:
+    """Raises ValueError where parameters have a shape but no numbers."""
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its parameter {empty} is on the meta device, without numbers: load the whole model "
+            "onto one device (neither offloaded by a device_map nor made inside torch.device('meta'))"
+        )
 
 
 def _require_plain_head(model: PreTrainedModel) -> None:

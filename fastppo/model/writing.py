@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def odd_generation_config(model: PreTrainedModel) -> str | None:
 def require_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError with the reason where `write_model` would fail, or what it writes could not be read.
 
-    All but the weights is written to a temporary folder and read again. Each tensor of the weights is stood in for by a tiny one.
+    All but the weights is written to a temporary folder and read again. Each tensor of the weights is stood in for by a tiny one. Raises
+    OSError where that folder has no room for it, which says nothing about the model.
     """
     if getattr(model, "hf_quantizer", None) is not None and not getattr(model, "_hf_peft_config_loaded", False):
         method = getattr(model.hf_quantizer.quantization_config, "quant_method", "unknown")
@@ -55,16 +57,29 @@ def require_writable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the weights of {type(model).__name__} are quantised ({getattr(method, 'value', method)}), expected plain ones, all of which can "
             "be trained and written: load it without quantization, or call model.dequantize() and save and load it"
         )
-    with TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         try:
             write_model(model, tokenizer, folder, state_dict=_stand_ins(model), save_original_format=False)
             if model.can_generate():
                 GenerationConfig.from_pretrained(folder)
         except Exception as error:  # whatever Transformers, safetensors or a tokenizer may raise
             reason = " ".join(str(error).split())
+            if _disk_is_full(error):
+                raise OSError(
+                    f"there is no room for a model's configuration and tokenizer in the temporary folder {tempfile.gettempdir()}: "
+                    f"let the environment variable TMPDIR name another ({reason})"
+                ) from error
             raise ValueError(
                 f"{type(model).__name__} could not be written after its training: {type(error).__name__}: {reason}"
             ) from error
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Or the user's share of it; libraries written in Rust say it in their text alone."""
+    return any(
+        getattr(error, "errno", None) == number or f"os error {number}" in str(error)
+        for number in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 @contextmanager

@@ -50,8 +50,8 @@ class Engine:
             model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
             tokenizer: needed for prompts given as text and for stop strings; what it and its chat template end a text with ends completions.
             max_batch_size: most sequences side by side.
-            kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half). Sequences that
-                do not fit wait; none is thrown out.
+            kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half, within the limit of
+                a container). Sequences that do not fit wait; none is thrown out.
             keep_cache: keep the cache's memory, and on a GPU the CUDA graphs of the decode steps, between calls instead of giving it
                 back after each.
         """

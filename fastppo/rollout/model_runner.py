@@ -33,8 +33,12 @@ class ModelRunner:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, this thread alone samples from the model, which is in evaluation mode. Other threads wait."""
-        with _alone_with(self.model), torch.no_grad(), evaluating(self.model):
+        """Inside, this thread alone samples from the model, which is in evaluation mode. Other threads wait.
+
+        Also in a caller's `torch.inference_mode()` the tensors made here are plain ones: a kept cache is written to later, and a loss may need
+        what was sampled.
+        """
+        with _alone_with(self.model), torch.inference_mode(mode=False), torch.no_grad(), evaluating(self.model):
             yield
 
     @contextmanager

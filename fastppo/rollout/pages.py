@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from fastppo.model.attention import LayerShape
 from fastppo.ops import write_kv
+from fastppo.rollout.memory import free_memory
 
 PAGE_SIZE = 64
 
@@ -91,10 +91,10 @@ class PagedCache:
 
 
 def kv_budget(kv_memory: float | Literal["auto"], device: torch.device) -> int:
-    """Bytes for keys and values: `kv_memory` GiB, or ("auto") 80 % of a GPU's free memory, half of a CPU machine's."""
+    """Bytes for keys and values: `kv_memory` GiB, or ("auto") 80 % of a GPU's free memory, half of what this process may take of a CPU machine's."""
     if kv_memory != "auto":
         return int(kv_memory * 2**30)
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(0.8 * (torch.cuda.mem_get_info(device)[0] + reusable))
-    return psutil.virtual_memory().available // 2
+    return free_memory() // 2
