@@ -173,7 +173,7 @@ def test_the_native_decoder_ignores_the_defaults():
     def run() -> list[torch.Tensor]:
         made = decoder.Decoder([layer], embedding, layer.norms[0], cos, sin, rows=2)
         assert made._hidden.dtype == made._scratch.dtype == torch.float32
-        prefilled = made.prefill([[1, 2, 3], [4, 5, 6, 7, 8]], [[2], [3]])
+        prefilled = made.prefill([[1, 2, 3], [4, 5, 6, 7, 8]], [[2], [3]], [0, 0])
         return [prefilled, made.step(torch.tensor([9, 10], dtype=torch.int64, device="cpu"), lengths, table).clone()]
 
     expected = run()

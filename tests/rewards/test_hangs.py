@@ -143,7 +143,7 @@ def test_threads_that_did_not_come_along_are_named(make):
     finally:
         done.set()
         server.join()
-    assert_all_invalid(result, "in asks", "other threads ('grader client'", "at its first call")
+    assert_all_invalid(result, "in asks", "other threads (", "'grader client'", "at its first call")
 
 
 def test_without_other_threads_none_are_spoken_of(make):

@@ -53,7 +53,7 @@ def run(decoder, cache: PagedCache) -> tuple[Tensor, Tensor]:
     """Hidden states of two steps of three sequences: inside a page, at its last place and at the first of the next one. And the cache."""
     prompts, table = [[5, 6, 7], list(range(1, 64)), [9] * 64], [[3, 3], [0, 2], [1, 4]]
     for prompt, pages in zip(prompts, table, strict=True):
-        decoder.prefill([prompt], [pages])
+        decoder.prefill([prompt], [pages], [0])
     lengths, pages = torch.tensor([4, 64, 65]), torch.tensor(table, dtype=torch.int32)
     hidden = [decoder.step(torch.tensor([11, 12, 13]) + i, lengths + i, pages).clone() for i in range(2)]
     return torch.cat(hidden), torch.stack([pages for pair in cache.layers.values() for pages in pair])
