@@ -43,7 +43,7 @@ def _raised_by_a_check(traceback: TracebackType | None) -> bool:
         spec = traceback.tb_frame.f_globals.get("__spec__")  # under `python -m`, `__name__` says nothing
         name = "" if spec is None else spec.name
         raised = dis.opname[traceback.tb_frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
-        module = module if name == _SHARED_CHECKS and raised else name
+        module = module if name == _SHARED_CHECKS else name
         traceback = traceback.tb_next
     ours = any(module == f"fastppo.{part}" or module.startswith(f"fastppo.{part}.") for part in _OURS)
     return raised and module.startswith("fastppo.") and (module == _USERS_OWN or not ours)
