@@ -73,7 +73,7 @@ def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
 def _load_yaml(text: str | bytes) -> Any:
     """Raises ValueError with the reason in one line."""
     try:
-        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        return _UniqueKeyLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"not valid YAML: {_one_line(error)}") from error
 
