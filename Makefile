@@ -7,11 +7,12 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel clean
+.PHONY: help demo test peers bench lint format wheel clean
 
 help:
 	@echo "make demo    install, then watch PPO teach a small language model to carry (about a minute; another time: DEMO_ARGS='--output DIR')"
 	@echo "make test    install, then run every test (about 10 minutes on 2 cores)"
+	@echo "make peers   install the packages that fastppo is compared with; then make test and make bench do so"
 	@echo "make bench   install, then time every op against plain PyTorch and its peers"
 	@echo "make lint    check format and style       make format  fix them"
 	@echo "make wheel   build dist/*.whl             make clean   remove what make made"
@@ -26,6 +27,12 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py $(SOURCES)
 	@echo "Building fastppo's kernels ..."
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,data,math,plot]'
 	@touch $@
+
+$(VENV)/.peers: peers.txt $(VENV)/.installed
+	@$(PIP) install -q --no-deps -r peers.txt
+	@touch $@
+
+peers: $(VENV)/.peers
 
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/arithmetic.py $(DEMO_ARGS)

@@ -26,7 +26,7 @@ FLOORS = [
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
-    ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo"),
+    ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo.integrations", "fastppo"),
 ]
 
 
