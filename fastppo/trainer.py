@@ -36,6 +36,7 @@ from fastppo.run_state import RunState, identity
 
 EVALUATION_SEED_OFFSET = 0x5EED
 SEEDS = 2**63  # of the sampler
+KEPT_CACHE = 0.1  # of a GPU's memory, at most, that the sampler keeps during updates, so that its CUDA graphs serve the next step too
 
 
 class PPOTrainer:
@@ -73,11 +74,12 @@ class PPOTrainer:
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
+        device = _resolve_device(config.device)
+        _refuse_autocast("PPOTrainer is made", device)
         named = isinstance(model, str | os.PathLike)
         name = os.path.expanduser(model) if named else getattr(model, "name_or_path", None) or ""
         name = os.path.abspath(name) if os.path.isdir(name) else name
         self.recipe = recipe or dataclasses.asdict(config) | {"model": {"name": name}}
-        device = _resolve_device(config.device)
         # First, so that the processes which run rewards hold no copy of the model.
         with _naming("reward"):
             self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
@@ -104,7 +106,8 @@ class PPOTrainer:
             config=config.learner,
             total_steps=config.total_steps,
         )
-        self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size)
+        kept = KEPT_CACHE if device.type == "cuda" else False
+        self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed)
         self.state = RunState(self.learner, self.sampler, self._identity)
         self._interruption = Interruption()
@@ -126,6 +129,7 @@ class PPOTrainer:
 
         Raises TrainingError when the run cannot go on, ValueError or CheckpointError where it cannot be recorded or resumed; what was written stays.
         """
+        _refuse_autocast("train() is called", self.model.device)
         folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
         evaluate = self.eval_prompts is not None
         with folder.lock(note):
@@ -343,6 +347,16 @@ def _naming(argument: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         error.args = (f"{argument}: {error}",)
         raise
+
+
+def _refuse_autocast(what: str, device: torch.device) -> None:
+    """Its products would be rounded, and only some of them: the sampler's and the losses' kernels are its own."""
+    if torch.is_autocast_enabled(device.type):
+        kind = torch.get_autocast_dtype(device.type)
+        raise ValueError(
+            f"{what} inside torch.autocast({device.type!r}, {kind}), expected outside of it: "
+            f"a model computes in its weights' type, which `dtype` sets"
+        )
 
 
 def _resolve_device(name: str) -> torch.device:

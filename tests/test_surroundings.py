@@ -128,6 +128,34 @@ def test_gradients_are_on_wherever_they_are_switched_off(make_trainer, expected,
     assert all(torch.equal(value, expected[name]) for name, value in weights(trainer).items())
 
 
+def bf16_autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_autocast_around_the_trainer_is_refused_by_name(make_trainer):
+    """It would round some products and not others, and so train on log-probs of another model than the one sampled from."""
+    named = (
+        r"inside torch.autocast\('cpu', torch.bfloat16\), expected outside of it: .* weights' type, which `dtype` sets"
+    )
+    trainer = make_trainer(total_steps=1)
+    with bf16_autocast():
+        with pytest.raises(ValueError, match=rf"^PPOTrainer is made {named}"):
+            make_trainer(total_steps=1)
+        with pytest.raises(ValueError, match=rf"^train\(\) is called {named}"):
+            trainer.train()
+    trainer.train()
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_sampling_under_autocast_is_sampling_without(activation):
+    """With steps of our own, and with the model's modules (which take any activation)."""
+    model = make_model(hidden_act=activation)
+    expected = Engine(model).generate([[2, 3]], SAMPLING)
+    with bf16_autocast():
+        rollout = Engine(model).generate([[2, 3]], SAMPLING)
+    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.logprobs, expected.logprobs)
+
+
 def test_a_reward_that_switches_gradients_off_does_not_stop_the_updates(make_trainer, expected):
     """Reward models are run that way, in this process for their GPU."""
 

@@ -42,7 +42,7 @@ class Engine:
         *,
         max_batch_size: int = 64,
         kv_memory: float | Literal["auto"] = "auto",
-        keep_cache: bool = False,
+        keep_cache: bool | float = False,
     ) -> None:
         """Takes a model to sample from.
 
@@ -53,12 +53,14 @@ class Engine:
             kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half, within the limit of
                 a container). Sequences that do not fit wait; none is thrown out.
             keep_cache: keep the cache's memory, and on a GPU the CUDA graphs of the decode steps, between calls instead of giving it
-                back after each.
+                back after each. A number from 0 to 1: only where that cache takes at most this share of the device's memory.
         """
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size!r}, expected an integer >= 1")
         if kv_memory != "auto":
             _checks.number("kv_memory", kv_memory, above=0)
+        if not isinstance(keep_cache, bool):
+            _checks.number("keep_cache", keep_cache, at_least=0, at_most=1)
         self.model = prepare_model(model)
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size

@@ -17,14 +17,14 @@ from fastppo.model.packed import evaluating, run_trunk
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
 from fastppo.rollout.graphs import GraphDecoder
-from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, kv_budget, pages_for
+from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, device_memory, kv_budget, pages_for
 from fastppo.rollout.parts_decoder import parts_agree, parts_decoder
 
 
 class ModelRunner:
     """Lends a cache and a decoder of one model. Lending, and the decoder's steps, belong into a block of `alone`."""
 
-    def __init__(self, model: PreTrainedModel, kv_memory: float | Literal["auto"], keep_cache: bool) -> None:
+    def __init__(self, model: PreTrainedModel, kv_memory: float | Literal["auto"], keep_cache: bool | float) -> None:
         self.model, self.kv_memory, self.keep_cache = model, kv_memory, keep_cache
         self._seen: dict[tuple[torch.dtype, torch.device], ObservingContext] = {}
         self._agrees: bool | None = None  # whether steps of our own give what the model's modules give, once known
@@ -36,9 +36,16 @@ class ModelRunner:
         """Inside, this thread alone samples from the model, which is in evaluation mode. Other threads wait.
 
         Also in a caller's `torch.inference_mode()` the tensors made here are plain ones: a kept cache is written to later, and a loss may need
-        what was sampled.
+        what was sampled. A caller's `torch.autocast` is off: the model samples in its weights' type, with the bits that it has elsewhere.
         """
-        with _alone_with(self.model), torch.inference_mode(mode=False), torch.no_grad(), evaluating(self.model):
+        unrounded = torch.autocast(self.model.device.type, enabled=False)
+        with (
+            _alone_with(self.model),
+            torch.inference_mode(mode=False),
+            unrounded,
+            torch.no_grad(),
+            evaluating(self.model),
+        ):
             yield
 
     @contextmanager
@@ -49,7 +56,7 @@ class ModelRunner:
         try:
             yield cache, decoder
         finally:
-            if self.keep_cache:
+            if cache.bytes <= self.keep_cache * device_memory(self.model.device):
                 self.kept_cache, self.kept_graphs = cache, decoder if isinstance(decoder, GraphDecoder) else None
 
     def _cache(self, pages: int) -> PagedCache:

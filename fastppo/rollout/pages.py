@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -73,6 +74,10 @@ class PagedCache:
             for layer, shape in shapes.items()
         }
 
+    @property
+    def bytes(self) -> int:
+        return (self.pages + 1) * self.bytes_per_page
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k [Hkv, T, D], v [Hkv, T, Dv] at places int64 [T] (page * 64 + offset); returns the layer's pages."""
         k_pages, v_pages = self.layers[layer]
@@ -88,6 +93,13 @@ class PagedCache:
         for pair in self.layers.values():
             for pages in pair:
                 pages[target] = pages[source]
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def kv_budget(kv_memory: float | Literal["auto"], device: torch.device) -> int:

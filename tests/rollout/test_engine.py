@@ -9,7 +9,7 @@ import torch
 
 from fastppo import use_backend
 from fastppo.model import lm_head, prepare_model
-from fastppo.rollout import Engine, FinishReason, SamplingParams
+from fastppo.rollout import Engine, FinishReason, SamplingParams, model_runner
 from fastppo.rollout.generation import DRAWS_AHEAD
 from fastppo.rollout.model_runner import ModelRunner
 from tests.rollout.tiny import (
@@ -187,6 +187,21 @@ class TestPages:
             first = engine.generate(self.prompts, SamplingParams(**self.params))
             assert (engine.runner.kept_cache is not None) == keep
             assert engine.generate(self.prompts, SamplingParams(**self.params)).completions() == first.completions()
+
+    def test_a_cache_is_kept_while_it_takes_its_share_of_the_memory(self, model, monkeypatch):
+        """What the trainer asks for on a GPU: graphs serve the next step, and an update is not starved by a large cache."""
+        engine = Engine(model, keep_cache=0.25)
+        engine.generate([[1]], SamplingParams(max_new_tokens=2))
+        held = engine.runner.kept_cache.bytes
+        for memory, kept in ((4 * held, True), (4 * held - 1, False)):
+            monkeypatch.setattr(model_runner, "device_memory", lambda _, memory=memory: memory)
+            engine.generate([[1]], SamplingParams(max_new_tokens=2))
+            assert (engine.runner.kept_cache is not None) == kept
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "half"])
+    def test_a_share_that_is_none(self, model, share):
+        with pytest.raises((TypeError, ValueError), match="keep_cache is .*, expected"):
+            Engine(model, keep_cache=share)
 
     def test_kept_cache_grows_and_follows_the_model_type(self):
         model = make_model("llama", max_position_embeddings=256)
