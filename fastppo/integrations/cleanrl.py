@@ -46,7 +46,7 @@ def compute_gae(
     it; in the script they do, as it multiplies by 0 there.
 
     Args:
-        rewards, values: [T, N], time first; float32, bfloat16 or float16 (float64 gives float64).
+        rewards, values: [T, N] float32, time first; other floating types as in `fastppo.gae`.
         dones: [T, N]: whether step t is the first of an episode; 0 and 1 of any dtype.
         next_value, next_done: N elements of any shape, for the state after the last step.
         gamma, gae_lambda: in [0, 1].
@@ -96,7 +96,7 @@ def ppo_loss(
     script does not do; `approx_kl` is computed with expm1, which keeps its digits where the policies are close.
 
     Args:
-        newlogprob, entropy: [M], of `agent.get_action_and_value`; float32, bfloat16 or float16 (float64 too).
+        newlogprob, entropy: [M] float32, of `agent.get_action_and_value`.
         newvalue: M elements, [M] or [M, 1].
         mb_logprobs, mb_advantages, mb_returns, mb_values: [M], `b_logprobs[mb_inds]` and so on.
         clip_coef: > 0, of the ratio and, with clip_vloss, of the value.

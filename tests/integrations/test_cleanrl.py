@@ -96,10 +96,10 @@ def test_wrong_rollouts_are_refused(change, message):
         compute_gae(**rollout(8, 2) | {"gamma": 0.99, "gae_lambda": 0.95} | change)
 
 
-def minibatch(size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def minibatch(size: int, seed: int = 0) -> dict[str, Tensor]:
     """What the agent returns for a minibatch, which needs gradients, and what was stored of it."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(6, size, generator=generator).to(dtype)
+    numbers = torch.randn(6, size, generator=generator)
     old = -numbers[0].abs()
     new = {"newlogprob": old + 0.2 * numbers[1], "entropy": numbers[2].abs(), "newvalue": numbers[3].reshape(-1, 1)}
     stored = {"mb_logprobs": old, "mb_advantages": 3 * numbers[4] + 1, "mb_returns": numbers[5]}
