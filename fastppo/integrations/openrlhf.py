@@ -68,16 +68,16 @@ def compute_approx_kl(
     """
     _checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     log_probs, log_probs_base = _narrow("log_probs", log_probs), _narrow("log_probs_base", log_probs_base)
-    value = approx_kl(log_probs, log_probs_base, kl_estimator).clamp(-MAX_KL, MAX_KL)
     if not unbiased_gradient:
-        return value
+        return approx_kl(log_probs, log_probs_base, kl_estimator).clamp(-MAX_KL, MAX_KL)
+    value = approx_kl(log_probs.detach(), log_probs_base.detach(), kl_estimator).clamp(-MAX_KL, MAX_KL)
     slope = approx_kl(log_probs, log_probs_base, "k2")
     if log_probs_old is not None:
         old = _narrow("log_probs_old", log_probs_old)
         _checks.shape("log_probs_old", old, log_probs.shape, "log_probs' shape")
         slope = (log_probs.detach().float() - old.detach().float()).exp().clamp(max=MAX_IMPORTANCE_WEIGHT) * slope
     if strict:
-        return value.detach() + slope - slope.detach()
+        return value + slope - slope.detach()
     return with_gradient_of(value, slope)
 
 
