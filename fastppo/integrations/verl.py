@@ -6,7 +6,12 @@ leaves it to verl: a mask that weighs, a gradient for what a loss takes as const
 Where a result of verl's is NaN that need not be, ours is the number: no token to average over gives 0, and what is not finite under a
 mask, or a logit of -inf, reaches nothing. `strict=True` refuses those inputs, so that a patched call gets verl's own NaN.
 
-Sums are in fp64 and all else in fp32, rounded once to verl's dtype; at a tie of two loss terms, the whole gradient is the unclipped one's.
+All is computed in fp32 (fp64 for fp64) and rounded once to verl's dtype. At a tie of two loss terms the whole gradient is the unclipped
+one's, where verl halves it.
+
+Of verl's policy losses these are left as they are: gpg, which is a product and a sum already, and dppo_tv, dppo_kl, sapo, geo_mean, dro,
+clip_cov and kl_cov, which `fastppo.ppo_loss` does not express; bypass_mode calls vanilla, and so ours. There is no estimator of our name
+beside "gae": verl gives estimators of other names neither values nor gamma.
 """
 
 from __future__ import annotations
@@ -549,6 +554,7 @@ class _Verl(Peer):
     """verl, whose table of policy losses has ours under a name of its own too."""
 
     def patch(self, strict: bool = False) -> Patch:
+        """As `Peer.patch`, in this process: verl's workers are others. `loss_mode=fastppo` is the vanilla loss too."""
         patch = super().patch(strict)
         core = import_module(CORE)
         core.POLICY_LOSS_REGISTRY.setdefault(NAME, core.compute_policy_loss_vanilla)
@@ -561,6 +567,7 @@ class _Verl(Peer):
         super().unpatch()
 
     def register(self) -> None:
+        """Without a patch: `policy_loss.loss_mode=fastppo` is our vanilla loss, and all else verl's own."""
         self._tested_version()
         import_module(CORE).POLICY_LOSS_REGISTRY[NAME] = self._find(VANILLA, strict=False).ours
 

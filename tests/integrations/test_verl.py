@@ -634,6 +634,15 @@ def test_what_ours_refuses_runs_as_verl_has_it(caplog):
     assert len(vanilla) == 1 and "mask holds other numbers than 0 and 1" in vanilla[0].getMessage()
 
 
+def test_a_patched_head(patched):
+    """verl makes an instance of its own class for each forward pass."""
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(20, 8), torch.randint(0, 20, (3,))
+    expected = ours.FusedLinearForPPO()(hidden, weight, labels)
+    for backend in ("torch", "liger"):
+        got = fused.FusedLinearForPPO(impl_backend=backend).forward(hidden, weight, labels, temperature=1.0)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_strict_gives_verls_own_nan():
     with ours.patch():
         assert core.agg_loss(ONES, NOWHERE, "token-mean") == 0
