@@ -29,7 +29,7 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, shape or device.
     """
-    return _moments(x, mask)[1].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return moments_inside(x, mask)[1].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 @torch.no_grad()
@@ -56,15 +56,20 @@ def masked_whiten(
     Raises:
         TypeError, ValueError: wrong type, shape or device.
     """
-    moments = _moments(x, mask)
+    moments = moments_inside(x, mask)
     if group is not None:
         moments = _merge_over_group(moments, group)
+    return whitened(x, mask, moments, shift_mean)
+
+
+def whitened(x: Tensor, mask: Tensor | None, moments: tuple[Tensor, Tensor, Tensor], shift_mean: bool) -> Tensor:
+    """`masked_whiten` by the moments of other elements than those inside this mask: of more of them, or of fewer."""
     if choose("masked_whiten", x) == "reference":
         return reference.masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
     return _masked_whiten(x, mask, *moments, not shift_mean)
 
 
-def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def moments_inside(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """fp64 0-d: count, mean, sum of squared deviations."""
     _checks.floating("x", x)
     if mask is not None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops import masked_mean, masked_whiten
+from fastppo.ops.masked_whiten import moments_inside, whitened
 from fastppo.reference.masked_whiten import masked_mean as reference_mean
 from fastppo.reference.masked_whiten import masked_whiten as reference
 from tests.cases import DTYPES, with_threads
@@ -51,6 +52,17 @@ def test_mean_and_its_gradient(backend, shape, dtype, masked):
     assert ours[0].dtype == torch.float32 and ours[0].shape == () and ours[1].dtype == dtype
     for name, a, b, c in zip(("mean", "gradient"), ours, native, exact, strict=True):
         assert_as_exact_as_native(a, b, c, name)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_what_is_outside_the_mask_by_the_moments_inside(backend, shift_mean):
+    """verl whitens every element, by the statistics of those inside the mask."""
+    x, mask = torch.randn(33, 100) * 3 + 2, torch.rand(33, 100) < 0.6
+    moments = moments_inside(x, mask)
+    ours = whitened(x, None, moments, shift_mean)
+    assert torch.equal(ours[mask], masked_whiten(x, mask, shift_mean=shift_mean)[mask])
+    everywhere = [reference(x.to(dtype), shift_mean=shift_mean, moments=moments) for dtype in (x.dtype, torch.float64)]
+    assert_as_exact_as_native(ours, *everywhere, "whitened")
 
 
 def test_formula_as_trl_and_verl_write_it(backend):
