@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tests.tolerance import assert_as_exact_as_model, assert_as_exact_as_native,
 
 pytest.importorskip("trl", reason="TRL is not installed")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-fixed = settings(derandomize=True, database=None, deadline=None, max_examples=40)
+fixed = settings(derandomize=True, database=None, deadline=None, max_examples=30)
 widths = st.sampled_from([1, 2, 37, 1025])
 temperatures = st.sampled_from([1.0, 0.6, 2])
 seeds = st.integers(0, 2**31)
@@ -25,6 +28,11 @@ seeds = st.integers(0, 2**31)
 
 def test_the_version_that_is_compared_with():
     assert version("trl").startswith("1.16.")
+
+
+def test_ours_need_no_trl():
+    code = "import sys, fastppo.integrations.trl; sys.exit('trl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def assert_parity(
@@ -179,6 +187,27 @@ def test_the_triton_kernels_function_gives_float32():
         lambda x: (exact_logprobs(x, index, 0.7, row_mask), exact_entropy(x, 0.7, row_mask)),
         [logits],
     )
+
+
+def on_a_gpu(x: Tensor) -> SimpleNamespace:
+    """What can be asked of a tensor there."""
+    same = {name: getattr(x, name) for name in ("dtype", "shape", "ndim", "dim", "stride")}
+    return SimpleNamespace(**same, device=torch.device("cuda"), is_cuda=True)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64, torch.float32])
+def test_on_a_gpu_results_have_the_type_of_trls_triton_kernel(dtype: torch.dtype, mask_dtype: torch.dtype | None):
+    """Where it takes the logits, by TRL's own word."""
+    from trl.trainer.utils import _supports_trl_loss_kernel as takes
+
+    whole = torch.empty(2, 3, 4, 8, dtype=dtype)
+    for x in (whole, whole[0], whole[0, 0], whole[0, :, :-1], whole[0].transpose(1, 2)):
+        index = torch.zeros(x.shape[:-1], dtype=torch.int64)
+        row_mask = None if mask_dtype is None else on_a_gpu(index.to(mask_dtype))
+        expected = torch.float32 if takes(on_a_gpu(x), on_a_gpu(index), row_mask) else dtype
+        assert ours._result_dtype(on_a_gpu(x), row_mask) == expected
+        assert ours._result_dtype(x, row_mask) == dtype
 
 
 @st.composite
