@@ -127,18 +127,20 @@ def kept_of_a_token(model: nn.Module) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
 
 
-def ppo_step(model: nn.Module, sequences: int, prompt: int, new: int, updates: int) -> Work:
-    """One epoch over `sequences` of at least `prompt` and exactly `new` tokens, by a policy, a reference and a critic like `model`.
+def ppo_step(model: nn.Module, prompts: int, samples: int, prompt: int, new: int, updates: int) -> Work:
+    """One epoch over `samples` of each of `prompts` of at least `prompt` tokens, with exactly `new` ones each, by a policy, a reference
+    and a critic like `model`.
 
-    Products: every token once through the trunk when it is sampled and for its old and reference log-probs and its value, and three times
-    (forward, two gradients) through policy and critic; the head for new tokens alone. Bytes: the weights for each decode step, and what
-    AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each update of both.
+    Products: every token that differs (a prompt's once for all its samples) once through the trunk when it is sampled and for its old and
+    reference log-probs and its value, and three times (forward, two gradients) through policy and critic; the head for new tokens alone.
+    Bytes: the weights for each decode step, and what AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each
+    update of both.
     """
     parameters = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight.numel()
     trunk = parameters - head - model.get_input_embeddings().weight.numel()
-    through_trunk, through_head = (4 + 3 * 2) * (prompt + new), (3 + 3) * new
-    flops = 2 * sequences * (through_trunk * trunk + through_head * head)
+    through_trunk, through_head = (4 + 3 * 2) * (prompt + samples * new), (3 + 3) * samples * new
+    flops = 2 * prompts * (through_trunk * trunk + through_head * head)
     adam = 7 * updates * (2 * parameters - head)
     return Work(FP32 * (new * (trunk + head) + adam), flops)
 

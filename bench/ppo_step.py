@@ -27,13 +27,13 @@ from fastppo.bench.setting import Setting
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner
 from fastppo.model import prepare_model
-from fastppo.plan import plan_epochs
+from fastppo.plan import Lengths, plan_epochs
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
 from fastppo.targets import Targets
 
-ROUNDS = 4  # a step takes seconds
+ROUNDS, LONG_ROUNDS = 4, 2  # of a step of seconds, and of one of tens of seconds
 PER_TOKEN = ("old_logprobs", "values", "advantages", "returns")
 # Of a loss, in units of max(|exact|, 1): after AdamW's steps a rounded gradient's sign has moved some weights the other way.
 ALLOWED_LOSS_ERROR = 1e-4
@@ -49,8 +49,20 @@ class Shape(NamedTuple):
     hidden: int
     layers: int
     prompts: int
+    shortest: int
     longest: int
     new_tokens: int
+    samples: int = 1
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.samples
+
+    @property
+    def name(self) -> str:
+        lengths = self.longest if self.shortest == self.longest else f"{self.shortest}-{self.longest}"
+        samples = f", {self.samples} samples each" if self.samples > 1 else ""
+        return f"{self.prompts} prompts of {lengths}{samples}, {self.new_tokens} new, a step"
 
 
 def score(completion: list[int]) -> float:
@@ -66,11 +78,11 @@ def noisy(module: nn.Module, spread: float, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
 
 
-def minibatches(prompts: int) -> list[list[int]]:
+def minibatches(shape: Shape) -> list[list[int]]:
     """The sequences of each optimizer step."""
-    plan = plan_epochs(
-        [1] * prompts, epochs=1, num_minibatches=CONFIG.learner.num_minibatches, max_tokens=1 << 30, seed=0
-    )
+    groups = [i // shape.samples for i in range(shape.sequences)]
+    lengths = Lengths([1] * shape.sequences, [0] * shape.sequences, groups)
+    plan = plan_epochs(lengths, epochs=1, num_minibatches=CONFIG.learner.num_minibatches, max_tokens=1 << 30, seed=0)
     return [[index for indices in minibatch for index in indices] for epoch in plan for minibatch in epoch]
 
 
@@ -84,13 +96,14 @@ class FusedStep:
         self.roles = Roles(model, with_reference="reference" in self.algorithm.needs)
         noisy(self.roles.policy, 0.01, seed=1)
         noisy(self.roles.critic.head, 0.05, seed=2)
-        self.engine = Engine(model, max_batch_size=shape.prompts)
+        self.engine = Engine(model, max_batch_size=shape.sequences)
         settings = {"optimizer": CONFIG.optimizer, "critic": CONFIG.critic, "config": CONFIG.learner}
         self.learner = Learner(self.roles, **settings, total_steps=CONFIG.total_steps)
 
     def __call__(self, x: Tensors) -> Tensors:
         new = self.shape.new_tokens
-        rollout = self.engine.generate(prompts_of(x), SamplingParams(max_new_tokens=new, min_new_tokens=new))
+        sampling = SamplingParams(n=self.shape.samples, max_new_tokens=new, min_new_tokens=new)
+        rollout = self.engine.generate(prompts_of(x), sampling)
         scores = Scores(torch.tensor([score(completion) for completion in rollout.completions()]), {})
         plan = self.learner.plan(rollout, seed=0)
         evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
@@ -157,15 +170,17 @@ class PlainStep:
         tokens, mask = torch.cat((tokens, completions), 1), torch.cat((mask, torch.ones_like(completions)), 1)
         batch = {"tokens": tokens, "attention": mask} | self._experience(tokens, mask)
         losses = torch.zeros(2, dtype=batch["values"].dtype)
-        chosen = chosen or minibatches(len(tokens))
+        chosen = chosen or minibatches(self.shape)
         for indices in chosen:
             losses += self._update({name: value[indices] for name, value in batch.items()})
         return {"completions": completions, "losses": losses / len(chosen)} | {name: batch[name] for name in PER_TOKEN}
 
     def _left_padded(self, x: Tensors) -> tuple[Tensor, Tensor]:
+        """Each prompt once for each of its samples."""
         longest = self.shape.longest
-        rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts_of(x)]
-        return torch.tensor(rows), (torch.arange(longest) >= longest - x["lengths"][:, None]).long()
+        rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts_of(x)])
+        mask = (torch.arange(longest) >= longest - x["lengths"][:, None]).long()
+        return rows.repeat_interleave(self.shape.samples, 0), mask.repeat_interleave(self.shape.samples, 0)
 
     @torch.no_grad()
     def _experience(self, tokens: Tensor, attention: Tensor) -> Tensors:
@@ -248,30 +263,29 @@ class Lazy:
         return self.step(x)
 
 
-def cases(setting: Setting) -> list[Case]:
-    shape = Shape(32, 1, 8, 8, 8) if setting.quick else Shape(256, 2, 32, 48, 32)
-
+def make_case(shape: Shape) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
-        return {
-            "tokens": torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator),
-            "lengths": torch.randint(shape.longest // 4, shape.longest + 1, (shape.prompts,), generator=generator),
-        }
+        lengths = torch.randint(shape.shortest, shape.longest + 1, (shape.prompts,), generator=generator)
+        tokens = torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator)
+        return {"tokens": tokens, "lengths": lengths}
 
-    model = make_model(shape.hidden, shape.layers)
     steps = {"fastppo": FusedStep, "eager": PlainStep}
-    if trl_ppo_step.is_installed():
+    if shape.samples == 1 and trl_ppo_step.is_installed():
         steps["trl"] = lambda shape: trl_ppo_step.TRLStep(PlainStep(shape), score, CONFIG)
-    return [
-        Case(
-            op="ppo_step",
-            name=f"{shape.prompts} prompts of {shape.longest // 4}-{shape.longest}, {shape.new_tokens} new, a step",
-            inputs=inputs,
-            providers={name: Lazy(kind, shape) for name, kind in steps.items()},
-            exact=lambda x: {},
-            compare=checked(shape),
-            work=floors.ppo_step(
-                model, shape.prompts, shape.longest // 4, shape.new_tokens, CONFIG.learner.num_minibatches
-            ),
-            rounds=ROUNDS,
-        )
-    ]
+    sizes = shape.prompts, shape.samples, shape.shortest, shape.new_tokens
+    return Case(
+        op="ppo_step",
+        name=shape.name,
+        inputs=inputs,
+        providers={name: Lazy(kind, shape) for name, kind in steps.items()},
+        exact=lambda x: {},
+        compare=checked(shape),
+        work=floors.ppo_step(make_model(shape.hidden, shape.layers), *sizes, CONFIG.learner.num_minibatches),
+        rounds=ROUNDS if shape.samples == 1 else LONG_ROUNDS,
+    )
+
+
+def cases(setting: Setting) -> list[Case]:
+    if setting.quick:
+        return [make_case(Shape(32, 1, 8, 2, 8, 8)), make_case(Shape(32, 1, 4, 16, 16, 8, samples=4))]
+    return [make_case(Shape(256, 2, 32, 12, 48, 32)), make_case(Shape(128, 2, 16, 256, 256, 64, samples=8))]

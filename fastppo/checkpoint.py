@@ -234,8 +234,6 @@ def restore_optimizer(
         parameter = named[name]
         if key != "step" and value.shape != parameter.shape:
             raise CheckpointError(f"{key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
-        # AdamW keeps its step count on the CPU whatever the parameter's device.
-        device = value.device if key == "step" else parameter.device
-        restored.setdefault(parameter, {})[key] = value.to(device, copy=True)
+        restored.setdefault(parameter, {})[key] = value.to(parameter.device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(restored)

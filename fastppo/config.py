@@ -172,8 +172,8 @@ class LearnerConfig:
     num_minibatches: Count = 4
     """Optimizer steps in each pass."""
     tokens_per_microbatch: Count = 8192
-    """Most tokens in one forward/backward; gradients accumulate over the micro-batches of a minibatch and do not depend on
-    the split. A single longer sequence makes a micro-batch of its own."""
+    """Most tokens in one forward/backward, a prompt's once for all its samples; gradients accumulate over the micro-batches of a
+    minibatch and do not depend on the split. A single longer sequence makes a micro-batch of its own."""
     max_skipped_updates: Count = 5
     """The run stops after this many non-finite updates in a row; each is skipped and counted."""
     gradient_checkpointing: bool = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
-from fastppo.plan import Minibatch, Plan, plan_epochs
+from fastppo.plan import Lengths, Minibatch, Plan, plan_epochs, split_groups_warning
 from fastppo.roles import Roles
 from fastppo.rollout.rollout import Rollout
 
@@ -55,10 +55,13 @@ class Learner:
         self.step = 0
         self.skipped_in_a_row = 0
 
-    def plan(self, rollout: Rollout, seed: int) -> Plan:
-        """Minibatches and micro-batches of a rollout."""
+    def plan(self, rollout: Rollout, seed: int, note: Callable[[str], None] = lambda sentence: None) -> Plan:
+        """Minibatches and micro-batches of a rollout; `note` hears where the budget keeps a prompt's samples apart."""
+        lengths = Lengths.of(rollout)
+        if warning := split_groups_warning(lengths, self.config.tokens_per_microbatch):
+            note(warning)
         return plan_epochs(
-            rollout.lengths,
+            lengths,
             epochs=self.config.epochs,
             num_minibatches=self.config.num_minibatches,
             max_tokens=self.config.tokens_per_microbatch,

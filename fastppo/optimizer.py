@@ -76,7 +76,7 @@ class Optimizer:
         rest = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
     def set_learning_rate(self, factor: float) -> float:
         """Set every group to `factor` times the peak and return that rate."""

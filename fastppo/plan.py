@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+from fastppo.rollout.rollout import Rollout
 
 Microbatch = list[int]
 Minibatch = list[Microbatch]
@@ -12,36 +15,85 @@ Plan = list[list[Minibatch]]
 """plan[epoch][minibatch][microbatch] = sequence indices."""
 
 
-def split_minibatches(num_sequences: int, num_minibatches: int, generator: torch.Generator) -> list[list[int]]:
-    """A random partition into at most `num_minibatches` parts whose sizes differ by at most one; none is empty."""
-    order = torch.randperm(num_sequences, generator=generator, dtype=torch.int64, device="cpu").tolist()
-    parts = min(num_minibatches, num_sequences)
-    return [order[num_sequences * i // parts : num_sequences * (i + 1) // parts] for i in range(parts)]
+class Lengths(NamedTuple):
+    """[B] each: what sequences cost. Those of one group share their prompt, which costs its tokens once a micro-batch."""
+
+    sequences: Sequence[int]
+    prompts: Sequence[int]
+    groups: Sequence[int]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Lengths:
+        return cls(rollout.lengths, rollout.prompt_lengths, rollout.prompt_groups)
+
+    def members(self, indices: Sequence[int]) -> list[list[int]]:
+        """`indices` by group, in the order in which the groups come."""
+        found: dict[int, list[int]] = {}
+        for index in indices:
+            found.setdefault(self.groups[index], []).append(index)
+        return list(found.values())
 
 
-def split_microbatches(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Minibatch:
-    """Group `indices` into micro-batches of at most `max_tokens` tokens; a longer sequence stands alone.
+def split_minibatches(lengths: Lengths, num_minibatches: int, generator: torch.Generator) -> list[list[int]]:
+    """A random partition into at most `num_minibatches` parts whose sizes differ by at most one; none is empty.
 
-    Sorted by length, so that a micro-batch holds sequences of similar length and attention wastes little on padding.
+    The samples of a prompt stand side by side in the order that is cut, so that at most one group is cut between two parts.
     """
-    groups: Minibatch = []
-    room = 0
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if not groups or lengths[index] > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(index)
-        room -= lengths[index]
-    return groups
+    count = len(lengths.sequences)
+    members = lengths.members(range(count))
+    drawn = torch.randperm(len(members), generator=generator, dtype=torch.int64, device="cpu").tolist()
+    order = [index for group in drawn for index in members[group]]
+    parts = min(num_minibatches, count)
+    return [order[count * i // parts : count * (i + 1) // parts] for i in range(parts)]
 
 
-def plan_epochs(lengths: Sequence[int], *, epochs: int, num_minibatches: int, max_tokens: int, seed: int) -> Plan:
-    """A function of its arguments alone, so that a resumed run repeats it. lengths: [B] tokens of each sequence."""
+def split_microbatches(indices: Sequence[int], lengths: Lengths, max_tokens: int) -> Minibatch:
+    """Group `indices` into micro-batches that run at most `max_tokens` tokens; a longer sequence stands alone.
+
+    The samples of a prompt stand side by side, the longest first, and a group that does not fit goes on in the next micro-batch with its
+    prompt once more. Groups are sorted by their longest sequence, so that attention wastes little on padding.
+    """
+
+    def longest_first(index: int) -> tuple[int, int]:
+        return -lengths.sequences[index], index
+
+    groups = sorted(
+        (sorted(own, key=longest_first) for own in lengths.members(indices)), key=lambda own: longest_first(own[0])
+    )
+    batches: Minibatch = []
+    room, prompt = 0, None
+    for index in (index for own in groups for index in own):
+        cost = lengths.sequences[index]
+        if lengths.groups[index] == prompt:
+            cost -= lengths.prompts[index]
+        if not batches or cost > room:
+            batches.append([])
+            room, cost = max_tokens, lengths.sequences[index]
+        batches[-1].append(index)
+        room, prompt = room - cost, lengths.groups[index]
+    return batches
+
+
+def split_groups_warning(lengths: Lengths, max_tokens: int) -> str | None:
+    """A sentence where no micro-batch holds all samples of some prompt."""
+    for own in lengths.members(range(len(lengths.sequences))):
+        prompt = lengths.prompts[own[0]]
+        tokens = prompt + sum(lengths.sequences[index] - prompt for index in own)
+        if len(own) > 1 and tokens > max_tokens:
+            return (
+                f"the samples of some prompts have more than learner.tokens_per_microbatch = {max_tokens} tokens together: "
+                f"such a prompt is run more than once, which a larger budget would spare"
+            )
+    return None
+
+
+def plan_epochs(lengths: Lengths, *, epochs: int, num_minibatches: int, max_tokens: int, seed: int) -> Plan:
+    """A function of its arguments alone, so that a resumed run repeats it."""
     generator = torch.Generator().manual_seed(seed)
     return [
         [
             split_microbatches(minibatch, lengths, max_tokens)
-            for minibatch in split_minibatches(len(lengths), num_minibatches, generator)
+            for minibatch in split_minibatches(lengths, num_minibatches, generator)
         ]
         for _ in range(epochs)
     ]

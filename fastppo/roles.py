@@ -79,13 +79,14 @@ class Roles(nn.Module):
             return Outputs(logprobs, token_entropy, None, None)
         state_values = self._state_values(rollout, hidden)
         ends = on_device(rollout.bounds[1:], state_values.device) - 1
-        return Outputs(logprobs, token_entropy, state_values[rollout.actions - 1], state_values[ends])
+        before, after = _rows(rollout, rollout.actions - 1), _rows(rollout, ends)
+        return Outputs(logprobs, token_entropy, state_values[before], state_values[after])
 
     def _state_values(self, rollout: Rollout, hidden: Tensor | None) -> Tensor:
-        """fp32 [T]: value of the state after each token."""
+        """fp32, a row for each token that runs: value of the state after it."""
         if self.critic is None:
             return self.value_head(hidden)
-        return self.critic(rollout.tokens, rollout.position_ids, rollout.bounds)
+        return self.critic(rollout.tokens, rollout.position_ids, rollout.bounds, rollout.shared_prompts)
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
@@ -142,14 +143,19 @@ def _require_trainable(policy: PreTrainedModel) -> None:
 
 
 def _hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    return packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.bounds)
+    return packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.bounds, rollout.shared_prompts)
+
+
+def _rows(rollout: Rollout, places: Tensor) -> Tensor:
+    """The rows of hidden states or values that belong to these packed places."""
+    return places if rollout.shared_prompts is None else rollout.shared_prompts.rows[places]
 
 
 def _head_logprobs(model: PreTrainedModel, hidden: Tensor, rollout: Rollout, with_entropy: bool):
     """The state before token t is hidden[t - 1]: only the rows that score an action go through the head."""
     head = lm_head(model)
     return linear_token_logprobs(
-        hidden[rollout.actions - 1],
+        hidden[_rows(rollout, rollout.actions - 1)],
         head.weight,
         rollout.tokens[rollout.actions],
         head.bias,

@@ -210,7 +210,7 @@ class PPOTrainer:
         with clock("time/reward"):
             rollout, scores, reward = self._score(rollout, rows, folder)
         with clock("time/score"):
-            plan = self.learner.plan(rollout, seed)
+            plan = self.learner.plan(rollout, seed, self.reporter.note_once)
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
             targets = self.algorithm.credit(rollout, evaluation, scores)
         metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config.reward)

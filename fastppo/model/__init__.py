@@ -5,11 +5,13 @@ from fastppo.model.endings import ending_ids
 from fastppo.model.loading import load_model, load_outline, load_tokenizer
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk
 from fastppo.model.prepare import prepare_model
+from fastppo.model.shared_prompts import SharedPrompts
 from fastppo.model.tokens import encode_prompt
 
 __all__ = [
     "Critic",
     "LMHead",
+    "SharedPrompts",
     "ValueHead",
     "context_length",
     "encode_prompt",

@@ -108,30 +108,34 @@ class PackedContext:
     def __init__(self, bounds: list[int], device: torch.device) -> None:
         """bounds: B + 1 places, `cu_seqlens` on the host. All indices are made here, once for all layers."""
         self._bounds, self._device = bounds, device
-        self._groups = self._make_groups()
-        self._unpad = self._make_unpad()
+        self.groups = self._make_groups()
+        self._places = self._make_places()
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        padded = [causal_attention(*group.pad(q, k, v), options, self._mask(group, options)) for group in self._groups]
+        padded = [causal_attention(*group.pad(q, k, v), options, self._mask(group, options)) for group in self.groups]
+        return self.unpad(padded)
+
+    def unpad(self, padded: list[Tensor]) -> Tensor:
+        """Each group's [B, H, L, D] -> [T, H, D]."""
         flat = [out.transpose(1, 2).flatten(0, 1) for out in padded]
         out = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return out if self._unpad is None else out.index_select(0, self._unpad)
+        return out if self._places is None else out.index_select(0, self._places)
 
-    def _make_groups(self) -> list[_Group]:
+    def _make_groups(self) -> list[Group]:
         """Sequences whose lengths lie between the same powers of two."""
         buckets: dict[int, list[int]] = {}
         for i in range(len(self._bounds) - 1):
             if length := self._bounds[i + 1] - self._bounds[i]:
                 buckets.setdefault((max(SMALLEST_GROUP_LENGTH, length) - 1).bit_length(), []).append(i)
-        return [_Group(self._bounds, members, self._device) for members in buckets.values()]
+        return [Group(self._bounds, members, self._device) for members in buckets.values()]
 
-    def _make_unpad(self) -> Tensor | None:
+    def _make_places(self) -> Tensor | None:
         """[T] row of each token in the groups' padded outputs laid end to end; None where they lie in place already."""
-        if len(self._groups) == 1 and self._groups[0].index is None:
+        if len(self.groups) == 1 and self.groups[0].index is None:
             return None
         rows, offset = torch.empty(self._bounds[-1], dtype=torch.int64, device="cpu"), 0
-        for group in self._groups:
+        for group in self.groups:
             for i, sequence in enumerate(group.members):
                 start, end = self._bounds[sequence], self._bounds[sequence + 1]
                 rows[start:end] = torch.arange(end - start, dtype=torch.int64, device="cpu") + (
@@ -140,7 +144,7 @@ class PackedContext:
             offset += len(group.members) * group.length
         return rows.to(self._device)
 
-    def _mask(self, group: _Group, options: AttentionOptions) -> Tensor | None:
+    def _mask(self, group: Group, options: AttentionOptions) -> Tensor | None:
         """bool [L, L], built once per length and window; None where `is_causal` says it all."""
         window = options.window if options.window is not None and options.window < group.length else None
         if window is None and not options.needs_scores:
@@ -151,7 +155,7 @@ class PackedContext:
         return self._masks[key]
 
 
-class _Group:
+class Group:
     """Sequences padded to the length of the longest of them."""
 
     def __init__(self, bounds: list[int], members: list[int], device: torch.device) -> None:
@@ -162,6 +166,9 @@ class _Group:
         index = first[:, None] + torch.minimum(
             torch.arange(self.length, dtype=torch.int64, device="cpu"), lengths[:, None] - 1
         )
+        self.padding: Tensor | None = None  # bool [B, 1, L, 1]; None where there is none
+        if lengths.min() < self.length:
+            self.padding = (torch.arange(self.length, device="cpu") >= lengths[:, None])[:, None, :, None].to(device)
         in_place = index.numel() == bounds[-1] and bool((lengths == self.length).all())
         self.index: Tensor | None = None if in_place else index.flatten().to(device)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.model.packed import lm_head, packed_hidden, require_prepared
+from fastppo.model.shared_prompts import SharedPrompts
 
 
 class ValueHead(nn.Module):
@@ -42,6 +43,12 @@ class Critic(nn.Module):
         hidden_size = lm_head(model).weight.shape[1]
         return cls(trunk, ValueHead(hidden_size, device=model.device)).train(model.training)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
-        """Packed tokens and position_ids [T] -> values fp32 [T]: out[t] = V(state after token t)."""
-        return self.head(packed_hidden(self.trunk, tokens, position_ids, cu_seqlens))
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor | Sequence[int],
+        shared: SharedPrompts | None = None,
+    ) -> Tensor:
+        """Packed tokens and position_ids [T] -> values fp32 [T]: out[t] = V(state after token t). With `shared`: [R], as `packed_hidden`."""
+        return self.head(packed_hidden(self.trunk, tokens, position_ids, cu_seqlens, shared))

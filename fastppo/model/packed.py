@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import IMPLEMENTATION, AttentionContext, PackedContext
+from fastppo.model.shared_prompts import SharedPrompts, SharedPromptsContext
 from fastppo.ops import batch_invariant_linear
 
 
@@ -58,16 +59,22 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
 
 def packed_hidden(
-    model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor | Sequence[int]
+    model: PreTrainedModel,
+    tokens: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
+    shared: SharedPrompts | None = None,
 ) -> Tensor:
     """Last hidden states (what the head reads) of packed sequences, as if each had been run alone; differentiable.
 
     Args:
         model: a causal LM that `prepare_model` accepted, or its trunk.
         tokens: int64 [T]. position_ids: int64 [T]. cu_seqlens: int32 [B + 1], or the same numbers on the host.
+        shared: what these sequences share; then only `shared.tokens` are run.
 
     Returns:
-        hidden [T, H] in the model's type; hidden[t] has seen the tokens of its sequence up to and with t.
+        hidden [T, H] in the model's type; hidden[t] has seen the tokens of its sequence up to and with t. With `shared`
+        [R, H]: that of token t is in row `shared.rows[t]`.
 
     Raises:
         ValueError: nothing to run, an unprepared model, shapes that do not fit, a sequence longer than the model's context.
@@ -79,7 +86,10 @@ def packed_hidden(
         )
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     _check_bounds(bounds, len(tokens), context_length(model))
-    return run_trunk(model, tokens, position_ids, PackedContext(bounds, tokens.device))
+    if shared is None:
+        return run_trunk(model, tokens, position_ids, PackedContext(bounds, tokens.device))
+    context = SharedPromptsContext(shared, tokens.device)
+    return run_trunk(model, tokens[shared.tokens], position_ids[shared.tokens], context)
 
 
 def run_trunk(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:

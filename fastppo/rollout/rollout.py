@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastppo.model import SharedPrompts
 from fastppo.rollout.record import bounds_of, lengths_of, on_device, places_in
 
 
@@ -128,12 +129,25 @@ class Rollout:
         """int32 [B + 1]: `action_bounds` beside the other tensors."""
         return on_device(self.action_bounds, self.tokens.device, torch.int32)
 
-    @property
+    @cached_property
     def prompt_lengths(self) -> list[int]:
         """[B] tokens before the first action (all of them where there is none)."""
         actions, bounds = self.actions.tolist(), self.action_bounds
         firsts = [actions[bounds[i]] if bounds[i] < bounds[i + 1] else end for i, end in enumerate(self.bounds[1:])]
         return [first - start for first, start in zip(firsts, self.bounds, strict=False)]
+
+    @cached_property
+    def prompt_groups(self) -> list[int]:
+        """[B] numbers, the same where the prompts are the same, token for token."""
+        numbers: dict[tuple[int, ...], int] = {}
+        return [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in self.prompts()]
+
+    @cached_property
+    def shared_prompts(self) -> SharedPrompts | None:
+        """How these sequences run with each prompt once; None where no two of them share one."""
+        if len(set(self.prompt_groups)) == self.num_sequences:
+            return None
+        return SharedPrompts(self.bounds, self.prompt_lengths, self.prompt_groups, self.tokens.device)
 
     def completions(self) -> list[list[int]]:
         """Token ids of each completion, end-of-sequence included, from the first action to the end."""
@@ -165,6 +179,8 @@ class Rollout:
             temperature=self.temperature,
             bounds=bounds,
             action_bounds=action_bounds,
+            prompt_lengths=[self.prompt_lengths[i] for i in indices],
+            prompt_groups=[self.prompt_groups[i] for i in indices],
             actions=self.actions[actions] + on_device(shifts.repeat_interleave(counts), device),
         )
         return part

@@ -18,9 +18,14 @@ TRL = pytest.param(
 )
 
 
-def checked(monkeypatch, provider: str, **changes):
+def quick_case(samples: bool = False):
+    """Of single answers, or of several samples a prompt."""
+    return load_cases("ppo_step", Setting(quick=True))[samples]
+
+
+def checked(monkeypatch, provider: str, case=None, **changes):
     """The row of a provider whose settings are changed from what the exact step is computed with."""
-    (case,) = load_cases("ppo_step", Setting(quick=True))
+    case = case or quick_case()
     inputs = make_inputs(case, CPU)
     run, config = case.providers[provider], ppo_step.CONFIG
     with monkeypatch.context() as patch:
@@ -35,6 +40,12 @@ def checked(monkeypatch, provider: str, **changes):
 @pytest.mark.parametrize("provider", ["fastppo", "eager", TRL])
 def test_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
     row = checked(monkeypatch, provider)
+    assert row.status == "ok", row.reason
+
+
+@pytest.mark.parametrize("provider", ["fastppo", "eager"])
+def test_steps_of_several_samples_a_prompt_agree_with_fp64(monkeypatch, provider):
+    row = checked(monkeypatch, provider, quick_case(samples=True))
     assert row.status == "ok", row.reason
 
 
@@ -54,10 +65,10 @@ def test_a_step_that_does_something_else_is_wrong(monkeypatch, provider, change,
 
 def test_a_step_is_checked_in_the_minibatches_that_it_took():
     """TRL's are its own; the exact step follows them."""
-    (case,) = load_cases("ppo_step", Setting(quick=True))
+    case = quick_case()
     inputs = make_inputs(case, CPU)
     outputs = case.providers["eager"](inputs)
-    taken = torch.tensor(ppo_step.minibatches(len(inputs["tokens"])))
+    taken = torch.tensor(ppo_step.minibatches(ppo_step.Shape(32, 1, 8, 2, 8, 8)))
     for minibatches, status in ((taken, "ok"), (taken.flip(0)[:2], "wrong")):
         frozen = replace(case, providers={"eager": lambda x, m=minibatches: outputs | {"minibatches": m}})
         assert check_provider(frozen, "eager", inputs, {})[0].status == status

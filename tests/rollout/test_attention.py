@@ -82,7 +82,7 @@ def test_lengths_far_apart_are_padded_in_groups(case):
     bounds = _bounds(lengths)
     inputs = _inputs(sum(lengths))
     context = PackedContext(bounds, CPU)
-    padded = sum(len(group.members) * group.length for group in context._groups)
+    padded = sum(len(group.members) * group.length for group in context.groups)
     assert padded < 2 * sum(lengths)
     found = context.attend(0, *inputs, options)
     alone = [

@@ -16,7 +16,7 @@ from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates, accumulate_gradients
 from fastppo.model import prepare_model
-from fastppo.plan import plan_epochs
+from fastppo.plan import Lengths, plan_epochs
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
@@ -68,7 +68,7 @@ def make_step(roles: Roles, config: PPOConfig, rollout: Rollout | None = None, t
     rollout = make_rollout(roles, temperature) if rollout is None else rollout
     scores = Scores(torch.linspace(-1, 2, rollout.num_sequences), {})
     sizes = {"num_minibatches": config.learner.num_minibatches, "max_tokens": config.learner.tokens_per_microbatch}
-    plan, algorithm = plan_epochs(rollout.lengths, epochs=config.learner.epochs, seed=0, **sizes), PPO(config)
+    plan, algorithm = plan_epochs(Lengths.of(rollout), epochs=config.learner.epochs, seed=0, **sizes), PPO(config)
     evaluation = roles.evaluate(rollout, algorithm.needs, plan)
     return Step(rollout, scores, evaluation, algorithm.credit(rollout, evaluation, scores), plan)
 
