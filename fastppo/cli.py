@@ -27,8 +27,8 @@ EXTRAS = {
     "math": "math_verify",
     "plot": "matplotlib",
     "flash-attn": "flash_attn",
-    "trl": "trl",
 }
+NOT_INSTALLED = "not installed"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -342,6 +342,7 @@ def _info(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from fastppo import native
+    from fastppo.integrations import PATCHED
     from fastppo.ops._backends import describe
 
     console = Console(highlight=False, soft_wrap=True)
@@ -359,6 +360,8 @@ def _info(options: argparse.Namespace) -> int:
     facts.add_row("extras", ", ".join(installed) or "none")
     missing = [name for name in EXTRAS if name not in installed]
     facts.add_row("not installed", ", ".join(missing) or "none")
+    peers = [f"{name} {found}" for name in PATCHED.values() if (found := _version(name)) != NOT_INSTALLED]
+    facts.add_row("drop-in for", ", ".join(peers) or "none that is installed")
     console.print(facts)
     table = Table("op", "on CPU tensors", "on CUDA tensors", title="\nKernels", title_justify="left", box=None)
     for on_cpu, on_cuda in zip(describe("cpu"), describe("cuda"), strict=True):
@@ -376,4 +379,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from fastppo.integrations import PATCHED
 from fastppo.integrations.patching import Peer, Replacement
 
 FUNCTIONS = """
@@ -262,3 +263,10 @@ def test_a_module_whose_own_imports_fail(toy):
         ImportError, match="toypeer.trainer cannot be imported: No module named 'a_package_that_is_not_there'"
     ):
         peer(Replacement("toypeer.trainer:double", our_double)).patch()
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_each_module_patches_the_package_that_info_names(name: str):
+    module = import_module(f"fastppo.integrations.{name}")
+    assert module._PEER.distribution == PATCHED[name]
+    assert callable(module.patch) and callable(module.unpatch)
