@@ -9,16 +9,18 @@ from fastppo.ops import _checks
 
 
 def binary(name: str, mask: Tensor, like: Tensor) -> Tensor:
-    """`mask`, bool or 0 and 1 of any type, in the shape of `like`, as bool.
-
-    Other numbers raise on the CPU. On a GPU, which the host does not wait for, all but 0 count as 1.
-    """
+    """`mask`, bool or 0 and 1 of any type, in the shape of `like`, as bool."""
     _checks.tensor(name, mask)
     _checks.shape(name, mask, like.shape, "one for each token")
     _checks.same_device(name, mask, "the tokens", like)
+    return selecting(name, mask)
+
+
+def selecting(name: str, mask: Tensor) -> Tensor:
+    """`mask` as bool. Other numbers than 0 and 1 raise on the CPU; on a GPU, which the host does not wait for, all but 0 count as 1."""
     if mask.dtype == torch.bool:
         return mask
     kept = mask != 0
     if not mask.is_cuda and not (kept == mask).all():
-        raise ValueError(f"{name} holds other numbers than 0 and 1")
+        raise ValueError(f"{name} holds other numbers than 0 and 1, expected it to select and not to weigh")
     return kept

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo import ops
+from fastppo.integrations.masks import selecting
 from fastppo.integrations.patching import Patch, Peer, Replacement
 from fastppo.ops import _checks
 from fastppo.ops.masked_whiten import moments_inside, whitened
@@ -474,14 +475,8 @@ def _check_plain(**tensors: Tensor) -> None:
 
 
 def _kept(mask: Tensor) -> Tensor:
-    """The mask as bool, once it is seen to hold nothing but 0 and 1."""
     _check_plain(mask=mask)
-    if mask.dtype == torch.bool:
-        return mask
-    keep = mask != 0
-    if not torch.equal(keep.to(mask.dtype), mask):
-        raise ValueError("the mask holds other numbers than 0 and 1, expected it to select and not to weigh")
-    return keep
+    return selecting("the mask", mask)
 
 
 def _refuse_gradients(**constants: Tensor) -> None:
@@ -572,5 +567,5 @@ class _Verl(Peer):
         import_module(CORE).POLICY_LOSS_REGISTRY[NAME] = self._find(VANILLA, strict=False).ours
 
 
-_verl = _Verl("verl", "verl", {"0.9": REPLACEMENTS})
-patch, unpatch, register = _verl.patch, _verl.unpatch, _verl.register
+_PEER = _Verl("verl", "verl", {"0.9": REPLACEMENTS})
+patch, unpatch, register = _PEER.patch, _PEER.unpatch, _PEER.register
