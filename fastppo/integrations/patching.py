@@ -30,12 +30,14 @@ class Replacement:
     """`ours` takes the place of `target`: "package.module:function" or "package.module:Class.method".
 
     Both have the same parameters, but for our keyword-only `strict`. `signature` names the function to compare with where that is not
-    `target` itself; its first parameter, an autograd function's ctx, is left out.
+    `target` itself; its first parameter, an autograd function's ctx, is left out. Unless `everywhere`, who else holds the function by a
+    name keeps theirs.
     """
 
     target: str
     ours: Callable
     signature: str | None = None
+    everywhere: bool = True
 
 
 class Patch(Mapping[str, Callable]):
@@ -95,7 +97,7 @@ class Peer:
                 swaps = [self._find(replacement, strict) for replacement in self._replacements[self._tested_version()]]
                 for swap in swaps:
                     swap.put()
-                _swap_names({id(swap.theirs): swap.ours for swap in swaps}, self.package)
+                _swap_names({id(swap.theirs): swap.ours for swap in swaps if swap.everywhere}, self.package)
                 self._swaps, self._strict = swaps, strict
             return Patch(self, {swap.target: swap.theirs for swap in self._swaps}, made)
 
@@ -158,7 +160,7 @@ class _Swap:
     """Theirs and ours of one target, and the attribute of a module or class that holds it."""
 
     def __init__(self, replacement: Replacement, owner: ModuleType | type, name: str, strict: bool) -> None:
-        self.target, self._owner, self._name = replacement.target, owner, name
+        self.target, self.everywhere, self._owner, self._name = replacement.target, replacement.everywhere, owner, name
         self._attribute = vars(owner).get(name)  # None where a class inherits it, as autograd functions do `apply`
         self.theirs: Callable = getattr(owner, name)
         self.ours = _passing_on(replacement, self.theirs, strict)

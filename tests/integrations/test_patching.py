@@ -122,6 +122,17 @@ def test_methods_static_methods_and_autograd_functions(toy):
     assert functions.Function.apply(1, 2) == 3
 
 
+def test_one_holder_alone(toy):
+    """A function that asks what a machine can do may be answered otherwise in one place, where that is meant."""
+    toy()
+    functions, trainer = import_module("toypeer.functions"), import_module("toypeer.trainer")
+    theirs = functions.double
+    with peer(Replacement("toypeer.trainer:double", our_double, everywhere=False)).patch():
+        assert trainer.double(1.0) == ("ours", 1.0, 2.0)
+        assert functions.double is functions.REGISTRY["double"] is theirs
+    assert trainer.double is functions.double is theirs
+
+
 def test_what_ours_refuses_is_passed_on_and_said_once(toy, caplog: pytest.LogCaptureFixture):
     toy()
     functions = import_module("toypeer.functions")
