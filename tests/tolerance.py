@@ -14,6 +14,8 @@ from torch import Tensor
 ROUNDINGS = 32
 # Two orders of a model's thousands of roundings differ in where they err and a little in how much: worst errors of one size.
 MODEL_SHARE = 2
+# The same for two sides in fp64, of which neither is the exact one: terms that cancel leave roundings that the result's size does not show.
+FP64_ROUNDINGS = 4096
 
 
 def assert_as_exact_as_native(ours: Tensor, native: Tensor, exact: Tensor, what: str = "output") -> None:
@@ -57,6 +59,20 @@ def assert_rounds_to(ours: Tensor, exact: Tensor | float, what: str = "output") 
     """The same rule where the exact value is known: `native` is that value, rounded once."""
     exact = torch.as_tensor(exact, dtype=torch.float64, device=ours.device).expand(ours.shape)
     assert_as_exact_as_native(ours, exact.to(ours.dtype), exact, what)
+
+
+def assert_same_in_fp64(ours: Tensor, other: Tensor, what: str = "output") -> None:
+    """|ours - other| <= 4096 eps(fp64) * max |other|, elementwise: one formula computed twice in fp64; what fails alike is alike."""
+    assert ours.dtype == other.dtype == torch.float64, f"{what}: {ours.dtype} and {other.dtype}, expected fp64"
+    assert ours.shape == other.shape, f"{what}: shape {list(ours.shape)}, expected {list(other.shape)}"
+    finite = other.isfinite()
+    assert torch.equal(ours[~finite].nan_to_num(1.0), other[~finite].nan_to_num(1.0)), (
+        f"{what}: not finite in other ways"
+    )
+    if finite.any():
+        ours, other = ours[finite], other[finite]
+        excess = (ours - other).abs() - FP64_ROUNDINGS * torch.finfo(torch.float64).eps * other.abs().max()
+        assert (excess <= 0).all(), f"{what}: {ours[excess.argmax()]:.17g}, expected {other[excess.argmax()]:.17g}"
 
 
 def assert_keeps_digits(ours: Tensor, exact: Tensor, what: str = "output") -> None:
