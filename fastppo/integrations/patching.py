@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 logger = logging.getLogger("fastppo.integrations")
 
 STRICT = "strict"  # keyword-only, where ours differs from a fault of theirs: match the fault
@@ -191,7 +193,7 @@ def _passing_on(replacement: Replacement, theirs: Callable, strict: bool) -> Cal
         try:
             return ours(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            if not told:
+            if not told and not torch.compiler.is_compiling():  # a compiled graph cannot hold a log line
                 told = True
                 logger.warning("%s runs as its package has it: %s (said once)", replacement.target, error)
         return theirs(*args, **kwargs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from fastppo.integrations.patching import Peer, Replacement
 
@@ -141,6 +142,19 @@ def test_what_ours_refuses_is_passed_on_and_said_once(toy, caplog: pytest.LogCap
         assert functions.double(2.0) == ("ours", 2.0, 2.0)
     assert len(caplog.records) == 1
     assert "toypeer.functions:double" in caplog.text and "x is int, expected float" in caplog.text
+
+
+def test_what_ours_refuses_is_in_a_compiled_graph_as_theirs(toy):
+    """A log line would break the graph, and raise with fullgraph=True."""
+
+    def refuses(x, scale=2.0):
+        raise ValueError("x is what ours does not take")
+
+    toy()
+    functions = import_module("toypeer.functions")
+    with peer(Replacement("toypeer.functions:double", refuses)).patch():
+        compiled = torch.compile(lambda x: functions.double(x) + 1, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
 
 
 def test_patching_twice_changes_nothing_more(toy):
