@@ -1,7 +1,8 @@
 """Liger-Kernel 0.8 on our ops: the losses that a trainer calls with hidden states or logits, under Liger's names and with its signatures.
 
 All of it runs on the CPU too, where Liger's Triton kernels do not. Logits are never rounded below fp32, nor are sums over chunks, as they are in
-half precision in theirs. What stands under a mask is selected away; theirs multiplies it by 0, and NaN there makes the loss NaN.
+half precision in theirs. What stands under a mask is selected away; `LigerFusedLinearGRPOLoss` of theirs multiplies it by 0, and NaN there makes
+the loss NaN, as it does here with `strict=True`.
 """
 
 from __future__ import annotations
@@ -49,20 +50,24 @@ class _Options(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What the loss knows of the tokens [B, T], besides their log-probabilities; 0 where they are masked."""
+    """What the loss knows of the tokens [B, T], besides their log-probabilities."""
 
     mask: Tensor
     advantages: Tensor  # [B, 1]
     old: Tensor | None  # None: the log-probabilities themselves
     ref: Tensor | None
     weights: Tensor | None  # [B, T] or [B, 1], of the policy's term
+    multiply: bool  # by the mask, as theirs does, in place of selecting
+
+    def unmasked(self, x: Tensor) -> Tensor:
+        return x * self.mask if self.multiply else torch.where(self.mask, x, 0)
 
     def log_ratio(self, logprobs: Tensor, options: _Options) -> Tensor:
         """[B, T], or [B, 1] of whole sequences."""
         log_ratio = logprobs - (logprobs.detach() if self.old is None else self.old)
         if not options.by_sequence:
             return log_ratio
-        return torch.where(self.mask, log_ratio, 0).sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp(min=1)
+        return self.unmasked(log_ratio).sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp(min=1)
 
     def outside(self, log_ratio: Tensor, options: _Options) -> Tensor:
         """bool [B, T]: where the ratio is out of the range on the side that its advantage pushes to."""
@@ -82,23 +87,22 @@ def _tokens(
     old: Tensor | None,
     ref: Tensor | None,
     weights: Tensor | None,
+    multiply: bool = False,
 ) -> _Tokens:
     mask = torch.ones(like.shape, dtype=torch.bool, device=like.device) if mask is None else binary("mask", mask, like)
     _checks.floating("advantages", advantages)
     _checks.shape("advantages", advantages, like.shape[:1], "one a sequence")
-    columns = []
     for name, x in (("old log-probs", old), ("reference log-probs", ref)):
         if x is not None:
             _checks.floating(name, x)
             _checks.shape(name, x, like.shape, "the tokens' shape")
-            x = torch.where(mask, x.detach(), 0).float()
-        columns.append(x)
+    old, ref = (None if x is None else x.detach().float() for x in (old, ref))
     if weights is not None:
         _checks.floating("vllm_is_ratio", weights)
         weights = (weights.unsqueeze(1) if weights.dim() == 1 else weights).detach()
         if weights.shape not in (like.shape, (len(like), 1)):
             raise ValueError(f"vllm_is_ratio has shape {list(weights.shape)}, expected one a sequence or a token")
-    return _Tokens(mask, advantages.detach().float().unsqueeze(1), *columns, weights)
+    return _Tokens(mask, advantages.detach().float().unsqueeze(1), old, ref, weights, multiply)
 
 
 def _token_losses(logprobs: Tensor, tokens: _Tokens, options: _Options) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -117,8 +121,8 @@ def _token_losses(logprobs: Tensor, tokens: _Tokens, options: _Options) -> tuple
         if tokens.ref is not None:
             kl = _k3(logprobs, tokens.ref) * (ratio if options.use_bias_correction_kl else 1)
             loss = loss + options.beta * kl
-        kl = torch.where(tokens.mask, kl, 0).detach()
-    return torch.where(tokens.mask, loss, 0), kl, tokens.outside(log_ratio, options)
+        kl = tokens.unmasked(kl).detach()
+    return tokens.unmasked(loss), kl, tokens.outside(log_ratio, options)
 
 
 def _k3(logprobs: Tensor, ref: Tensor) -> Tensor:
@@ -213,6 +217,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ref_bias: Tensor | None = None,
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        *,
+        strict: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, (mean KL, share of clipped tokens)), without the mean KL where beta is 0; 0-d fp32.
 
@@ -238,14 +244,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             raise ValueError("ref_per_token_logps and ref_input are None, expected one of them with use_ref_model")
         reference = ref_per_token_logps if self.use_ref_model and self.beta != 0 else None
         given = reference, vllm_is_ratio
-        tokens = _tokens(selected_token_ids, attention_mask, advantages, old_per_token_logps, *given)
-        labels = torch.where(tokens.mask, selected_token_ids.long(), LEFT_OUT)
+        tokens = _tokens(selected_token_ids, attention_mask, advantages, old_per_token_logps, *given, multiply=strict)
+        labels = selected_token_ids.long()
+        labels = labels if strict else torch.where(tokens.mask, labels, LEFT_OUT)
         scale = {"temperature": self.temperature, "ignore_index": LEFT_OUT}
         if self.use_ref_model and self.beta != 0 and reference is None:
             with torch.no_grad():
                 ref = linear_token_logprobs(ref_input, ref_weight, labels, ref_bias, **scale)
             tokens = tokens._replace(ref=ref.float())
-        made = _fused(_input, lin_weight, labels, bias, tokens, options, scale)
+        made = None if strict else _fused(_input, lin_weight, labels, bias, tokens, options, scale)
         if made is None:
             logprobs = linear_token_logprobs(_input, lin_weight, labels, bias, **scale).float()
             losses, kl, clipped = _token_losses(logprobs, tokens, options)

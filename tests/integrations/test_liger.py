@@ -141,11 +141,12 @@ def weights_like(mask: Tensor, kind: str | None, seed: int) -> Tensor | None:
     bias_corrected=st.booleans(),
     items=st.sampled_from([None, 11, torch.tensor(7)]),
     frozen=st.sampled_from([None, "_input", "lin_weight"]),
+    strict=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_grpo_loss(
     theirs, shape, dtype, mask_dtype, with_bias, loss_type, level, temperature, beta, old, delta, ratio, bias_corrected,
-    items, frozen, seed,
+    items, frozen, strict, seed,
 ):  # fmt: skip
     """Every option that is served, alone and together: loss, metrics and the three gradients."""
     inputs = batch_of(shape, dtype, seed, with_bias, mask_dtype) | {"num_items_in_batch": items}
@@ -163,9 +164,7 @@ def test_grpo_loss(
     options |= {"epsilon_high": 1.2 if cispo else 0.3, "compiled": False, "chunk_size": shape[0]}
     wanted = [name for name in ("_input", "lin_weight", "bias") if inputs[name] is not None and name != frozen]
     loss = theirs.grpo.LigerFusedLinearGRPOLoss(**options)
-    found = run(ours.LigerFusedLinearGRPOLoss(**options), inputs, wanted)
-    if frozen == "_input":  # theirs counts on an input that has a gradient
-        inputs["_input"].requires_grad_()
+    found = run(ours.LigerFusedLinearGRPOLoss(**options), inputs | {"strict": strict}, wanted)
     compare(found, run(loss, inputs, wanted), run(exactly(theirs, loss), widened(inputs), wanted))
 
 
@@ -199,7 +198,7 @@ def test_grpo_loss_with_a_reference_model(theirs, beta, use_ref_model):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_bias_correction_kl": True}, {"loss_type": "grpo"}])
-def test_what_the_mask_hides_reaches_nothing(theirs, options):
+def test_what_the_mask_hides_reaches_nothing_but_for_strict(theirs, options):
     """Theirs multiplies by the mask: NaN there is the loss."""
     inputs = batch_of((2, 5, 8, 17), torch.float32, 0, False)
     inputs["attention_mask"][0, 3:] = 0
@@ -207,6 +206,7 @@ def test_what_the_mask_hides_reaches_nothing(theirs, options):
     clean = run(ours.LigerFusedLinearGRPOLoss(**options), inputs, ["_input", "lin_weight"])
     for name in ("old_per_token_logps", "ref_per_token_logps", "_input"):
         inputs[name][0, 4] = torch.nan
+    assert ours.LigerFusedLinearGRPOLoss(**options)(**inputs, strict=True)[0].isnan()
     inputs["selected_token_ids"][0, 4] = -100
     assert theirs.grpo.LigerFusedLinearGRPOLoss(**options)(**inputs)[0].isnan()
     dirty = run(ours.LigerFusedLinearGRPOLoss(**options), inputs, ["_input", "lin_weight"])
