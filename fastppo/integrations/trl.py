@@ -183,14 +183,17 @@ def _head_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
 
 
 def _at_several(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
-    """[..., K]: the log-probability of the row's likeliest token, and how much less likely each of the K is."""
+    """[..., K]: the log-probability of the likeliest of the K tokens, and how much less likely each is."""
     _checks.integer("index", index)
     _checks.shape("index", index, (*logits.shape[:-1], index.shape[-1]), "logits' leading shape and K")
-    likeliest = logits.argmax(-1)
-    best = ops.token_logprobs(logits, likeliest, temperature=temperature).unsqueeze(-1)
-    places = torch.cat([likeliest.unsqueeze(-1), index.long()], -1)
-    z = logits.gather(-1, places).to(best.dtype) / temperature
-    logprobs = best + (z[..., 1:] - z[..., :1])
+    index = index.long()
+    best, place = logits.gather(-1, index).max(-1, keepdim=True)
+    likeliest = index.gather(-1, place).squeeze(-1)
+    if torch.isneginf(best).any():  # of impossible tokens no difference says anything: then the row's likeliest
+        likeliest = logits.argmax(-1)
+    logprobs = ops.token_logprobs(logits, likeliest, temperature=temperature).unsqueeze(-1)
+    z = logits.gather(-1, torch.cat([likeliest.unsqueeze(-1), index], -1)).to(logprobs.dtype) / temperature
+    logprobs = logprobs + (z[..., 1:] - z[..., :1])
     return logprobs if row_mask is None else logprobs.masked_fill(_left_out(index, row_mask), 0.0)
 
 
