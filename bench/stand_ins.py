@@ -13,7 +13,7 @@ from types import ModuleType
 from unittest import mock
 
 # What the modules of a package's functions import besides, and none of these functions calls.
-ASIDE = {"openrlhf": ("aiohttp", "deepspeed", "flash_attn", "torchdata", "vllm")}
+ASIDE = {"openrlhf": ("aiohttp", "datasets", "deepspeed", "flash_attn", "torchdata", "vllm")}
 
 
 class StandIns:

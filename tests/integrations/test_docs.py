@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastppo.integrations
+from fastppo.bench.stand_ins import ASIDE, standing_in
 from fastppo.integrations.patching import Peer
 from tests.tolerance import assert_as_exact_as_native
 
@@ -49,7 +50,8 @@ def why_not(peer: Peer) -> str | None:
     """Why nothing can be patched here: the package is absent, of another version, or installed without what it imports."""
     try:
         for replacement in peer._replacements[peer._tested_version()]:
-            import_module(replacement.target.partition(":")[0])
+            with standing_in(ASIDE.get(peer.package, ())):
+                import_module(replacement.target.partition(":")[0])
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
