@@ -20,9 +20,8 @@ from fastppo.integrations.patching import Patch, Peer, Replacement
 from fastppo.ops import _checks
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-LEFT_OUT = -(
-    2**31
-)  # label of a row that row_mask leaves out: not -100, which TRL refuses as it does any negative index
+# Label of a row that row_mask leaves out. Not -100: that TRL refuses, as it does any negative index.
+LEFT_OUT = -(2**31)
 
 
 def selective_log_softmax(
@@ -40,7 +39,7 @@ def selective_log_softmax(
         return _at_several(logits, index, temperature, row_mask).to(logits.dtype)
     labels = _labels(index, row_mask)
     logprobs = ops.token_logprobs(logits, labels, temperature=temperature, ignore_index=LEFT_OUT)
-    return logprobs.to(_result_dtype(logits))
+    return logprobs.to(_result_dtype(logits, row_mask))
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128, *, strict: bool = False) -> Tensor:
@@ -64,7 +63,7 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`selective_log_softmax` at index [...] and the entropy at that temperature, of which the logits are read once."""
     _check_logits(logits, strict)
-    labels, dtype = _labels(index, row_mask), _result_dtype(logits)
+    labels, dtype = _labels(index, row_mask), _result_dtype(logits, row_mask)
     logprobs, entropy = ops.token_logprobs(
         logits, labels, temperature=temperature, ignore_index=LEFT_OUT, return_entropy=True
     )
@@ -207,10 +206,11 @@ def _left_out(index: Tensor, row_mask: Tensor) -> Tensor:
     return row_mask == 0
 
 
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    """float32 from TRL 1.16's Triton kernel, which runs on a GPU for up to three dimensions of whole rows."""
-    fused = logits.is_cuda and logits.dim() <= 3 and logits.stride(-1) == 1 and logits.dtype != torch.float64
-    return torch.float32 if fused else logits.dtype
+def _result_dtype(logits: Tensor, row_mask: Tensor | None = None) -> torch.dtype:
+    """float32 where TRL 1.16 runs its Triton kernel: on a GPU, for up to three dimensions of whole rows and a mask of these types."""
+    masked = row_mask is None or row_mask.dtype in (torch.bool, torch.int32, torch.int64)
+    fused = masked and logits.is_cuda and 1 <= logits.dim() <= 3 and logits.stride(-1) == 1
+    return torch.float32 if fused and logits.dtype != torch.float64 else logits.dtype
 
 
 def _check_logits(logits: Tensor, strict: bool) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,27 @@ def test_the_triton_kernels_function_gives_float32():
         lambda x: (exact_logprobs(x, index, 0.7, row_mask), exact_entropy(x, 0.7, row_mask)),
         [logits],
     )
+
+
+def on_a_gpu(x: Tensor) -> SimpleNamespace:
+    """What can be asked of a tensor there."""
+    same = {name: getattr(x, name) for name in ("dtype", "shape", "ndim", "dim", "stride")}
+    return SimpleNamespace(**same, device=torch.device("cuda"), is_cuda=True)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64, torch.float32])
+def test_on_a_gpu_results_have_the_type_of_trls_triton_kernel(dtype: torch.dtype, mask_dtype: torch.dtype | None):
+    """Where it takes the logits, by TRL's own word."""
+    from trl.trainer.utils import _supports_trl_loss_kernel as takes
+
+    whole = torch.empty(2, 3, 4, 8, dtype=dtype)
+    for x in (whole, whole[0], whole[0, 0], whole[0, :, :-1], whole[0].transpose(1, 2)):
+        index = torch.zeros(x.shape[:-1], dtype=torch.int64)
+        row_mask = None if mask_dtype is None else on_a_gpu(index.to(mask_dtype))
+        expected = torch.float32 if takes(on_a_gpu(x), on_a_gpu(index), row_mask) else dtype
+        assert ours._result_dtype(on_a_gpu(x), row_mask) == expected
+        assert ours._result_dtype(x, row_mask) == dtype
 
 
 @st.composite
