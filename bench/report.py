@@ -278,6 +278,10 @@ def times(ratio: float) -> str:
     return f"{ratio:{'.0f' if ratio >= 10 else '.2g'}}x"
 
 
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "under 1%"
+
+
 def drop_in_pairs(record: Record) -> list[tuple[Row, Row]]:
     """(theirs, ours) of each function and step of another package."""
     theirs = {row.case: row for row in record.rows if row.op == DROP_IN and row.provider == row.baseline}
@@ -315,7 +319,9 @@ def drop_in_summary(record: Record, record_name: str) -> str:
     for theirs, ours in drop_in_pairs(record):
         if ours.speedup is not None:
             share = ours.memory_share if theirs.peak_bytes and theirs.peak_bytes >= LEAST_PEAK else None
-            lines.append(cells_line((*drop_in_names(ours), times(ours.speedup), optional(share, "{:.0%}"))))
+            lines.append(
+                cells_line((*drop_in_names(ours), times(ours.speedup), "" if share is None else percent(share)))
+            )
     columns = ("package", "what", "speed-up", "of its peak memory")
     return page_table(columns, lines, ["", source(record, record_name)])
 

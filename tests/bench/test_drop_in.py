@@ -198,5 +198,10 @@ def test_a_share_of_hardly_any_memory_is_not_told():
     )
 
 
+@pytest.mark.parametrize(("share", "text"), [(1.214, "121%"), (0.0051, "1%"), (0.0049, "under 1%"), (0.0, "under 1%")])
+def test_a_share_is_never_nothing(share, text):
+    assert report.percent(share) == text
+
+
 def test_it_has_no_case_on_a_gpu(capsys):
     assert cli.main(["--op", "drop_in", "--device", "cuda"]) == 2
