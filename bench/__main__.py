@@ -20,6 +20,7 @@ ROUNDS, QUICK_ROUNDS = 20, 3
 TABLE_WIDTH = 190  # where the output is no terminal
 DOCS = record.ROOT / "docs" / "performance.md"
 README = record.ROOT / "README.md"
+DROP_IN = record.ROOT / "docs" / "drop-in.md"
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--check", type=Path, metavar="FILE", nargs="?", const=targets.DEFAULT, help=check)
     instead = parser.add_argument_group("instead of measuring")
     instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="what changed between two records")
-    docs = "write docs/performance.md and the README's figures from a record"
+    docs = "write docs/performance.md and the figures of docs/drop-in.md and the README from a record"
     instead.add_argument("--write-docs", type=Path, metavar="FILE", help=docs)
     return parser
 
@@ -113,8 +114,8 @@ def write_docs(file: Path, pictures: Path | None) -> None:
     file = file.resolve()
     name = str(file.relative_to(record.ROOT)) if file.is_relative_to(record.ROOT) else file.name
     result = record.load(file)
-    report.write_docs(result, name, DOCS, README)
-    print(f"wrote {DOCS} and {README}")
+    report.write_docs(result, name, DOCS, README, DROP_IN)
+    print(f"wrote {DOCS}, {DROP_IN} and {README}")
     if pictures:
         draw(result, pictures)
 

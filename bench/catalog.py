@@ -9,8 +9,8 @@ from types import ModuleType
 from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
-# Measured on a CPU alone: its models are sized for one.
-CPU_ONLY = ("ppo_step",)
+# Measured on a CPU alone: their models and sizes are for one.
+CPU_ONLY = ("ppo_step", "drop_in")
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -24,6 +24,7 @@ OPS = (
     "batch_invariant_linear",
     "rollout",
     "ppo_step",
+    "drop_in",
 )
 
 

@@ -34,7 +34,7 @@ ALL = "all"  # the case and the provider of a row that stands for every one
 MAX_INPUT_BYTES = 1 << 30
 MOST_CAPTURED_SECONDS = 0.1  # of one call: a graph of more launches takes longer to make than to replay
 LEAST_TURNS = 2
-LEAST_COMPARED_TURNS = 3  # of ours and of eager, whose ratio is the promise
+LEAST_COMPARED_TURNS = 3  # of ours and of the baseline, whose ratio is the promise
 REFERENCE_TENSORS = 7  # as large as a case's largest one, in fp64: what a reference and its gradients hold at a time
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Largest error, in units of max(|exact|, rms of exact), that rounding explains. One that is wrong misses it by far.
@@ -51,8 +51,8 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What is promised of a case: at least so many times eager's speed, such shares of what the machine copies and multiplies a second;
-    at most such a share of eager's peak memory, so many seconds a call, so many bytes beyond inputs and outputs."""
+    """What is promised of a case: at least so many times the baseline's speed, such shares of what the machine copies and multiplies a second;
+    at most such a share of the baseline's peak memory, so many seconds a call, so many bytes beyond inputs and outputs."""
 
     speedup: float | None = None
     memory_share: float | None = None
@@ -62,20 +62,20 @@ class Target:
     peak_bytes: int | None = None
 
 
-def compare_tensors(inputs: Tensors, outputs: Tensors, exact: Tensors) -> float:
-    """Largest error of any output, in units of max(|exact|, rms of exact); WrongResult where it is not rounding."""
+def compare_tensors(inputs: Tensors, outputs: Tensors, exact: Tensors, leeway: float = 1.0) -> float:
+    """Largest error of any output, in units of max(|exact|, rms of exact); WrongResult where it is not rounding, or `leeway` times that."""
     if outputs.keys() != exact.keys():
         raise WrongResult(f"returns {', '.join(outputs)}, expected {', '.join(exact)}")
-    return max(relative_error(name, outputs[name], exact[name]) for name in exact)
+    return max(relative_error(name, outputs[name], exact[name], leeway) for name in exact)
 
 
-def relative_error(name: str, output: Tensor, exact: Tensor) -> float:
+def relative_error(name: str, output: Tensor, exact: Tensor, leeway: float = 1.0) -> float:
     if output.shape != exact.shape:
         raise WrongResult(f"{name} has shape {list(output.shape)}, expected {list(exact.shape)}")
     scale = exact.abs().clamp_min(max(exact.square().mean().sqrt().item(), 1e-30))
-    error = ((output.double() - exact).abs() / scale).max().item()
-    if not error <= ALLOWED_ERROR[output.dtype]:  # NaN is wrong too
-        raise WrongResult(f"{name} is off by {error:.2g} of its size, allowed {ALLOWED_ERROR[output.dtype]:g}", error)
+    error, allowed = ((output.double() - exact).abs() / scale).max().item(), leeway * ALLOWED_ERROR[output.dtype]
+    if not error <= allowed:  # NaN is wrong too
+        raise WrongResult(f"{name} is off by {error:.2g} of its size, allowed {allowed:g}", error)
     return error
 
 
@@ -92,7 +92,8 @@ class Case:
     inputs: Callable[[torch.Generator], Tensors]
     providers: Mapping[str, Provider]
     exact: Provider
-    work: Work
+    work: Work | None = None
+    """What cannot be avoided; None where the baseline alone is the measure."""
     compare: Callable[[Tensors, Tensors, Tensors], float] = compare_tensors
     per: str | None = None
     """Output that counts what a call made: times, and `work`, are for one of those."""
@@ -100,6 +101,10 @@ class Case:
     """Output that tells how long the part of a call took that counts, where it is not the whole."""
     rounds: int | None = None
     """Instead of the schedule's, for cases whose calls take seconds."""
+    baseline: str = EAGER
+    """The provider that speed-ups and memory shares are over."""
+    imports: Callable[[], object] = lambda: None
+    """Imports what its providers would when they are first called."""
     prepare: Mapping[str, Provider] = field(default_factory=dict)
     """What a provider makes of an input set before its calls on it are timed; joins the set."""
     largest: int = 0
@@ -168,6 +173,7 @@ class Row:
     target_peak_bytes: int | None = None
     axis: str | None = None  # of a scaling curve: the name of the number that grows,
     length: int | None = None  # and how large it is
+    baseline: str = EAGER  # the provider that speed-up and memory share are over
 
     @property
     def goals(self) -> list[tuple[float | None, float | None, bool]]:
@@ -235,7 +241,7 @@ class Call(NamedTuple):
 
 def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -> tuple[Row, Call | None]:
     """A row with the provider's error, or with the reason why it is not timed; the call that was checked."""
-    row, call = Row(case.op, case.name, provider, "ok"), None
+    row, call = Row(case.op, case.name, provider, "ok", baseline=case.baseline), None
     try:
         inputs = prepared(case, provider, inputs)
         started = perf_counter()
@@ -343,7 +349,7 @@ def take_turns(
     calls, done, started = 0, 0, perf_counter()
     while seconds and schedule.goes_on(done, perf_counter() - started):
         for name in list(seconds) if done % 2 == 0 else list(reversed(seconds)):
-            least = case.rounds or (LEAST_COMPARED_TURNS if name in (OURS, EAGER) else LEAST_TURNS)
+            least = case.rounds or (LEAST_COMPARED_TURNS if name in (OURS, case.baseline) else LEAST_TURNS)
             if spent[name] > schedule.provider_seconds and len(seconds[name]) >= least:
                 continue
             begun = perf_counter()
@@ -367,6 +373,8 @@ def fill_times(row: Row, case: Case, seconds: list[float], ceilings: Ceilings) -
     row.rounds = len(seconds)
     row.median_s = statistics.median(seconds)
     row.p20_s, row.p80_s = percentile(seconds, 0.2), percentile(seconds, 0.8)
+    if case.work is None:
+        return
     row.floor_bytes, row.floor_flops = case.work
     row.gb_per_s = case.work.bytes / row.median_s / 1e9
     row.gflop_per_s = case.work.flops / row.median_s / 1e9 if case.work.flops else None
@@ -385,17 +393,19 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def fill_ratios(rows: Mapping[str, Row], target: Target | None = None) -> None:
-    """Speed-up and memory share over eager, where both are right and measured; the target goes to our own row.
+    """Speed-up and memory share over the baseline, where both are right and measured; the target goes to our own row.
 
     Where only one of the two could be captured in a graph, the speed-up is that of calls from Python.
     """
-    eager = rows.get(EAGER)
     for name, row in rows.items():
-        if name != EAGER and eager is not None and row.median_s and eager.median_s:
-            alike = row.graph == eager.graph
-            row.speedup = eager.median_s / row.median_s if alike else eager.called_s / row.called_s
-        if name != EAGER and eager is not None and row.peak_bytes is not None and eager.peak_bytes:
-            row.memory_share = row.peak_bytes / eager.peak_bytes
+        baseline = rows.get(row.baseline)
+        if baseline is None or name == row.baseline:
+            continue
+        if row.median_s and baseline.median_s:
+            alike = row.graph == baseline.graph
+            row.speedup = baseline.median_s / row.median_s if alike else baseline.called_s / row.called_s
+        if row.peak_bytes is not None and baseline.peak_bytes:
+            row.memory_share = row.peak_bytes / baseline.peak_bytes
     if OURS in rows and target is not None:
         ours = rows[OURS]
         ours.target_speedup, ours.target_memory_share = target.speedup, target.memory_share
@@ -417,7 +427,8 @@ def measure(
     if case.rounds is not None:
         schedule = Schedule(min(case.rounds, schedule.rounds), provider_seconds=schedule.provider_seconds)
     settle(device)
-    rows = {name: Row(case.op, case.name, name, "skipped", does_not_fit(case, device)) for name in case.providers}
+    reason = does_not_fit(case, device)
+    rows = {name: Row(case.op, case.name, name, "skipped", reason, baseline=case.baseline) for name in case.providers}
     if any(row.reason for row in rows.values()):
         return rows
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from fastppo.bench.harness import Case, Provider, Tensors, describe, make_inputs
+from fastppo.bench.harness import Case, Provider, Tensors, describe, make_inputs, prepared
 from fastppo.bench.peers import COMPILING
 from fastppo.bench.setting import Setting
 
@@ -80,8 +80,8 @@ def peak_bytes(case: Case, quick_case: Case, provider: str) -> int:
     What was compiled for the small size would be compiled again.
     """
     warm_up = case if provider in COMPILING else quick_case
-    warm_up.providers[provider](make_inputs(warm_up, CPU))
-    return cpu_peak(case.providers[provider], make_inputs(case, CPU))
+    warm_up.providers[provider](prepared(warm_up, provider, make_inputs(warm_up, CPU)))
+    return cpu_peak(case.providers[provider], prepared(case, provider, make_inputs(case, CPU)))
 
 
 class PeakProcess:
@@ -143,6 +143,7 @@ def answer(op: str, index: int, asked: dict, providers: list[str]) -> dict[str, 
     setting = Setting(**asked)
     case, quick_cases = load_cases(op, setting)[index], load_cases(op, Setting(quick=True, dtype=setting.dtype))
     quick_case = quick_cases[index % len(quick_cases)]
+    case.imports()
     return {name: in_a_child(partial(peak_bytes, case, quick_case, name)) for name in providers}
 
 

@@ -16,7 +16,12 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 OURS, EAGER, COMPILED = "fastppo", "eager", "compile"
-COMPILING = (COMPILED, "cce")  # on a CPU: what they compiled for one size they compile again for another
+COMPILING = (
+    COMPILED,
+    "cce",
+    "liger",
+    "openrlhf",
+)  # on a CPU: what they compiled for one size they compile again for another
 TRL_VOCABULARY_CHUNK = 32768  # what TRL's own trainers pass
 CPU, CUDA = "cpu", "cuda"
 
@@ -34,7 +39,20 @@ PACKAGES = {
     "verl": Package("verl", "verl"),
     "flash-attn": Package("flash_attn", "flash-attn"),
     "flashinfer": Package("flashinfer", "flashinfer-python"),
+    "openrlhf": Package("openrlhf", "openrlhf"),
+    "stable-baselines3": Package("stable_baselines3", "stable-baselines3"),
+    "torchrl": Package("torchrl", "torchrl"),
+    "transformers": Package("transformers", "transformers"),
 }
+DROP_IN = (
+    "trl",
+    "verl",
+    "openrlhf",
+    "liger",
+    "stable-baselines3",
+    "torchrl",
+    "transformers",
+)  # fastppo.integrations has theirs
 
 
 def trl_token_logprobs(
@@ -189,13 +207,18 @@ def providers(
     return {name: wrap(function) for name, function in found.items()}
 
 
+def absent() -> list[str]:
+    """Of those whose functions `drop_in` has beside ours."""
+    return [name for name in DROP_IN if name not in installed()]
+
+
 def left_out(device: str) -> list[str]:
     """The installed packages that have something for an op, but nothing for `device`."""
-
-    def runs(name: str) -> bool:
-        return any(device in row[name][1] for row in FUNCTIONS.values() if name in row)
-
-    return [name for name in installed() if not runs(name)]
+    devices = {name: set() for row in FUNCTIONS.values() for name in row}
+    for row in FUNCTIONS.values():
+        for name, (_, places) in row.items():
+            devices[name].update(places)
+    return [name for name in installed() if name in devices and device not in devices[name]]
 
 
 def check(names: Iterable[str]) -> None:

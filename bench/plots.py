@@ -62,7 +62,8 @@ def subtitle(record: Record) -> str:
 
 
 def right(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.status == "ok"]
+    """Of what is compared with eager."""
+    return [row for row in rows if row.status == "ok" and row.baseline == EAGER]
 
 
 def titles(rows: Iterable[Row]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Turns rows into a terminal table and into the generated parts of `docs/performance.md` and `README.md`."""
+"""Turns rows into a terminal table and into the generated parts of `docs/performance.md`, `docs/drop-in.md` and `README.md`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,27 @@ COLUMNS = (
     "GB/s",
     "of copy",
     "GFLOP/s",
-    "vs eager",
+    "speed-up",
     "target",
     "error",
     "peak memory",
 )
-# Where the figures of each kind of machine stand in a page.
+DROP_IN = "drop_in"
+DROP_IN_COLUMNS = (
+    "package",
+    "what",
+    "theirs",
+    "fastppo",
+    "speed-up",
+    "error, theirs",
+    "error, fastppo",
+    "peak memory, theirs",
+    "peak memory, fastppo",
+)
+LEAST_PEAK = 4 << 20  # that a share is told of: a peak is known to about a megabyte
+# Where the figures of each kind of machine stand in a page, and those of the drop-in functions, which are a CPU's.
 MARKERS = {
+    DROP_IN: ("<!-- bench drop-in: begin -->", "<!-- bench drop-in: end -->"),
     "cpu": ("<!-- bench: begin -->", "<!-- bench: end -->"),
     "cuda": ("<!-- bench cuda: begin -->", "<!-- bench cuda: end -->"),
 }
@@ -44,7 +58,7 @@ def optional(value: float | None, pattern: str) -> str:
 
 
 def peak(row: Row) -> str:
-    share = optional(row.memory_share, " ({:.1%} of eager)")
+    share = optional(row.memory_share, f" ({{:.1%}} of {row.baseline})")
     return optional(row.peak_bytes and row.peak_bytes / 1e6, "{:.1f} MB") + share or row.peak_reason or ""
 
 
@@ -81,8 +95,8 @@ def cells(row: Row) -> tuple[str, ...]:
         row.provider,
         seconds(row.median_s),
         f"{seconds(row.p20_s)} - {seconds(row.p80_s)}",
-        f"{row.gb_per_s:.3g}",
-        f"{row.copy_share:.0%}",
+        optional(row.gb_per_s, "{:.3g}"),
+        optional(row.copy_share, "{:.0%}"),
         optional(row.gflop_per_s, "{:.0f}") + optional(row.flop_share, " ({:.0%} of matmul)"),
         optional(row.speedup, "{:.2f}x"),
         target(row),
@@ -200,7 +214,10 @@ def reached(row: Row) -> str:
         return row.status
     unknown = f"peak memory unknown ({row.peak_reason})"
     parts = [
-        (row.target_speedup, optional(row.speedup, "{:.2f}x eager's speed") or "no speed-up to eager"),
+        (
+            row.target_speedup,
+            optional(row.speedup, f"{{:.2f}}x {row.baseline}'s speed") or f"no speed-up to {row.baseline}",
+        ),
         (row.target_copy_share, optional(row.copy_share, "{:.0%} of copy")),
         (row.target_flop_share, optional(row.flop_share, "{:.0%} of matmul")),
         (row.target_s, row.median_s and seconds(row.median_s)),
@@ -212,7 +229,7 @@ def reached(row: Row) -> str:
 
 def markdown(record: Record, record_name: str) -> str:
     """Machine, table and what falls short, for the docs."""
-    machine = record.machine
+    machine, rows = record.machine, [row for row in record.rows if row.op != DROP_IN]
     versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     lines = [
         f"Measured {record.date[:10]} at revision `{(record.revision or 'unknown')[:12]}` on "
@@ -223,13 +240,13 @@ def markdown(record: Record, record_name: str) -> str:
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
-    for title, row in zip(titles(record.rows), record.rows, strict=True):
+    for title, row in zip(titles(rows), rows, strict=True):
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
         lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
     if record.scaling:
         lines += ["", "Scaling: time ~ length^exponent.", "", f"| {' | '.join(SCALING_COLUMNS)} |"]
         lines += [f"|{'---|' * len(SCALING_COLUMNS)}", *(f"| {' | '.join(line)} |" for line in scaling_lines(record))]
-    short = below_target(record.rows) + sum(failures(record.rows), [])
+    short = below_target(rows) + sum(failures(rows), [])
     lines += [
         "",
         "What falls short:" if short else "Every target is met.",
@@ -240,34 +257,101 @@ def markdown(record: Record, record_name: str) -> str:
 
 
 def summary(record: Record, record_name: str) -> str:
-    """Our rows that have a baseline, for the README."""
-    machine = record.machine
+    """Our rows that eager is measured beside, for the README."""
     lines = ["| case | fastppo | plain PyTorch | ratio |", "|---|---|---|---|"]
     eager = {(row.op, row.case): row for row in record.rows if row.provider == EAGER}
     for row in record.rows:
-        if row.provider == OURS and row.speedup is not None:
+        if row.provider == OURS and row.baseline == EAGER and row.speedup is not None:
             baseline = seconds(eager[row.op, row.case].median_s)
-            ratio = f"{row.speedup:{'.0f' if row.speedup >= 10 else '.2g'}}x" + optional(
-                row.memory_share, ", {:.0%} of the memory"
-            )
+            ratio = times(row.speedup) + optional(row.memory_share, ", {:.0%} of the memory")
             lines.append(f"| `{row.op}` {row.case} | {seconds(row.median_s)} | {baseline} | {ratio} |")
-    source = f"{kernels(machine, both_isas(machine))}, torch {record.versions['torch']}"
-    return "\n".join([*lines, "", f"{source}; record: `{record_name}`."]) + "\n"
+    return "\n".join([*lines, "", source(record, record_name)]) + "\n"
 
 
-def write_between_markers(path: Path, device: str, text: str) -> None:
-    """Replaces what stands between the markers for `device` in `path`; ValueError where one is missing."""
+def source(record: Record, record_name: str) -> str:
+    """Where figures are from."""
+    machine = record.machine
+    return f"{kernels(machine, both_isas(machine))}, torch {record.versions['torch']}; record: `{record_name}`."
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:{'.0f' if ratio >= 10 else '.2g'}}x"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "under 1%"
+
+
+def drop_in_pairs(record: Record) -> list[tuple[Row, Row]]:
+    """(theirs, ours) of each function and step of another package."""
+    theirs = {row.case: row for row in record.rows if row.op == DROP_IN and row.provider == row.baseline}
+    ours = [row for row in record.rows if row.op == DROP_IN and row.provider == OURS]
+    return [(theirs[row.case], row) for row in ours if row.case in theirs]
+
+
+def drop_in_names(row: Row) -> tuple[str, str]:
+    """The package, and what of it."""
+    return row.baseline, row.case.removeprefix(row.baseline).strip()
+
+
+def drop_in_cells(theirs: Row, ours: Row) -> tuple[str, ...]:
+    both = theirs, ours
+    return (
+        *drop_in_names(ours),
+        *(seconds(row.median_s) if row.median_s else row.status for row in both),
+        f"**{times(ours.speedup)}**" if ours.speedup else "",
+        *(optional(row.error, "{:.1e}") for row in both),
+        *(optional(row.peak_bytes and row.peak_bytes / 1e6, "{:.1f} MB") or row.peak_reason or "" for row in both),
+    )
+
+
+def drop_in_markdown(record: Record, record_name: str) -> str:
+    """Theirs beside ours, and what is wrong, for docs/drop-in.md."""
+    pairs = drop_in_pairs(record)
+    lines = [cells_line(drop_in_cells(*pair)) for pair in pairs]
+    wrong = [f"- {line}" for line in sum(failures(row for pair in pairs for row in pair), [])]
+    return page_table(DROP_IN_COLUMNS, lines, [*([""] if wrong else []), *wrong, "", source(record, record_name)])
+
+
+def drop_in_summary(record: Record, record_name: str) -> str:
+    """What replacing brings, for the README."""
+    lines = []
+    for theirs, ours in drop_in_pairs(record):
+        if ours.speedup is not None:
+            share = ours.memory_share if theirs.peak_bytes and theirs.peak_bytes >= LEAST_PEAK else None
+            lines.append(
+                cells_line((*drop_in_names(ours), times(ours.speedup), "" if share is None else percent(share)))
+            )
+    columns = ("package", "what", "speed-up", "of its peak memory")
+    return page_table(columns, lines, ["", source(record, record_name)])
+
+
+def page_table(columns: Iterable[str], lines: list[str], below: list[str]) -> str:
+    """Markdown; of a record without such rows only what stands below."""
+    heading = [cells_line(columns), f"|{'---|' * len(tuple(columns))}"] if lines else ["Not measured in this record."]
+    return "\n".join([*heading, *lines, *below]) + "\n"
+
+
+def cells_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_between_markers(path: Path, place: str, text: str) -> None:
+    """Replaces what stands between the markers of `place` in `path`; ValueError where one is missing."""
     old = path.read_text()
-    begin, end = MARKERS[device]
+    begin, end = MARKERS[place]
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
         raise ValueError(f"{path} must hold the lines {begin} and {end} once each, in this order")
     path.write_text(f"{old.split(begin)[0]}{begin}\n{text}{end}{old.split(end)[1]}")
 
 
-def write_docs(record: Record, record_name: str, docs: Path, readme: Path) -> None:
-    """Writes the whole table into `docs` and the summary into `readme`, where the kind of machine has its place; ValueError for the
-    record of a quick run."""
+def write_docs(record: Record, record_name: str, docs: Path, readme: Path, drop_in: Path) -> None:
+    """Writes the whole table into `docs` and the summary into `readme`, where the kind of machine has its place, and what a CPU's record
+    says of other packages' functions into `drop_in` and `readme`; ValueError for the record of a quick run."""
     if record.quick:
         raise ValueError(f"{record_name} is a quick run: its times mean nothing, run without --quick")
     write_between_markers(docs, record.machine.device, markdown(record, record_name))
     write_between_markers(readme, record.machine.device, summary(record, record_name))
+    if record.machine.device == "cpu":
+        write_between_markers(drop_in, DROP_IN, drop_in_markdown(record, record_name))
+        write_between_markers(readme, DROP_IN, drop_in_summary(record, record_name))

@@ -67,6 +67,8 @@ def jobs(plan: Plan) -> Iterator[Job | Row]:
             yield Row(op, ALL, ALL, "raised", f"its cases do not load: {describe(error)}")
             continue
         for index, case in enumerate(cases):
+            if case.baseline != peers.EAGER and plan.against is not None and case.baseline not in plan.against:
+                continue  # ours alone would say nothing
             yield Job(narrowed(case, plan.setting.quick, plan.against), plan.setting, index)
         for point in scaling.points(op, plan.setting.device) if plan.scaling else ():
             yield Job(point.case, point.setting, 0, point.axis, point.length)
@@ -85,6 +87,8 @@ def run(plan: Plan, console: Console) -> record.Record:
     """Measures what the plan asks for."""
     if plan.against is None and (left := peers.left_out(plan.setting.device)):
         console.print(f"installed, but with nothing for a {plan.setting.device} device: {', '.join(left)}")
+    if "drop_in" in plan.ops and (absent := peers.absent()):
+        console.print(f"not installed, so left out of drop_in: {', '.join(absent)}")
     todo, rows = list(jobs(plan)), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -92,7 +96,9 @@ def run(plan: Plan, console: Console) -> record.Record:
         memory.PeakProcess() as peaks,
     ):
         bar = progress.add_task("ceilings", total=len(todo) * plan.rounds)
-        dtypes = sorted({job.case.dtype for job in todo if isinstance(job, Job) and job.case.work.flops})
+        dtypes = sorted(
+            {job.case.dtype for job in todo if isinstance(job, Job) and job.case.work and job.case.work.flops}
+        )
         ceilings = floors.ceilings(plan.device, plan.rounds, dtypes)
         for done, job in enumerate(todo):
             if isinstance(job, Row):

@@ -270,7 +270,8 @@ def test_inputs_are_random_and_reach_the_reference_in_fp64():
 def test_every_case_names_its_baseline(op):
     full, quick = load_cases(op, Setting()), load_cases(op, QUICK)
     assert len(full) == len(quick), "a case and its quick one have the same index"
-    assert all(case.op == op and {"fastppo", "eager"} <= case.providers.keys() for case in full)
+    assert all(case.op == op and {"fastppo", case.baseline} <= case.providers.keys() for case in full)
+    assert op == "drop_in" or {case.baseline for case in full} == {"eager"}
     assert len({case.name for case in full}) == len(full)
 
 
@@ -345,10 +346,12 @@ def test_docs_are_written_between_the_markers(tmp_path):
     begin, end = report.MARKERS["cpu"]
     page = tmp_path / "performance.md"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{begin}\n{end}\n")
+    readme, drop_in = tmp_path / "README.md", tmp_path / "drop-in.md"
+    places = "\n".join(report.MARKERS[report.DROP_IN])
+    readme.write_text(f"{begin}\n{end}\n{places}\n")
+    drop_in.write_text(places)
     for _ in range(2):  # writing again changes nothing
-        report.write_docs(a_record(), "r.json", page, readme)
+        report.write_docs(a_record(), "r.json", page, readme, drop_in)
         text = page.read_text()
         assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert "| gae [256, 1024] | **fastppo** | 1 ms |" in text
@@ -368,16 +371,16 @@ def test_docs_refuse_quick_records_and_pages_without_markers(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("nothing to replace")
     with pytest.raises(ValueError, match="must hold the lines"):
-        report.write_docs(a_record(), "r.json", page, page)
+        report.write_docs(a_record(), "r.json", page, page, page)
     with pytest.raises(ValueError, match="quick run"):
-        report.write_docs(a_record(quick=True), "r.json", page, page)
+        report.write_docs(a_record(quick=True), "r.json", page, page, page)
 
 
 def test_the_pages_are_what_their_record_gives(tmp_path):
-    """docs/performance.md and the README's figures were written by the command, from the record they name."""
-    texts = [page.read_text() for page in (cli.DOCS, cli.README)]
+    """docs/performance.md and the figures of the README and docs/drop-in.md were written by the command, from the record they name."""
+    texts = [page.read_text() for page in (cli.DOCS, cli.README, cli.DROP_IN)]
     name = texts[0].split("Record: `")[1].split("`")[0]
-    pages = tmp_path / "performance.md", tmp_path / "README.md"
+    pages = tmp_path / "performance.md", tmp_path / "README.md", tmp_path / "drop-in.md"
     for page, text in zip(pages, texts, strict=True):
         page.write_text(text)
     report.write_docs(record.load(record.ROOT / name), name, *pages)
