@@ -41,8 +41,13 @@ def standing_in(packages: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".")[0] in finder.packages]:
-            del sys.modules[name]
+        forget(finder.packages)
+
+
+def forget(packages: tuple[str, ...]) -> None:
+    """As if they had not been imported."""
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+        del sys.modules[name]
 
 
 def find(target: str) -> Callable:

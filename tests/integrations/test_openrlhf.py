@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastppo.bench.stand_ins import ASIDE, forget, standing_in
 from fastppo.integrations import openrlhf as ours
 from fastppo.reference.approx_kl import MAX_LOG_RATIO
 from tests.cases import seeded
-from tests.integrations.absent_packages import forget, stand_ins_for
 from tests.tolerance import assert_as_exact_as_native, assert_same_in_fp64
 
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed (make peers)")
@@ -32,13 +32,13 @@ MASK_DTYPES = [torch.bool, torch.int64, torch.float32]
 @pytest.fixture(scope="module")
 def theirs():
     """OpenRLHF's modules. What it compiles with torch.compile, a minute's work, runs as it is written."""
-    with stand_ins_for("flash_attn", "deepspeed", "vllm", "aiohttp", "torchdata", "datasets"):
+    with standing_in(ASIDE["openrlhf"]):
         from openrlhf.models import actor, loss, utils
         from openrlhf.trainer.ppo_utils import experience_maker
     with torch.compiler.set_stance("force_eager"):
         yield SimpleNamespace(actor=actor, loss=loss, utils=utils, maker=experience_maker)
     ours.unpatch()
-    forget(["openrlhf"])
+    forget(("openrlhf",))
 
 
 def compare(our, their, inputs: dict, exact=None, wanted=(), upstream=True) -> None:
