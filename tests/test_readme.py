@@ -42,9 +42,9 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     exec(compile(python_blocks()[0], "README.md", "exec"), {})
     assert [row["step"] for row in read_metrics("runs/short")] == [1, 2, 3, 4, 5]
     names: dict = {}
-    exec(compile(python_blocks()[2], "README.md", "exec"), names)
-    assert len(names["texts"]) == names["rollout"].num_sequences == 8
     exec(compile(python_blocks()[3], "README.md", "exec"), names)
+    assert len(names["texts"]) == names["rollout"].num_sequences == 8
+    exec(compile(python_blocks()[4], "README.md", "exec"), names)
     assert names["rollout"].num_sequences == 3 and len(names["rollout"].turn_bounds) == 7
 
 
@@ -57,8 +57,18 @@ def test_the_demo_teaches(tmp_path, monkeypatch):
     assert after["solved, sampled as in training"] > 0.9 and after["solved, always the likeliest token"] > 0.9
 
 
-def test_the_drop_in_ops_run():
-    """The names that the README's second block uses, given tensors of the shapes that trainers have."""
+def test_the_line_that_patches():
+    pytest.importorskip("trl", reason="TRL is not installed (make peers)")
+    names: dict = {}
+    try:
+        exec(compile(python_blocks()[1], "README.md", "exec"), names)
+        assert importlib.import_module("trl.trainer.utils").selective_log_softmax.__wrapped__
+    finally:
+        names["trl"].unpatch()
+
+
+def test_the_ops_for_an_own_trainer_run():
+    """The names that the README's third block uses, given tensors of the shapes that trainers have."""
     batch, time, vocabulary, width = 2, 7, 11, 8
     names = {
         "logits": torch.randn(batch, time, vocabulary, requires_grad=True),
@@ -72,7 +82,7 @@ def test_the_drop_in_ops_run():
         "old_logprobs": torch.randn(batch, time),
         "last_logits": torch.randn(batch, vocabulary),
     }
-    exec(compile(python_blocks()[1], "README.md", "exec"), names)
+    exec(compile(python_blocks()[2], "README.md", "exec"), names)
     assert names["logprobs"].shape == (batch, time - 1)
     assert names["sampled"].tokens.shape == (batch,) and names["loss"].dim() == 0
 
