@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> tuple[dict[str, float], dict[str, flo
         advantage={"gae_lambda": 1.0},
         loss={"clip_high": 0.28},
         critic={"kind": "shared", "lr": 3e-4, "value_clip": None},
-        optimizer={"lr": 3e-4, "warmup_steps": 2, "schedule": "linear", "min_lr_ratio": 0.1},
+        optimizer={"lr": 2e-4, "warmup_steps": 2, "schedule": "linear", "min_lr_ratio": 0.1},
         learner={"epochs": 2, "num_minibatches": 8},
         evaluation={"every": 4, "temperature": 1.0},
     )
