@@ -81,7 +81,9 @@ def few_inputs(monkeypatch):
         (floors.decode(ToyLM(), 4), (32, 64)),
         # 2 sequences of 3 + 5 tokens: 10 passes of 8 tokens through 12 weights, 6 of 5 through 20; twice that in flops, for each sequence.
         # 5 decode steps read 32 weights; 3 updates move 7 numbers for each weight of policy (52) and critic (32)
-        (floors.ppo_step(ToyLM(), 2, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (80 * 12 + 30 * 20))),
+        (floors.ppo_step(ToyLM(), 2, 1, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (80 * 12 + 30 * 20))),
+        # 4 samples of each: 10 passes of 3 + 4 * 5 tokens, 6 of 4 * 5
+        (floors.ppo_step(ToyLM(), 2, 4, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (230 * 12 + 120 * 20))),
     ],
 )
 def test_floors_equal_hand_counts(work, expected):
