@@ -168,7 +168,8 @@ class Group:
         )
         self.padding: Tensor | None = None  # bool [B, 1, L, 1]; None where there is none
         if lengths.min() < self.length:
-            self.padding = (torch.arange(self.length, device="cpu") >= lengths[:, None])[:, None, :, None].to(device)
+            places = torch.arange(self.length, dtype=torch.int64, device="cpu")
+            self.padding = (places >= lengths[:, None])[:, None, :, None].to(device)
         in_place = index.numel() == bounds[-1] and bool((lengths == self.length).all())
         self.index: Tensor | None = None if in_place else index.flatten().to(device)
 
