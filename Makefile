@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 help:
 	@echo "make demo    install, then watch PPO teach a small language model to carry (about a minute; another time: DEMO_ARGS='--output DIR')"
-	@echo "make test    install, then run every test (about 10 minutes on 2 cores)"
+	@echo "make test    install, then run every test (10 minutes on 2 cores, 13 with the peers)"
 	@echo "make peers   install the packages that fastppo is compared with; then make test and make bench do so"
 	@echo "make bench   install, then time every op against plain PyTorch and its peers"
 	@echo "make lint    check format and style       make format  fix them"
