@@ -248,12 +248,14 @@ class PPOStep:
         from stable_baselines3 import PPO
         from stable_baselines3.common.callbacks import BaseCallback
 
+        step = self
+
         class Keep(BaseCallback):
             def _on_step(self) -> bool:
                 return True
 
-            def _on_rollout_end(keep) -> None:  # noqa: N805, as self is the step
-                self.outputs = self._kept(keep.locals)
+            def _on_rollout_end(self) -> None:
+                step.outputs = step._kept(self.locals)
 
         self.steps, self.callback, self.outputs = steps, Keep(), {}
         self.trainer = PPO("MlpPolicy", "CartPole-v1", n_steps=steps, gamma=GAMMA, gae_lambda=LAM, seed=0, device="cpu")
