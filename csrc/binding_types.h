@@ -47,6 +47,15 @@ inline LinearWeights linear_weights(const LinearWeightsTuple& t) {
 
 inline NormWeights norm_weights(const NormWeightsTuple& t) { return {pointer<const float>(t.first), t.second}; }
 
+// Addresses q, k, v, sequences, out, lse; sizes count, heads, kv_heads, head_size, q_stride, k_stride, v_stride; scale; window.
+using PackedAttentionTuple = std::tuple<std::array<uintptr_t, 6>, std::array<int64_t, 7>, float, int64_t>;
+
+inline PackedAttention packed_attention_of(const PackedAttentionTuple& t) {
+  const auto& [a, n, scale, window] = t;
+  return {pointer<const float>(a[0]), pointer<const float>(a[1]), pointer<const float>(a[2]), pointer<const int64_t>(a[3]), pointer<float>(a[4]),
+          pointer<float>(a[5]), n[0], n[1], n[2], n[3], n[4], n[5], n[6], scale, window};
+}
+
 // Norms, linear layers, (k_pages, v_pages), scale and window of a DecoderLayer, in its order.
 using DecoderLayerTuple = std::tuple<std::array<NormWeightsTuple, 4>, std::array<LinearWeightsTuple, 7>, std::array<uintptr_t, 2>, float, int64_t>;
 

@@ -148,12 +148,60 @@ PYBIND11_MODULE(_C, m) {
     return FASTPPO_CPU(write_kv, arguments);
   });
 
-  m.def("batch_invariant_linear", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int dtype, int64_t rows, int64_t columns,
-                                     int64_t inner, int64_t x_stride, int64_t weight_stride, int threads) {
+  // strides: a_row, a_inner, b_inner, b_column, out_row.
+  m.def("matmul", [](uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t out, int dtype, int64_t rows, int64_t columns, int64_t inner,
+                     const std::array<int64_t, 5>& strides, bool accumulate, int threads) {
     py::gil_scoped_release release;
-    const Linear arguments{pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias), pointer<void>(out), static_cast<DType>(dtype),
-                           rows, columns, inner, x_stride, weight_stride};
-    FASTPPO_CPU(batch_invariant_linear, arguments, threads);
+    const Matmul arguments{pointer<const void>(a), pointer<const void>(b), pointer<const void>(bias), pointer<void>(out), static_cast<DType>(dtype), rows,
+                           columns, inner, strides[0], strides[1], strides[2], strides[3], strides[4], accumulate};
+    FASTPPO_CPU(matmul, arguments, threads);
+  });
+
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t width, uintptr_t update, uintptr_t sum, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    const RmsNorm arguments{pointer<const float>(x), pointer<const float>(weight), eps, rows, width};
+    FASTPPO_CPU(rms_norm, arguments, pointer<const float>(update), pointer<float>(sum), pointer<float>(out), threads);
+  });
+
+  m.def("rms_norm_backward", [](uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t width, uintptr_t d_out, uintptr_t d_sum, uintptr_t d_x,
+                                uintptr_t d_weight, int threads) {
+    py::gil_scoped_release release;
+    const RmsNorm arguments{pointer<const float>(x), pointer<const float>(weight), eps, rows, width};
+    FASTPPO_CPU(rms_norm_backward, arguments, pointer<const float>(d_out), pointer<const float>(d_sum), pointer<float>(d_x), pointer<float>(d_weight), threads);
+  });
+
+  // sizes: rows, heads, head_size, rotary_size, x_stride.
+  m.def("rotary_embedding", [](uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t positions, const std::array<int64_t, 5>& n, bool backward, uintptr_t out,
+                               int threads) {
+    py::gil_scoped_release release;
+    const RotaryEmbedding arguments{pointer<const float>(x), pointer<const float>(cos), pointer<const float>(sin), pointer<const int64_t>(positions),
+                                    n[0], n[1], n[2], n[3], n[4]};
+    FASTPPO_CPU(rotary_embedding, arguments, backward, pointer<float>(out), threads);
+  });
+
+  m.def("swiglu", [](uintptr_t gate, uintptr_t up, int64_t count, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(swiglu, pointer<const float>(gate), pointer<const float>(up), count, pointer<float>(out), threads);
+  });
+
+  m.def("swiglu_backward", [](uintptr_t gate, uintptr_t up, uintptr_t d_out, int64_t count, uintptr_t d_gate, uintptr_t d_up, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(swiglu_backward, pointer<const float>(gate), pointer<const float>(up), pointer<const float>(d_out), count, pointer<float>(d_gate),
+                pointer<float>(d_up), pointer<float>(out), threads);
+  });
+
+  m.def("packed_attention", [](const PackedAttentionTuple& tuple, int threads) {
+    py::gil_scoped_release release;
+    FASTPPO_CPU(packed_attention, packed_attention_of(tuple), threads);
+  });
+
+  // gradients: d_out, d_q, d_k, d_v. groups: address, count.
+  m.def("packed_attention_backward", [](const PackedAttentionTuple& tuple, const std::array<uintptr_t, 4>& gradients,
+                                        const std::pair<uintptr_t, int64_t>& groups, int threads) {
+    py::gil_scoped_release release;
+    const PackedAttentionGradients to{pointer<const float>(gradients[0]), pointer<float>(gradients[1]), pointer<float>(gradients[2]),
+                                      pointer<float>(gradients[3])};
+    FASTPPO_CPU(packed_attention_backward, packed_attention_of(tuple), to, pointer<const int64_t>(groups.first), groups.second, threads);
   });
 
   py::class_<DecoderLayers>(m, "DecoderLayers").def(py::init([](const std::vector<DecoderLayerTuple>& tuples) {

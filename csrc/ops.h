@@ -206,18 +206,20 @@ FASTPPO_EACH_ISA(int64_t write_kv(const WriteKv& arguments))
 
 namespace fastppo {
 
-// x [rows, inner] and weight [columns, inner] with consecutive elements in their rows; bias [columns] or null; out [rows, columns] contiguous.
-struct Linear {
-  const void *x, *weight, *bias;
+// out [rows, columns] = a [rows, inner] b [inner, columns], plus what out holds (accumulate), plus bias [columns] (or null): strides in elements, of b's
+// two one is 1, consecutive elements in out's rows. accumulate: float32 alone.
+struct Matmul {
+  const void *a, *b, *bias;
   void* out;
   DType dtype;
-  int64_t rows, columns, inner, x_stride, weight_stride;
+  int64_t rows, columns, inner, a_row, a_inner, b_inner, b_column, out_row;
+  bool accumulate;
 };
 
 }  // namespace fastppo
 
-// out = x weight^T + bias, accumulated in fp32. An output's bits depend on nothing but its row and its column.
-FASTPPO_EACH_ISA(void batch_invariant_linear(const Linear& arguments, int threads))
+// Accumulated in fp32, rounded once. An output's bits depend on nothing but its row and its column.
+FASTPPO_EACH_ISA(void matmul(const Matmul& arguments, int threads))
 
 namespace fastppo {
 
@@ -259,6 +261,66 @@ struct Decoder {
 // One decode step in fp32, which also stores the new keys and values. scratch: rows * (2 hidden_size + 2 (heads + kv_heads) head_size + 2 inner_size) floats.
 // Returns the first row whose token, length or pages are out of range, before anything is written, or -1.
 FASTPPO_EACH_ISA(int64_t decoder_step(const Decoder& step, const DecoderLayer* layers, int64_t count, float* scratch, int threads))
+
+namespace fastppo {
+
+// Rows x [rows, width], weight [width].
+struct RmsNorm {
+  const float *x, *weight;
+  float eps;
+  int64_t rows, width;
+};
+
+// x [rows, heads, head_size], rows x_stride apart; positions [rows] in cos and sin [.., rotary_size].
+struct RotaryEmbedding {
+  const float *x, *cos, *sin;
+  const int64_t* positions;
+  int64_t rows, heads, head_size, rotary_size, x_stride;
+};
+
+// q [queries, heads, head_size], k and v [tokens, kv_heads, head_size], rows `stride` apart; out [queries, heads, head_size] and lse [queries, heads]
+// contiguous. sequences [count, 6]: the first token of a prompt that stands apart, one past its last, and the same of the sequence's own tokens,
+// which see that prompt and those of themselves that are not after them; the first token that is a query, as are all after it, and its row in q.
+// window 0 is off.
+struct PackedAttention {
+  const float *q, *k, *v;
+  const int64_t* sequences;
+  float *out, *lse;
+  int64_t count, heads, kv_heads, head_size, q_stride, k_stride, v_stride;
+  float scale;
+  int64_t window;
+};
+
+// All in the shapes of out, q, k and v, contiguous; what d_q, d_k and d_v hold is added to.
+struct PackedAttentionGradients {
+  const float* d_out;
+  float *d_q, *d_k, *d_v;
+};
+
+}  // namespace fastppo
+
+// out = x / rms(x) * weight, of x + update where there is an update: that goes to `sum`.
+FASTPPO_EACH_ISA(void rms_norm(const RmsNorm& arguments, const float* update, float* sum, float* out, int threads))
+
+// d_x = the gradient through the norm, plus d_sum (or null), which may be d_x; added to d_weight (or null).
+FASTPPO_EACH_ISA(void rms_norm_backward(const RmsNorm& arguments, const float* d_out, const float* d_sum, float* d_x, float* d_weight, int threads))
+
+// out [rows, heads, head_size]: x rotated to its positions or, backward, the gradient of what was; may be x.
+FASTPPO_EACH_ISA(void rotary_embedding(const RotaryEmbedding& arguments, bool backward, float* out, int threads))
+
+// out = silu(gate) * up, [count] each.
+FASTPPO_EACH_ISA(void swiglu(const float* gate, const float* up, int64_t count, float* out, int threads))
+
+// d_gate and d_up may be gate and up, and out (or null) is the forward pass's.
+FASTPPO_EACH_ISA(void swiglu_backward(const float* gate, const float* up, const float* d_out, int64_t count, float* d_gate, float* d_up, float* out,
+                                      int threads))
+
+// Causal attention; a token has the bits that decode_attention gives it.
+FASTPPO_EACH_ISA(void packed_attention(const PackedAttention& arguments, int threads))
+
+// groups [count + 1]: bounds of runs of sequences, in their order; sequences of different groups share no token.
+FASTPPO_EACH_ISA(void packed_attention_backward(const PackedAttention& arguments, const PackedAttentionGradients& gradients, const int64_t* groups,
+                                                int64_t count, int threads))
 
 // For each token what its sequence decides: weights [count] = 1 / unmasked tokens of the sequence, log_ratios [count] = the mean of
 // logprob - old_logprob over them. Either may be null; without log_ratios no column is read. used_sequences: how many have an unmasked token.

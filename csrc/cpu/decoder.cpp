@@ -1,48 +1,9 @@
 // One decode step of a Llama-like decoder in fp32: everything between the last tokens and the hidden states that the head reads, in one call. Rows are
 // independent of each other, so a row's bits do not depend on the batch. All rows write their keys before any attends: they may be tokens of one prompt.
-#include <cmath>
-
-#include "parallel.h"
+#include "layer_rows.h"
 
 namespace fastppo::FASTPPO_ISA {
 namespace {
-
-constexpr int64_t kElementsWorthAThread = 1 << 14;
-
-int64_t rows_worth_a_thread(int64_t width) { return (kElementsWorthAThread + width - 1) / width; }
-
-// out = x / rms(x) * weight (arXiv:1910.07467, eq. 4); may be in place.
-void normalize(const float* x, const float* weight, float eps, int64_t width, float* out) {
-  vfloat squares = 0.0f;
-  for_vectors(0, width, [&](int64_t i, int count) {
-    const vfloat v = load(x + i, count);
-    squares += v * v;
-  });
-  const float factor = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps);
-  for_vectors(0, width, [&](int64_t i, int count) { store(out + i, count, load(weight + i, count) * (load(x + i, count) * factor)); });
-}
-
-void add(float* x, const float* y, int64_t width) {
-  for_vectors(0, width, [&](int64_t i, int count) { store(x + i, count, load(x + i, count) + load(y + i, count)); });
-}
-
-// Rotary embedding (arXiv:2104.09864) of the first `width` elements of a head, whose two halves hold the pairs.
-void rotate(float* head, const float* cos, const float* sin, int64_t width) {
-  const int64_t half = width / 2;
-  for_vectors(0, half, [&](int64_t i, int count) {
-    const vfloat low = load(head + i, count), high = load(head + half + i, count);
-    store(head + i, count, low * load(cos + i, count) - high * load(sin + i, count));
-    store(head + half + i, count, high * load(cos + half + i, count) + low * load(sin + half + i, count));
-  });
-}
-
-// gate = silu(gate) * up, silu(x) = x / (1 + exp(-x)).
-void gate_with(float* gate, const float* up, int64_t width) {
-  for_vectors(0, width, [&](int64_t i, int count) {
-    const vfloat x = load(gate + i, count);
-    store(gate + i, count, x / (vexp(-x) + 1.0f) * load(up + i, count));
-  });
-}
 
 // The scratch of one step, [rows, ...] each.
 struct Buffers {
@@ -61,7 +22,7 @@ Buffers carve(const Decoder& d, float* scratch) {
 }
 
 void linear(const Decoder& d, const float* x, int64_t inner, const LinearWeights& w, float* out, int threads) {
-  batch_invariant_linear({x, w.weight, w.bias, out, kFloat32, d.rows, w.columns, inner, inner, w.stride}, threads);
+  matmul({x, w.weight, w.bias, out, kFloat32, d.rows, w.columns, inner, inner, 1, 1, w.stride, w.columns, false}, threads);
 }
 
 // Heads [rows, heads, head_size] after the optional norm over each head, rotated to their positions.
@@ -70,7 +31,7 @@ void place_heads(const Decoder& d, const NormWeights& norm, int64_t heads, int64
   for (int64_t h = 0; h < heads; ++h) {
     float* head = x + (row * heads + h) * d.head_size;
     if (norm.weight) normalize(head, norm.weight, norm.eps, d.head_size, head);
-    rotate(head, d.cos + position * d.rotary_size, d.sin + position * d.rotary_size, d.rotary_size);
+    rotate(head, d.cos + position * d.rotary_size, d.sin + position * d.rotary_size, d.rotary_size, head);
   }
 }
 
@@ -102,7 +63,8 @@ void feed_forward(const Decoder& d, const DecoderLayer& layer, const Buffers& b,
   linear(d, b.normed, d.hidden_size, layer.gate, b.gate, threads);
   linear(d, b.normed, d.hidden_size, layer.up, b.up, threads);
   parallel_ranges(d.rows, threads, rows_worth_a_thread(d.inner_size), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) gate_with(b.gate + row * d.inner_size, b.up + row * d.inner_size, d.inner_size);
+    for_vectors(first * d.inner_size, last * d.inner_size,
+                [&](int64_t i, int count) { store(b.gate + i, count, silu(load(b.gate + i, count)) * load(b.up + i, count)); });
   });
   linear(d, b.gate, d.inner_size, layer.down, b.update, threads);
 }
@@ -112,7 +74,7 @@ void add_and_normalize(const Decoder& d, const NormWeights& norm, const Buffers&
   const int64_t width = d.hidden_size;
   parallel_ranges(d.rows, threads, rows_worth_a_thread(width), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      if (has_update) add(b.x + row * width, b.update + row * width, width);
+      if (has_update) add_rows(b.x + row * width, b.update + row * width, width, b.x + row * width);
       normalize(b.x + row * width, norm.weight, norm.eps, width, normed + row * width);
     }
   });

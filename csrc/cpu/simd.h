@@ -165,6 +165,12 @@ FASTPPO_INLINE vfloat::Register fma(const vfloat::Register& a, const vfloat::Reg
 #endif
 }
 
+FASTPPO_INLINE vfloat fma(const vfloat& a, const vfloat& b, const vfloat& c) {
+  vfloat out;
+  for (int i = 0; i < vfloat::kParts; ++i) out.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return out;
+}
+
 // The larger (smaller) of two; where one is NaN, b.
 FASTPPO_INLINE vfloat vmax(const vfloat& a, const vfloat& b) { return select(a > b, a, b); }
 FASTPPO_INLINE vfloat vmin(const vfloat& a, const vfloat& b) { return select(a < b, a, b); }

@@ -25,19 +25,21 @@ check_same("KL_KINDS", codes(KL_KINDS))
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: int) -> Tensor:
     """KL estimate of each element, fp32 in the shape of `logprobs`; `kind` is a place in KL_KINDS."""
-    kl = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
     if on_cuda(logprobs):
         logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
+        kl = torch.empty_like(logprobs, dtype=torch.float32)
         _C.cuda.approx_kl(column(logprobs), column(ref_logprobs), kl.numel(), kind, address(kl), stream(kl))
         return kl
     logprobs, ref_logprobs = flat_float(logprobs), flat_float(ref_logprobs)
+    kl = torch.empty_like(logprobs)
     _C.approx_kl(address(logprobs), address(ref_logprobs), kl.numel(), kind, address(kl), threads())
     return kl
 
 
 def approx_kl_backward(logprobs: Tensor, ref_logprobs: Tensor, d_kl: Tensor, kind: int) -> Tensor:
     """fp32 gradient of `logprobs`; that of `ref_logprobs` is its negative."""
-    grad, d_kl = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device), flat_float(d_kl)
+    d_kl = flat_float(d_kl)
+    grad = torch.empty_like(d_kl)
     if on_cuda(logprobs):
         logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
         outputs = grad.numel(), kind, address(grad), stream(grad)

@@ -15,8 +15,8 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
         x = x.contiguous()
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     rows = out.numel() // max(columns, 1)
-    _C.batch_invariant_linear(
+    _C.matmul(
         x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), DTYPE_CODES[x.dtype],
-        rows, columns, inner, inner, weight.stride(0), threads(),
+        rows, columns, inner, (inner, 1, 1, weight.stride(0), columns), False, threads(),
     )  # fmt: skip
     return out

@@ -145,7 +145,7 @@ def ppo_loss_tokens(
     kernels, where = (_C.cuda, stream(logprobs)) if on_cuda(logprobs) else (_C, threads())
     gradients = {name: torch.empty_like(columns[name], dtype=torch.float32) for name in wanted}
     parts = kernels.ppo_loss_parts(logprobs.numel())
-    sums = logprobs.new_empty((parts, len(PPO_SUMS)), dtype=torch.float32)
+    sums = torch.empty(parts, len(PPO_SUMS), dtype=torch.float32, device=logprobs.device)
     addresses = [address(gradients.get(name)) for name in ("logprobs", "values", "entropy")]
     kernels.ppo_loss_tokens(ppo_tokens(columns, mask), options, address(sums), addresses, where)
     return sums, gradients
@@ -158,7 +158,7 @@ def ppo_loss_finish(sums: Tensor, options: PPOCodes, denominator: Tensor | None)
     """
     if denominator is not None:
         denominator = denominator.to(sums.device, torch.float64)
-    loss, scale = sums.new_empty(()), sums.new_empty((), dtype=torch.float64)
+    loss, scale = (torch.empty((), dtype=dtype, device=sums.device) for dtype in (torch.float32, torch.float64))
     result = PPOResult(loss, sums.new_empty(len(PPO_STATISTICS)), scale)
     arguments = address(sums), len(sums), options, address(denominator), list(map(address, result))
     if on_cuda(sums):
@@ -171,13 +171,11 @@ def ppo_loss_finish(sums: Tensor, options: PPOCodes, denominator: Tensor | None)
 
 
 def scale_gradients(gradients: Sequence[Tensor], d_loss: Tensor, scale: Tensor, dtypes: Sequence[int]) -> list[Tensor]:
-    """Each of three contiguous gradients times d_loss * scale, rounded once to its type, a place in DTYPES."""
+    """Each of the contiguous gradients, three on a GPU, times d_loss * scale, rounded once to its type, a place in DTYPES."""
+    if not on_cuda(scale):
+        factor = d_loss * scale
+        return [(x * factor).to(DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True)]
     scaled = [torch.empty_like(x, dtype=DTYPES[code]) for x, code in zip(gradients, dtypes, strict=True)]
-    if on_cuda(scale):
-        described = [
-            (column(x), address(y), code, x.numel()) for x, y, code in zip(gradients, scaled, dtypes, strict=True)
-        ]
-        _C.cuda.scale_gradients(described, address(d_loss), address(scale), stream(scale))
-        return scaled
-    factor = d_loss * scale
-    return [torch.mul(x, factor, out=y) for x, y in zip(gradients, scaled, strict=True)]
+    described = [(column(x), address(y), code, x.numel()) for x, y, code in zip(gradients, scaled, dtypes, strict=True)]
+    _C.cuda.scale_gradients(described, address(d_loss), address(scale), stream(scale))
+    return scaled

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastppo.native import token_logprobs as native
+from fastppo.native.matmul import matmul
 from fastppo.ops import _checks
 from fastppo.ops._precision import full_precision
 from fastppo.ops.token_logprobs import Transform
@@ -123,11 +124,21 @@ class Head:
     On the CPU those rows are gathered and all products are fp32. On a GPU, whose host does not know how many they are,
     every row is multiplied, the others as zeros, in the type that holds both hidden and weight.
 
-    count: rows that are multiplied. mask: bool [count], those of them that count; None for all.
+    count: rows that are multiplied. mask: bool [count], those of them that count; None for all. batch_invariant: logits have the bits of
+    `batch_invariant_linear`.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, backend: str) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep: Tensor,
+        backend: str,
+        batch_invariant: bool = False,
+    ) -> None:
         self.weight, self.backend, self.sizes = weight, backend, SIZES[backend]
+        self.batch_invariant = batch_invariant
         self.bias = None if bias is None else bias.float()
         self.hidden, self.keep, self._shape = hidden.reshape(-1, weight.shape[1]), keep.reshape(-1), keep.shape
         self.count, self.rows, self.mask = len(self.keep), None, None
@@ -181,6 +192,9 @@ class Head:
 
     def multiply(self, inputs: Tensor, block: slice, weight: Tensor, out: Tensor) -> None:
         """out = the fp32 logits of these inputs in this block."""
+        if self.batch_invariant:
+            matmul(inputs, weight.T, out, bias=None if self.bias is None else self.bias[block])
+            return
         if self.bias is not None:
             out.copy_(self.bias[block])
         multiply(inputs, weight.T, out, accumulate=self.bias is not None)

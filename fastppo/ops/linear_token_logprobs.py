@@ -37,6 +37,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole and are never rounded below fp32.
 
@@ -49,17 +50,24 @@ def linear_token_logprobs(
             of those types (mixed ones as autocast makes them).
         labels: [...] int64 or int32 token ids in [0, V), or `ignore_index`.
         temperature, softcap, logit_scale, ignore_index, return_entropy: as for `token_logprobs`.
+        batch_invariant: logits have the bits of `batch_invariant_linear`, and so the log-probs those that a sampler draws with, whatever
+            other rows there are. On a CPU alone.
 
     Returns:
         float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range.
+        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range, `batch_invariant` elsewhere than on
+            a CPU or in float64.
     """
     check_logit_options(temperature, softcap, logit_scale)
     check_head(hidden, weight, bias, labels)
     head = [x for x in (hidden, weight, bias) if x is not None]
     backend = choose("linear_token_logprobs", *head)
+    if batch_invariant and backend != "cpu":
+        raise ValueError(
+            f"batch_invariant is True, expected False for {hidden.dtype} on {hidden.device} (backend {backend})"
+        )
     if backend == "reference":
         out = reference.linear_token_logprobs(
             hidden,
@@ -74,7 +82,8 @@ def linear_token_logprobs(
         )
         return TokenLogprobs(*out) if return_entropy else out
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in head)
-    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy, differentiable, backend)
+    options = (temperature, softcap or 0.0, logit_scale, ignore_index, return_entropy)
+    options += (batch_invariant, differentiable, backend)
     logprobs, entropy, *_ = _linear_token_logprobs(hidden, weight, labels.long(), bias, *options)
     return TokenLogprobs(logprobs, entropy) if return_entropy else logprobs
 
@@ -90,13 +99,14 @@ def _linear_token_logprobs(
     logit_scale: float,
     ignore_index: int,
     return_entropy: bool,
+    batch_invariant: bool,
     keep_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropies or empty, (max, log-sum)), each [...] with 0 in the rows that are ignored; some tiles' logits."""
     keep = kept_rows(labels, None, len(weight), ignore_index, backend)
     kept = _kept_tiles(hidden, weight, labels, keep_logits, backend)
-    head = Head(hidden, weight, bias, keep, backend)
+    head = Head(hidden, weight, bias, keep, backend, batch_invariant)
     kept_labels, state = head.take(labels), head.new_state(head.count)
     transform = (logit_scale, softcap, temperature)
     with exact_products(hidden):
@@ -115,7 +125,7 @@ def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: boo
 
 @torch.library.register_fake("fastppo::linear_token_logprobs")
 def _(hidden, weight, labels, bias, *options):
-    *_, return_entropy, keep_logits, backend = options
+    *_, return_entropy, _, keep_logits, backend = options
     logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     kept = _kept_tiles(hidden, weight, labels, keep_logits, backend)
@@ -137,11 +147,12 @@ def _linear_token_logprobs_backward(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
+    batch_invariant: bool,
     wanted: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in their own types, each empty where not `wanted`."""
-    head = Head(hidden, weight, bias, labels != ignore_index, backend)
+    head = Head(hidden, weight, bias, labels != ignore_index, backend, batch_invariant)
     entropy = entropy if d_entropy is not None else None
     given = [None if x is None else head.take(x) for x in (max_logsum, entropy, d_logprobs, d_entropy)]
     rows = Upstream(head.labels(labels), *given)
@@ -169,7 +180,7 @@ def _(hidden, weight, labels, bias, *options):
 def _setup_context(ctx, inputs, outputs) -> None:
     _, entropy, max_logsum, kept = outputs
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.labels, inputs.bias, max_logsum, kept, entropy)
-    ctx.options = inputs.temperature, inputs.softcap, inputs.logit_scale, inputs.ignore_index
+    ctx.options = inputs.temperature, inputs.softcap, inputs.logit_scale, inputs.ignore_index, inputs.batch_invariant
     ctx.return_entropy, ctx.backend = inputs.return_entropy, inputs.backend
     ctx.mark_non_differentiable(max_logsum, kept)
     ctx.set_materialize_grads(False)

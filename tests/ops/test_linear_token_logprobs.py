@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.ops import _head, linear_token_logprobs
+from fastppo.ops import _head, batch_invariant_linear, linear_token_logprobs, token_logprobs
 from fastppo.reference.linear_token_logprobs import linear_token_logprobs as reference
 from tests.cases import DTYPES
 from tests.isa import assert_same_bits_on_every_isa
-from tests.tolerance import assert_as_exact_as_native
+from tests.tolerance import assert_as_exact_as_native, assert_no_worse_than
 
 OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0, "logit_scale": 0.25, "temperature": 1.3}]
 
@@ -209,6 +209,29 @@ def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
     assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_invariant_logits(cpu_backend, bias):
+    """Tiles of columns and rows; each row has the bits that the sampler's products give it, alone and among others."""
+    hidden, weight, bias, labels = operands(rows=40, hidden=300, vocab=2500, bias=bias)
+    found = linear_token_logprobs(hidden, weight, labels, bias, batch_invariant=True)
+    assert torch.equal(found, token_logprobs(batch_invariant_linear(hidden, weight, bias), labels))
+    part = linear_token_logprobs(hidden[7:12], weight, labels[7:12], bias, batch_invariant=True)
+    assert torch.equal(part, found[7:12])
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact = torch.autograd.grad(reference(*leaves, labels, None if bias is None else bias.double()).sum(), leaves)
+    ours = [x.requires_grad_() for x in (hidden, weight)]
+    gradients = torch.autograd.grad(linear_token_logprobs(*ours, labels, bias, batch_invariant=True).sum(), ours)
+    native = torch.autograd.grad(reference(*ours, labels, bias).sum(), ours)
+    for name, values in zip(("hidden", "weight"), zip(gradients, native, exact, strict=True), strict=True):
+        assert_no_worse_than(*values, name)
+
+
+def test_batch_invariant_logits_are_refused_elsewhere():
+    hidden, weight, bias, labels = operands(dtype=torch.float64)
+    with pytest.raises(ValueError, match="batch_invariant is True, expected False for torch.float64 on cpu"):
+        linear_token_logprobs(hidden, weight, labels, bias, batch_invariant=True)
+
+
 def test_float64_is_exact():
     hidden, weight, bias, labels = operands(rows=3, hidden=4, vocab=7, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -219,7 +242,7 @@ def test_opcheck(cpu_backend):
     hidden, weight, bias, labels = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     for b in (None, bias.requires_grad_()):
-        arguments = (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True, "cpu")
+        arguments = (*leaves, labels, b, 0.9, 0.0, 1.0, -100, True, True, True, "cpu")
         torch.library.opcheck(torch.ops.fastppo.linear_token_logprobs, arguments)
 
 
