@@ -318,12 +318,17 @@ def _info_model(name: str) -> int:
     from fastppo.console import printable
     from fastppo.model import context_length, ending_ids, load_outline, load_tokenizer
     from fastppo.model.decoding import token_text
+    from fastppo.model.parts import why_not_parts
 
     model, tokenizer = load_outline(name), load_tokenizer(name)
     facts = Table(box=None, show_header=False)
     facts.add_row("architecture", type(model).__name__)
     facts.add_row("parameters", f"{model.num_parameters():,}")
     facts.add_row("context", f"{context_length(model) or 'no limit'}")
+    reason = why_not_parts(model)
+    facts.add_row(
+        "layers", "built as Llama's: our kernels run them" if reason is None else f"its own modules run: {reason}"
+    )
     facts.add_row("chat template", "yes" if getattr(tokenizer, "chat_template", None) else "no")
     for token, places in ending_ids(model, tokenizer).items() or {None: []}.items():
         text = "nothing" if token is None else f"{token_text(tokenizer, token)} ({token}): {', '.join(places)}"

@@ -60,6 +60,9 @@ class RolloutConfig:
     """Only `stop_token_ids` and `stop_strings` end a completion."""
     batch_size: Count = 64
     """Sequences that are decoded side by side."""
+    recompute_logprobs: Literal["auto", "always"] = "auto"
+    """The log-probabilities that the ratio is taken against: `always` from a forward pass of the policy; `auto` those of sampling, once a step
+    has shown that the two have the same bits (a Llama-like model in float32 on a CPU)."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> RolloutConfig:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastppo.config import RewardConfig
+from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.ops import approx_kl
 from fastppo.rewards import RewardResult
@@ -20,12 +20,17 @@ from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.stats import GenerationStats
 from fastppo.targets import Targets
 
+# Difference of a sampled log-probability from the policy's own above which a token counts as off.
+OUT_OF_BAND = 1e-3
+
 
 def rollout_metrics(
-    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: RewardConfig
+    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: PPOConfig
 ) -> dict[str, float]:
     """What the rollout says about policy, critic and reward before the update."""
-    difference = (evaluation.logprobs - rollout.logprobs).abs()
+    log_ratio = evaluation.logprobs - rollout.logprobs
+    difference, ratio = log_ratio.abs(), log_ratio.exp()
+    clipped = (ratio < 1 - config.loss.clip_low) | (ratio > 1 + config.loss.clip_high)
     sequences = rollout.num_sequences
     metrics = {
         "objective/scores": scores.values.mean().item(),
@@ -35,15 +40,17 @@ def rollout_metrics(
         "completions/clipped_ratio": (rollout.finish_reasons == FinishReason.LENGTH).sum().item() / sequences,
         "rollout/logprob_diff_mean": difference.mean().item(),
         "rollout/logprob_diff_max": difference.max().item(),
+        "rollout/out_of_band_rate": (difference > OUT_OF_BAND).float().mean().item(),
+        "rollout/out_of_clip_rate": clipped.float().mean().item(),
     }
     if evaluation.values is not None:
         metrics["val/explained_var"] = explained_variance(evaluation.values, targets.returns)
     kl_sum = 0.0
     if evaluation.ref_logprobs is not None:
-        kl = approx_kl(evaluation.logprobs, evaluation.ref_logprobs, kind=config.kl_estimator)
+        kl = approx_kl(evaluation.logprobs, evaluation.ref_logprobs, kind=config.reward.kl_estimator)
         kl_sum = kl.sum().item() / sequences
         metrics["objective/kl"] = kl_sum
-    metrics["objective/rlhf_reward"] = metrics["objective/scores"] - config.kl_coef * kl_sum
+    metrics["objective/rlhf_reward"] = metrics["objective/scores"] - config.reward.kl_coef * kl_sum
     return metrics
 
 

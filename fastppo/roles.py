@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastppo.evaluation import Evaluation
 from fastppo.model import Critic, ValueHead, lm_head, packed_hidden
+from fastppo.model.parts_trunk import trunk_of
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Plan, first_epoch
 from fastppo.rollout.record import on_device, places_in
@@ -63,6 +64,9 @@ class Roles(nn.Module):
         reference = copy.deepcopy(policy).requires_grad_(False) if with_reference else None
         # Not a submodule: neither optimizers nor checkpoints touch the reference.
         object.__setattr__(self, "reference", reference)
+        self._sampling_is_exact = (
+            False  # whether sampled log-probs have been seen to be, bit for bit, those of a forward pass
+        )
 
     def forward(self, rollout: Rollout, *, policy: bool = True, values: bool = True, entropy: bool = True) -> Outputs:
         """Log-probabilities, entropy and values of the batch's actions; differentiable. `policy=False`: values alone, and of
@@ -86,7 +90,7 @@ class Roles(nn.Module):
         """fp32, a row for each token that runs: value of the state after it."""
         if self.critic is None:
             return self.value_head(hidden)
-        return self.critic(rollout.tokens, rollout.position_ids, rollout.bounds, rollout.shared_prompts)
+        return self.critic.head(_hidden(self.critic.trunk, rollout))
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
@@ -94,31 +98,56 @@ class Roles(nn.Module):
         return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout, want: Collection[str], plan: Plan) -> Evaluation:
-        """What `want` names of "logprobs", "values" and "reference".
+    def evaluate(
+        self,
+        rollout: Rollout,
+        want: Collection[str],
+        plan: Plan,
+        recompute_logprobs: Literal["auto", "always"] = "auto",
+    ) -> Evaluation:
+        """What `want` names of "logprobs", "values", "final_values" and "reference".
 
         The micro-batches are those of the plan's first epoch: the same sequences side by side give the same bits there, so that the
-        ratio of the first minibatch is exactly 1.
+        ratio of the first minibatch is exactly 1. It is so too with the log-probs of sampling, where the same kernels made them: "auto"
+        takes these, and the values of a shared trunk, without a forward pass, once one has had the same bits for a whole rollout.
         """
-        names = {"logprobs": ("logprobs",), "values": ("values", "final_values"), "reference": ("ref_logprobs",)}
+        exact = trunk_of(self.policy) is not None
+        sampled = {"logprobs": rollout.logprobs, "values": rollout.values if self.critic is None else None}
+        sampled = {name: x for name, x in sampled.items() if name in want and x is not None}
+        if exact and self._sampling_is_exact and recompute_logprobs == "auto":
+            found = self._forward(rollout, set(want) - sampled.keys(), plan) | sampled
+        else:
+            found = self._forward(rollout, set(want), plan)
+            if "logprobs" in want:
+                self._sampling_is_exact = exact and all(torch.equal(found[name], x) for name, x in sampled.items())
+        return Evaluation(rollout.action_bounds, **found)
+
+    def _forward(self, rollout: Rollout, want: Collection[str], plan: Plan) -> dict[str, Tensor]:
+        """The fields of an evaluation that `want` asks for, from forward passes over the micro-batches."""
+        names = {
+            "logprobs": "logprobs",
+            "values": "values",
+            "final_values": "final_values",
+            "reference": "ref_logprobs",
+        }
         sizes = {"final_values": rollout.num_sequences}
         device = rollout.tokens.device
         found = {
             name: torch.zeros(sizes.get(name, rollout.num_actions), dtype=torch.float32, device=device)
-            for wanted in names
+            for wanted, name in names.items()
             if wanted in want
-            for name in names[wanted]
         }
-        for indices in first_epoch(plan):
+        for indices in first_epoch(plan) if found else ():
             batch = rollout.select(indices)
             actions = on_device(places_in(rollout.action_bounds, indices), device)
             places = {"final_values": on_device(indices, device)}
-            outputs = self(batch, policy="logprobs" in want, values="values" in want, entropy=False)._asdict()
+            valued = bool({"values", "final_values"} & set(want))
+            outputs = self(batch, policy="logprobs" in want, values=valued, entropy=False)._asdict()
             if "reference" in want:
                 outputs["ref_logprobs"] = self.reference_logprobs(batch)
             for name, tensor in found.items():
                 tensor[places.get(name, actions)] = outputs[name].float()
-        return Evaluation(rollout.action_bounds, **found)
+        return found
 
     def trained(self) -> dict[str, nn.Module]:
         """What learns, each with an optimizer and in a checkpoint's file of its own."""
@@ -143,7 +172,9 @@ def _require_trainable(policy: PreTrainedModel) -> None:
 
 
 def _hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    return packed_hidden(model, rollout.tokens, rollout.position_ids, rollout.bounds, rollout.shared_prompts)
+    """Those that score an action or follow one."""
+    packed = rollout.tokens, rollout.position_ids, rollout.bounds
+    return packed_hidden(model, *packed, rollout.shared_prompts, rollout.prompt_lengths)
 
 
 def _rows(rollout: Rollout, places: Tensor) -> Tensor:
@@ -163,6 +194,7 @@ def _head_logprobs(model: PreTrainedModel, hidden: Tensor, rollout: Rollout, wit
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         return_entropy=with_entropy,
+        batch_invariant=trunk_of(model) is not None,
     )
 
 

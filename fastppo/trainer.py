@@ -211,9 +211,10 @@ class PPOTrainer:
             rollout, scores, reward = self._score(rollout, rows, folder)
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
-            evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
+            recompute = self.config.rollout.recompute_logprobs
+            evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
-        metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config.reward)
+        metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config)
         self._interruption.check()
         with clock("time/update"):
             self.state.whole = False
@@ -229,8 +230,8 @@ class PPOTrainer:
         """Completions of the next prompts, and the rows that these stand in."""
         rows = [self.prompts[index] for index in self.sampler.next()]
         prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
-        check = self._interruption.check
-        return self.engine.generate(prompts, sampling, progress=self._show_rollout, on_tokens=check), rows
+        heard = {"progress": self._show_rollout, "on_tokens": self._interruption.check}
+        return self.engine.generate(prompts, sampling, **heard, value_head=self.roles.value_head), rows
 
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise."""

@@ -11,7 +11,7 @@ from fastppo.cli import main
 from fastppo.console import Reporter
 from fastppo.model.endings import ending_ids, find_turn_end
 from fastppo.rollout import Engine, FinishReason, SamplingParams
-from tests.rollout.tiny import make_chain
+from tests.rollout.tiny import make_chain, make_model
 from tests.tiny import LETTERS, make_tokenizer
 from tests.trainer.conftest import count_a, tiny_config
 
@@ -188,7 +188,16 @@ def test_info_of_a_model(tmp_path, capsys):
     chat_tokenizer(CHATML).save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "LlamaForCausalLM" in out
+    assert "LlamaForCausalLM" in out and "our kernels run them" in out
     assert "<eos> (1): tokenizer" in out and "<|im_end|> (18): chat template" in out
     assert main(["info", str(tmp_path / "nowhere")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_info_says_why_a_model_runs_its_own_modules(tmp_path, capsys):
+    make_model("mixtral").save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "its own modules run: MixtralSparseMoeBlock consists of gate, experts" in " ".join(
+        capsys.readouterr().out.split()
+    )

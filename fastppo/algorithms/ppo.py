@@ -34,7 +34,8 @@ class PPO:
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         reference = {"reference"} if config.reward.kl_coef > 0 else set()
-        self.needs = frozenset({"logprobs", "values"} | reference)
+        bootstrap = {"final_values"} if config.advantage.bootstrap_truncated else set()
+        self.needs = frozenset({"logprobs", "values"} | bootstrap | reference)
 
     def credit(self, rollout: Rollout, evaluation: Evaluation, scores: Scores) -> Targets:
         """Advantages (whitened when asked) and returns of all actions.

@@ -1,9 +1,10 @@
 """Transformers models as fastppo uses them: loaded, checked once, run packed, as trunk and head or, where they are built as Llama is, as parts."""
 
+from fastppo.model.attention import run_trunk
 from fastppo.model.critic import Critic, ValueHead
 from fastppo.model.endings import ending_ids
 from fastppo.model.loading import load_model, load_outline, load_tokenizer
-from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden, run_trunk
+from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden
 from fastppo.model.prepare import prepare_model
 from fastppo.model.shared_prompts import SharedPrompts
 from fastppo.model.tokens import encode_prompt

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 IMPLEMENTATION = "fastppo"
 
@@ -208,6 +208,23 @@ class ObservingContext(PackedContext):
         return super().attend(layer, q, k, v, options)
 
 
+def check_windows(config: PreTrainedConfig, calls: list[LayerCall]) -> None:
+    """Raises ValueError unless each layer asked our attention once, with the window that the configuration gives it."""
+    layers = [call.layer for call in calls]
+    if sorted(layers) != list(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"layers {layers} use the attention interface, expected 0 to {config.num_hidden_layers - 1}, once each"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
+    for layer, _, options in calls:
+        expected = window if types[layer] == "sliding_attention" else None
+        if options.window != expected:
+            raise ValueError(
+                f"layer {layer} gives its attention the window {options.window}, expected {expected} from the configuration"
+            )
+
+
 def causal_mask(length: int, window: int | None, device: torch.device, first: int = 0) -> Tensor:
     """bool [length - first, length]: which keys the queries from position `first` on see."""
     key = torch.arange(length, dtype=torch.int64, device=device)
@@ -243,3 +260,12 @@ def _attention_from_scores(q: Tensor, k: Tensor, v: Tensor, options: AttentionOp
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     weights = weights[..., : k.shape[2]].reshape(*shared, k.shape[2])
     return (weights @ v).view(batch, heads, length, -1)
+
+
+def run_trunk(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+    """tokens, position_ids [T] -> hidden [T, H]; `context` says which tokens each of them sees."""
+    # use_cache defaults to True, and then position resets would be ignored.
+    outputs = model.base_model(
+        input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, fastppo=context
+    )
+    return outputs.last_hidden_state[0]

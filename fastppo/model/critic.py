@@ -8,10 +8,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from fastppo.model.packed import lm_head, packed_hidden, require_prepared
 from fastppo.model.shared_prompts import SharedPrompts
+from fastppo.native.batch_invariant_linear import batch_invariant_linear
+from fastppo.ops._backends import choose
 
 
 class ValueHead(nn.Module):
@@ -23,9 +26,27 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [T, H] -> values fp32 [T] (fp64 for an fp64 head)."""
+        """hidden [T, H] -> values fp32 [T] (fp64 for an fp64 head). On a CPU in fp32 their bits do not depend on the other rows."""
+        if hidden.dtype == self.weight.dtype and choose("batch_invariant_linear", hidden) == "cpu":
+            return _BatchInvariantValues.apply(hidden, self.weight, self.bias)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return F.linear(hidden.to(wide), self.weight.to(wide), self.bias.to(wide)).squeeze(-1)
+
+
+class _BatchInvariantValues(torch.autograd.Function):
+    """hidden [T, H], weight [1, H], bias [1] -> [T]"""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return batch_invariant_linear(hidden, weight, bias).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_values: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        d_hidden = d_values[:, None] * weight if ctx.needs_input_grad[0] else None
+        return d_hidden, d_values[None] @ hidden, d_values.sum(0, keepdim=True)
 
 
 class Critic(nn.Module):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastppo.model.attention import IMPLEMENTATION, AttentionContext, PackedContext
+from fastppo.model.attention import IMPLEMENTATION, PackedContext, run_trunk
+from fastppo.model.parts_trunk import Layouts, trunk_of
 from fastppo.model.shared_prompts import SharedPrompts, SharedPromptsContext
 from fastppo.ops import batch_invariant_linear
 
@@ -64,6 +65,7 @@ def packed_hidden(
     position_ids: Tensor,
     cu_seqlens: Tensor | Sequence[int],
     shared: SharedPrompts | None = None,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Last hidden states (what the head reads) of packed sequences, as if each had been run alone; differentiable.
 
@@ -71,6 +73,7 @@ def packed_hidden(
         model: a causal LM that `prepare_model` accepted, or its trunk.
         tokens: int64 [T]. position_ids: int64 [T]. cu_seqlens: int32 [B + 1], or the same numbers on the host.
         shared: what these sequences share; then only `shared.tokens` are run.
+        prompt_lengths: [B]; only the states from the last token of each prompt on are wanted, and others may come as 0.
 
     Returns:
         hidden [T, H] in the model's type; hidden[t] has seen the tokens of its sequence up to and with t. With `shared`
@@ -86,19 +89,22 @@ def packed_hidden(
         )
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     _check_bounds(bounds, len(tokens), context_length(model))
+    if shared is not None:
+        tokens, position_ids = tokens[shared.tokens], position_ids[shared.tokens]
+    trunk = trunk_of(model)
+    if trunk is not None:
+        layouts = (
+            Layouts.of(bounds, prompt_lengths)
+            if shared is None
+            else Layouts.of_shared(shared, wants_prompts=prompt_lengths is None)
+        )
+        recompute = torch.is_grad_enabled() and model.training and model.is_gradient_checkpointing
+        return trunk.hidden(tokens, position_ids, layouts, recompute=recompute)
     if shared is None:
-        return run_trunk(model, tokens, position_ids, PackedContext(bounds, tokens.device))
-    context = SharedPromptsContext(shared, tokens.device)
-    return run_trunk(model, tokens[shared.tokens], position_ids[shared.tokens], context)
-
-
-def run_trunk(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-    """tokens, position_ids [T] -> hidden [T, H]; `context` says which tokens each of them sees."""
-    # use_cache defaults to True, and then position resets would be ignored.
-    outputs = model.base_model(
-        input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, fastppo=context
-    )
-    return outputs.last_hidden_state[0]
+        context = PackedContext(bounds, tokens.device)
+    else:
+        context = SharedPromptsContext(shared, tokens.device)
+    return run_trunk(model, tokens, position_ids, context)
 
 
 def require_prepared(model: PreTrainedModel) -> None:

@@ -6,21 +6,61 @@ numbers with the modules' before relying on them.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.native import decoder as native
-from fastppo.ops._backends import FAST_DTYPES, choose
+from fastppo.ops._backends import FAST_DTYPES, choose, forced_backend
 
 SERVED = {"cpu": (torch.float32,), "triton": FAST_DTYPES}
 # Rotary frequencies that change with the longest sequence of a batch.
 CHANGING_ROPE = ("dynamic", "longrope")
+# In the names of hooks that change nothing.
+IDLE_HOOKS = ("enable_input_require_grads", "output_capturing_hook")
+# Positions whose cosines are made in one call: a vector of a different length could have other bits at its end.
+ROTARY_BLOCK = 1024
+LARGEST_HEAD = 256
+
+_ROTARY_TABLES: WeakKeyDictionary[nn.Module, tuple[tuple, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 class UnlikeLlama(Exception):
     """The model has something that our kernels do not."""
+
+
+def parts_of(model: PreTrainedModel) -> LlamaParts | None:
+    """The model's parts, those of the last call while nothing but numbers has changed; None where it has none."""
+    signature = [forced_backend(), dict(vars(model.config)), *map(_signature, model.modules())]
+    known, parts = _PARTS.get(model, (None, None))
+    if known != signature:
+        try:
+            parts = LlamaParts(model)
+        except UnlikeLlama:
+            parts = None
+        _PARTS[model] = signature, parts
+    return parts
+
+
+def why_not_parts(model: PreTrainedModel) -> str | None:
+    """Why the model's own modules run wherever it is; None where it is built as Llama is."""
+    try:
+        LlamaParts(model)
+    except UnlikeLlama as reason:
+        return str(reason)
+    return None
+
+
+_PARTS: WeakKeyDictionary[nn.Module, tuple[list, LlamaParts | None]] = WeakKeyDictionary()
+
+
+def _signature(module: nn.Module) -> tuple:
+    """What of a module decides whether it is a part."""
+    parameters = [(id(p), p.dtype, p.device, p.stride()) for p in module._parameters.values() if p is not None]
+    return id(module), type(module), _is_patched(module), parameters
 
 
 class LlamaParts:
@@ -31,22 +71,38 @@ class LlamaParts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises UnlikeLlama. To be called with all forwards in place."""
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()):
+        if any(map(_is_patched, model.modules())):
             raise UnlikeLlama("it has hooks or forwards of its own")
         trunk = _children(model.base_model, {"embed_tokens", "layers", "norm", "rotary_emb"})
         self.rotary = trunk["rotary_emb"]
         if getattr(self.rotary, "rope_type", None) in (None, *CHANGING_ROPE):
             raise UnlikeLlama("its rotary embedding is not fixed")
         embedding = trunk["embed_tokens"]
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        odd = type(embedding) is not nn.Embedding or embedding.max_norm is not None
+        if odd or embedding.scale_grad_by_freq or embedding.sparse:
             raise UnlikeLlama("its embedding is not plain")
-        self.embedding = embedding.weight.detach()
-        self.backend = choose("decode_attention", self.embedding)
+        self.embedding, self.padding_idx = embedding.weight, embedding.padding_idx
         self.norm = _norm(trunk["norm"])
         self.layers = [_layer(layer) for layer in trunk["layers"]]
         if not self.layers:
             raise UnlikeLlama("it has no layers")
-        self._require_served()
+        if not self.embedding.is_meta:  # an outline's numbers are served by nobody
+            self.backend = choose("decode_attention", self.embedding)
+            self._require_served()
+
+    @torch.no_grad()
+    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, R] of at least the first `positions` positions; those of a position have the same bits in every call."""
+        frequencies = self.rotary.inv_freq
+        key = (frequencies.data_ptr(), frequencies._version, self.embedding.dtype, self.embedding.device)
+        known, blocks = _ROTARY_TABLES.get(self.rotary, (None, ()))
+        if known != key or len(blocks[0]) < positions:
+            starts = range(0, positions, ROTARY_BLOCK)
+            places = (torch.arange(n, n + ROTARY_BLOCK, dtype=torch.int64, device=key[-1]) for n in starts)
+            made = [self.rotary(self.embedding.new_zeros(1, 1, 1), block[None]) for block in places]
+            blocks = tuple(torch.cat([x[0] for x in kind]) for kind in zip(*made, strict=True))
+            _ROTARY_TABLES[self.rotary] = key, blocks
+        return blocks
 
     def _require_served(self) -> None:
         """Raises UnlikeLlama for parameters that no kernel takes as they lie."""
@@ -57,6 +113,19 @@ class LlamaParts:
         dtype, device = self.embedding.dtype, self.embedding.device
         if kinds != {(dtype, device, True)} or dtype not in SERVED.get(self.backend, ()):
             raise UnlikeLlama("its parameters are not contiguous tensors of one type and device that the kernels serve")
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a call of the module does something besides what its class says."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or not all(map(_is_idle, hooks))
+
+
+def _is_idle(hook: object) -> bool:
+    """What Transformers leaves on modules: where gradients are checkpointed the embedding's output gets one, which nobody reads; what hidden
+    states or attention weights were once asked of notes nothing before they are asked for again.
+    """
+    return any(name in getattr(hook, "__qualname__", "") for name in IDLE_HOOKS)
 
 
 def _layer(layer: nn.Module) -> tuple[tuple[native.Norm, ...], tuple[native.Linear, ...]]:
@@ -89,10 +158,10 @@ def _norm(module: nn.Module) -> native.Norm:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if parameters.keys() != {"weight"} or not isinstance(eps, float):
         raise UnlikeLlama(f"{type(module).__name__} is no RMS norm")
-    return native.Norm(module.weight.detach(), eps)
+    return native.Norm(module.weight, eps)
 
 
 def _linear(module: nn.Module) -> native.Linear:
     if type(module) is not nn.Linear:
         raise UnlikeLlama(f"{type(module).__name__} is no plain linear layer")
-    return native.Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    return native.Linear(module.weight, module.bias)

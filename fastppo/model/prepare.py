@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastppo.model import attention
-from fastppo.model.attention import LayerCall, ObservingContext
-from fastppo.model.packed import context_length, evaluating, lm_head, run_trunk
+from fastppo.model.attention import ObservingContext, check_windows, run_trunk
+from fastppo.model.packed import context_length, evaluating, lm_head
 
 # Relative error (Frobenius norm) between packed and plain logits above which a model is refused. Far above the rounding noise (in fp64
 # too norms and softmax are fp32 in most models), far below what a wrong mask, position or scale does.
@@ -142,7 +142,7 @@ def _probe(model: PreTrainedModel) -> None:
         hidden = run_trunk(model, torch.cat(sequences), positions, context)
     except attention.MissingContextError as error:
         raise ValueError("it drops keyword arguments on the way from its forward to its attention") from error
-    _check_windows(model.config.get_text_config(), context.calls)
+    check_windows(model.config.get_text_config(), context.calls)
     _check_logits(lm_head(model).logits(hidden), expected, hidden.dtype)
 
 
@@ -192,23 +192,6 @@ def _probe_sequences(model: PreTrainedModel) -> list[Tensor]:
     return [
         torch.tensor([ordinary[i] for i in draw.tolist()], dtype=torch.int64, device=model.device) for draw in draws
     ]
-
-
-def _check_windows(config: PreTrainedConfig, calls: list[LayerCall]) -> None:
-    """Each layer asked our attention once, with the window that the configuration gives it."""
-    layers = [call.layer for call in calls]
-    if sorted(layers) != list(range(config.num_hidden_layers)):
-        raise ValueError(
-            f"layers {layers} use the attention interface, expected 0 to {config.num_hidden_layers - 1}, once each"
-        )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
-    for layer, _, options in calls:
-        expected = window if types[layer] == "sliding_attention" else None
-        if options.window != expected:
-            raise ValueError(
-                f"layer {layer} gives its attention the window {options.window}, expected {expected} from the configuration"
-            )
 
 
 def _check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

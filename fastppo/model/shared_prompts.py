@@ -51,6 +51,7 @@ class SharedPrompts:
         members: dict[int, list[int]] = {}
         for sequence, group in enumerate(groups):
             members.setdefault(group, []).append(sequence)
+        self.root_prompts: list[int] = []  # tokens of each root that are its prompt's
         roots = [self._add_root(own, prompt_lengths[own[0]]) for own in members.values()]
         self.root_bounds = [0, *(end for ends in roots for end in ends)]
         self.branches = [
@@ -64,8 +65,10 @@ class SharedPrompts:
         """The prompt of the sequences `own` once, or, where there is nothing to share, each of them whole; returns where they end."""
         if _shares(own, prompt_length):
             self._add([(self._bounds[sequence], prompt_length) for sequence in own])
+            self.root_prompts.append(prompt_length)
             return [self._count]
         ends = []
+        self.root_prompts += [prompt_length] * len(own)
         for sequence in own:
             self._add([(self._bounds[sequence], self._bounds[sequence + 1] - self._bounds[sequence])])
             ends.append(self._count)

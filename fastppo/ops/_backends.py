@@ -33,7 +33,11 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "ppo_loss": ("cpu", "cuda"),
     "sample_tokens": ("cpu", "cuda"),
     "decode_attention": ("cpu", "triton"),
+    "packed_attention": ("cpu",),
     "batch_invariant_linear": ("cpu", "triton"),
+    "rms_norm": ("cpu", "triton"),
+    "rotary_embedding": ("cpu", "triton"),
+    "swiglu": ("cpu", "triton"),
 }
 
 # Ops whose Triton path calls CUDA kernels too, on a GPU.
@@ -76,6 +80,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.name = previous
 
 
+def forced_backend() -> str | None:
+    """What `FASTPPO_BACKEND` or a block of `use_backend` asks for in this thread."""
+    return _forced.name
+
+
 def why_not(op: str, backend: str, device_type: str) -> str | None:
     """Reason why `backend` cannot serve `op` on tensors of `device_type`; None when it can."""
     if backend == "reference":
@@ -96,7 +105,7 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
 
 def choose(op: str, *tensors: Tensor) -> str:
     """The backend for `op` on these tensors; fp64 and unknown dtypes go to the reference, a missing kernel is said once."""
-    if any(tensor.is_floating_point() and tensor.dtype not in FAST_DTYPES for tensor in tensors):
+    if any(tensor.dtype not in FAST_DTYPES and tensor.is_floating_point() for tensor in tensors):
         return "reference"
     device_type = tensors[0].device.type
     forced = _forced.name

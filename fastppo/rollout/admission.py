@@ -16,8 +16,21 @@ from fastppo.rollout.record import on_device
 from fastppo.rollout.sequences import Sequence
 from fastppo.rollout.stats import GenerationStats
 
-Prefill = Callable[[list[list[int]], list[list[int]], list[int]], Tensor]
-"""Tokens of sequences, their pages, and how many tokens are in these already -> fp32 logits [sequences, V] after the last ones."""
+
+class HeadOutputs(NamedTuple):
+    """What the heads say of the state after the newest token of some sequences."""
+
+    logits: Tensor
+    """fp32 [sequences, V]"""
+    values: Tensor | None
+    """fp32 [sequences], where there is a value head."""
+
+    def take(self, rows: Tensor) -> HeadOutputs:
+        return HeadOutputs(self.logits[rows], None if self.values is None else self.values[rows])
+
+
+Prefill = Callable[[list[list[int]], list[list[int]], list[int]], HeadOutputs]
+"""Tokens of sequences, their pages, and how many tokens are in these already -> what the heads say after the last ones."""
 
 
 @dataclass
@@ -54,7 +67,7 @@ class _Prefilled(NamedTuple):
     """Prompts that have been run, some of whose samples are still to begin."""
 
     prompts: list[_Prompt]
-    logits: Tensor  # fp32 [prompts, V] after each prompt's last token
+    outputs: HeadOutputs  # after each prompt's last token
 
 
 class Admission:
@@ -127,11 +140,11 @@ class Admission:
 
     # Who begins
 
-    def next(self, free: int) -> tuple[list[Sequence], Tensor] | None:
-        """Sequences that take some of `free` rows now, and fp32 logits [sequences, V] of their next tokens; None where none can."""
+    def next(self, free: int) -> tuple[list[Sequence], HeadOutputs] | None:
+        """Sequences that take some of `free` rows now, and what their next tokens are drawn from; None where none can."""
         return (self._resume(free) or self._begin(free)) if self.waiting and free else None
 
-    def _resume(self, free: int) -> tuple[list[Sequence], Tensor] | None:
+    def _resume(self, free: int) -> tuple[list[Sequence], HeadOutputs] | None:
         """What sequences were given, and what of their past is in no page, is run in one forward."""
         chosen: list[Sequence] = []
         tokens = 0
@@ -149,13 +162,13 @@ class Admission:
         rest = [sequence.tokens[sequence.cached :] for sequence in chosen]
         return chosen, self._run(rest, [s.pages for s in chosen], [s.cached for s in chosen])
 
-    def _begin(self, free: int) -> tuple[list[Sequence], Tensor] | None:
+    def _begin(self, free: int) -> tuple[list[Sequence], HeadOutputs] | None:
         """Samples of the next prompts."""
         if self._prefilled is None:
             if not (self._new and self._startable(self._new[0], free)):
                 return None
             self._prefilled = self._run_prompts(free)
-        prompts, logits = self._prefilled
+        prompts, outputs = self._prefilled
         chosen: list[Sequence] = []
         owners: list[int] = []
         for index, prompt in enumerate(prompts):
@@ -167,7 +180,7 @@ class Admission:
         if not prompts[-1].waiting:
             self._prefilled = None
         self.waiting -= len(chosen)
-        return (chosen, logits[self._tensor(owners)]) if chosen else None
+        return (chosen, outputs.take(self._tensor(owners))) if chosen else None
 
     def _run_prompts(self, free: int) -> _Prefilled:
         """The next prompts, packed: as many as all their samples can begin at once, at least one."""
@@ -183,10 +196,10 @@ class Admission:
             prompts.append(self._new.popleft())
         for prompt in prompts:
             prompt.pages = self.pool.take(pages_for(len(prompt.tokens)))
-        logits = self._run([p.tokens for p in prompts], [p.pages for p in prompts], [0] * len(prompts))
-        return _Prefilled(prompts, logits)
+        outputs = self._run([p.tokens for p in prompts], [p.pages for p in prompts], [0] * len(prompts))
+        return _Prefilled(prompts, outputs)
 
-    def _run(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
+    def _run(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> HeadOutputs:
         self._stats.prefill_tokens += sum(map(len, tokens))
         return self._prefill(tokens, pages, past)
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastppo.model.attention import AttentionContext
-from fastppo.model.packed import run_trunk
+from fastppo.model.attention import AttentionContext, run_trunk
 from fastppo.native.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops._backends import FAST_DTYPES, choose
 from fastppo.rollout.contexts import ChunkContext, DecodeContext, PrefillContext

@@ -12,7 +12,7 @@ from fastppo.model.packed import context_length, require_prepared
 from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
 from fastppo.rollout.decoder import Decoder
-from fastppo.rollout.generation import Generation, OnTokens
+from fastppo.rollout.generation import Generation, OnTokens, ValueHead
 from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.pages import PagedCache, pages_for
 from fastppo.rollout.prompts import encode_prompts
@@ -74,6 +74,7 @@ class Engine:
         *,
         progress: Progress | None = None,
         on_tokens: OnTokens | None = None,
+        value_head: ValueHead | None = None,
     ) -> Rollout:
         """`sampling.n` completions of every prompt: all of the first prompt, then all of the second, ...
 
@@ -82,6 +83,7 @@ class Engine:
                 without padding, or a tokenizer's output with its `attention_mask`: see `encode_prompts`.
             progress: called with (finished sequences, all sequences) whenever some finish.
             on_tokens: called after every step with its [(sequence number, new token), ...].
+            value_head: hidden [rows, H] -> values fp32 [rows]; the rollout then has the value of the state before each action.
 
         Returns:
             A Rollout on the model's device with sampling log-probabilities. Up to rounding, a completion depends only on the weights,
@@ -97,7 +99,9 @@ class Engine:
         context, total = context_length(self.model) or 2**62, len(token_lists) * sampling.n
         lengths = [min(len(tokens) + sampling.max_new_tokens, context) for tokens in token_lists]
         slots, most = min(self.max_batch_size, total), max(map(pages_for, lengths))
-        options = dict(slots=slots, max_length=max(lengths), many_turns=False, on_tokens=on_tokens)
+        options = dict(
+            slots=slots, max_length=max(lengths), many_turns=False, on_tokens=on_tokens, value_head=value_head
+        )
         with self.runner.alone(), self.runner.lend(slots, max(lengths), pages=(slots + 1) * most + 1) as lent:
             generation = self._generation(*lent, sampling, **options)
             for i, tokens in enumerate(token_lists):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fastppo.model.packed import lm_head
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
-from fastppo.rollout.admission import Admission
+from fastppo.rollout.admission import Admission, HeadOutputs
 from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, pages_for
 from fastppo.rollout.record import on_device
@@ -28,6 +28,8 @@ DRAWS_AHEAD = {"cuda": 1}
 the host learns which sequences ended in the step before; those that a stop token ends run one more step, whose token is left out."""
 
 OnTokens = Callable[[list[tuple[int, int]]], None]
+ValueHead = Callable[[Tensor], Tensor]
+"""hidden [rows, H] -> values fp32 [rows]"""
 
 
 @dataclass
@@ -50,16 +52,17 @@ class _Draw(NamedTuple):
     rows: list[_Row]
     first: int  # how many draws of rows came before
     sampled: SampledTokens
+    values: Tensor | None  # fp32, of the states before the tokens
     tokens: Tensor  # sampled.tokens on the host, once `arrived`
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def launched(cls, rows: list[_Row], first: int, sampled: SampledTokens) -> _Draw:
+    def launched(cls, rows: list[_Row], first: int, sampled: SampledTokens, values: Tensor | None) -> _Draw:
         if not sampled.tokens.is_cuda:
-            return cls(rows, first, sampled, sampled.tokens, None)
+            return cls(rows, first, sampled, values, sampled.tokens, None)
         tokens, arrived = sampled.tokens.to("cpu", non_blocking=True), torch.cuda.Event()
         arrived.record()
-        return cls(rows, first, sampled, tokens, arrived)
+        return cls(rows, first, sampled, values, tokens, arrived)
 
     def look(self) -> list[int]:
         """The tokens; waits for the device's draw, not for what was launched since."""
@@ -88,12 +91,14 @@ class Generation:
         stop_strings: StopStrings | None,
         many_turns: bool,
         on_tokens: OnTokens | None = None,
+        value_head: ValueHead | None = None,
     ) -> None:
-        """slots: most rows. max_length: most tokens of a sequence. many_turns: others may follow upon a first, so pages are kept."""
+        """slots: most rows. max_length: most tokens of a sequence. many_turns: others may follow upon a first, so pages are kept.
+        value_head: what is to be said of each state besides."""
         self.decoder, self.sampling, self.max_length = decoder, sampling, max_length
         self.many_turns, self.on_tokens = many_turns, on_tokens
         self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
-        self.head = lm_head(model)
+        self.head, self.value_head = lm_head(model), value_head
         self.device = self.head.weight.device
         self.slots = slots
         self.stats = GenerationStats(slots=slots, pages=cache.pages)
@@ -177,10 +182,13 @@ class Generation:
         free, waiting = self.slots - len(self.rows), self.admission.waiting
         return waiting > 0 and (not self.rows or free >= min(waiting, max(1, self.slots // 8)))
 
-    def _prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
-        return self.head.logits(self.decoder.prefill(tokens, pages, past))
+    def _prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> HeadOutputs:
+        return self._read(self.decoder.prefill(tokens, pages, past))
 
-    def _seat(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _read(self, hidden: Tensor) -> HeadOutputs:
+        return HeadOutputs(self.head.logits(hidden), None if self.value_head is None else self.value_head(hidden))
+
+    def _seat(self, sequences: list[Sequence], outputs: HeadOutputs) -> None:
         """Rows for sequences, and the first tokens of their turns."""
         first = len(self.rows)
         self.rows += [_Row(sequence, len(sequence.tokens), sequence.limit) for sequence in sequences]
@@ -189,7 +197,7 @@ class Generation:
         self.state["length"][rows] = self._tensor([len(sequence.tokens) for sequence in sequences])
         pages = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in sequences]
         self.block_table[rows, :width] = self._tensor(pages, torch.int32)
-        self._draw(first, logits, ahead=0)  # waits for the prompts: their time is not that of the steps after them
+        self._draw(first, outputs, ahead=0)  # waits for the prompts: their time is not that of the steps after them
 
     # Decoding
 
@@ -200,18 +208,18 @@ class Generation:
         hidden = self.decoder.step(last, lengths, self.block_table[:active])
         self.stats.decode_steps += 1
         self.stats.decode_bytes += self._weight_bytes + self._token_bytes * sum(row.length for row in self.rows)
-        self._draw(0, self.head.logits(hidden), ahead=DRAWS_AHEAD.get(self.device.type, 0))
+        self._draw(0, self._read(hidden), ahead=DRAWS_AHEAD.get(self.device.type, 0))
 
-    def _draw(self, first_row: int, logits: Tensor, *, ahead: int) -> None:
-        """Sample for rows first_row.. from fp32 [rows, V], look at what is due and retire what has finished."""
+    def _draw(self, first_row: int, outputs: HeadOutputs, *, ahead: int) -> None:
+        """Sample for rows first_row.., look at what is due and retire what has finished."""
         rows = self.rows[first_row:]
         state = {name: tensor[first_row : len(self.rows)] for name, tensor in self.state.items()}
-        sampled = self._sample(first_row, logits, state)
+        sampled = self._sample(first_row, outputs.logits, state)
         torch.clamp(sampled.tokens, min=0, out=state["last"])  # a row in error may run for a step more
         state["length"] += 1
         for row in rows:
             row.drawn, row.length, row.left = row.drawn + 1, row.length + 1, row.left - 1
-        self.draws.append(_Draw.launched(rows, self.drawn, sampled))
+        self.draws.append(_Draw.launched(rows, self.drawn, sampled, outputs.values))
         self.drawn += len(rows)
         self._look(ahead=ahead)
         self._retire()
@@ -303,7 +311,8 @@ class Generation:
         """All sequences in the order of their numbers. No turn is under way."""
         columns = zip(*(draw.sampled for draw in self.draws), strict=True)
         sampled = SampledTokens(*(torch.cat(column) for column in columns))
-        return pack(self.sequences, sampled, float(self.sampling.temperature), self.device)
+        values = None if self.value_head is None else torch.cat([draw.values for draw in self.draws])
+        return pack(self.sequences, sampled, values, float(self.sampling.temperature), self.device)
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         return on_device(values, self.device, dtype)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastppo.model.attention import ObservingContext
-from fastppo.model.packed import evaluating, run_trunk
-from fastppo.model.parts import LlamaParts, UnlikeLlama
+from fastppo.model.attention import ObservingContext, run_trunk
+from fastppo.model.packed import evaluating
+from fastppo.model.parts import LlamaParts, parts_of
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
 from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, device_memory, kv_budget, pages_for
@@ -99,9 +99,8 @@ class ModelRunner:
 
     def _parts(self) -> LlamaParts | None:
         """The model as parts, where it has them and they give what its modules give."""
-        try:
-            parts = LlamaParts(self.model)
-        except UnlikeLlama:
+        parts = parts_of(self.model)
+        if parts is None:
             return None
         if self._agrees is None:
             self._agrees = parts_agree(parts, self.model, self.look())

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import LayerShape, ObservingContext
-from fastppo.model.parts import LlamaParts
+from fastppo.model.parts import LARGEST_HEAD, LlamaParts
 from fastppo.native import decoder as native
 from fastppo.ops import decode_attention
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
@@ -23,15 +23,13 @@ from fastppo.rollout.pages import PagedCache
 
 # Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: rounding, of whose kinds a few differ.
 ALLOWED_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LARGEST_HEAD = 256
 
 
 def parts_decoder(
     parts: LlamaParts, modules: ModuleDecoder, cache: PagedCache, seen: ObservingContext, *, rows: int, positions: int
 ) -> Decoder:
     """For at most `rows` sequences side by side, of at most `positions` tokens each. `modules` run a GPU's prompts."""
-    places = torch.arange(positions, dtype=torch.int64, device=parts.embedding.device)
-    cos, sin = (x[0].contiguous() for x in parts.rotary(parts.embedding.new_zeros(1, 1, 1), places[None]))
+    cos, sin = parts.rotary_tables(positions)
     layers = [
         native.Layer(norms, linears, *cache.layers[i], seen.options[i].scale, seen.options[i].window)
         for i, (norms, linears) in enumerate(parts.layers)

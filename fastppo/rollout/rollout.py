@@ -59,6 +59,8 @@ class Rollout:
     """int64 [B], which prompt of the `generate` call a sequence continues: samples of one prompt are a group."""
     temperature: float
     """The sampling temperature; 0 was greedy, with the log-probabilities at temperature 1."""
+    values: Tensor | None = None
+    """fp32 [N], of the state before each action, where the sampler had a value head."""
 
     def __post_init__(self) -> None:
         _check_tensor("cu_seqlens", self.cu_seqlens, torch.int32, None)
@@ -69,6 +71,8 @@ class Rollout:
             _check_tensor(name, getattr(self, name), dtype, self.num_tokens if name in TOKEN else self.num_sequences)
         for name, dtype in ACTION.items():
             _check_tensor(name, getattr(self, name), dtype, self.num_actions)
+        if self.values is not None:
+            _check_tensor("values", self.values, torch.float32, self.num_actions)
 
     @property
     def num_sequences(self) -> int:
@@ -177,6 +181,7 @@ class Rollout:
             | {name: getattr(self, name)[chosen] for name in SEQUENCE},
             cu_seqlens=on_device(bounds, device, torch.int32),
             temperature=self.temperature,
+            values=None if self.values is None else self.values[actions],
             bounds=bounds,
             action_bounds=action_bounds,
             prompt_lengths=[self.prompt_lengths[i] for i in indices],

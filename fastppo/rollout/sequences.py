@@ -52,8 +52,10 @@ class Sequence:
         return Turn(self.id, self.tokens[start:end], self.finish_reason)
 
 
-def pack(sequences: Many[Sequence], sampled: SampledTokens, temperature: float, device: torch.device) -> Rollout:
-    """The sequences as one record; `sampled` are all draws, one after another."""
+def pack(
+    sequences: Many[Sequence], sampled: SampledTokens, values: Tensor | None, temperature: float, device: torch.device
+) -> Rollout:
+    """The sequences as one record; `sampled` and `values` are of all draws, one after another."""
     lengths = [len(sequence.tokens) for sequence in sequences]
     tokens = _flat([sequence.tokens for sequence in sequences], device)
     draws = _flat([sequence.draws for sequence in sequences], device)
@@ -70,6 +72,7 @@ def pack(sequences: Many[Sequence], sampled: SampledTokens, temperature: float, 
         finish_reasons=on_device([int(sequence.finish_reason) for sequence in sequences], device, torch.int8),
         prompt_index=on_device([sequence.prompt for sequence in sequences], device),
         temperature=temperature,
+        values=None if values is None else values[draws],
     )
 
 

@@ -1,0 +1,315 @@
+"""The trunk of a Llama-like model over packed sequences, forward and backward, by the kernels that also take its decode steps.
+
+On the CPU in fp32 a token's hidden state has the bits that a decode step gives it, for every batch, packing and number of threads: products
+sum in one order (`csrc/cpu/matmul.cpp`), attention goes over tiles of keys that begin at the same positions, and all else is one row at a
+time. The backward pass makes norms, rotations and gates again instead of keeping them: a layer keeps of each token its two residual states,
+q, k, v, what attention gave, gate and up.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from fastppo.model.attention import IMPLEMENTATION, LayerCall, ObservingContext, check_windows, register, run_trunk
+from fastppo.model.parts import LARGEST_HEAD, LlamaParts, parts_of
+from fastppo.model.shared_prompts import SharedPrompts
+from fastppo.native.matmul import linear, matmul
+from fastppo.native.packed_attention import Layout, packed_attention, packed_attention_backward
+from fastppo.native.rms_norm import rms_norm, rms_norm_backward
+from fastppo.native.rotary_embedding import rotary_embedding
+from fastppo.native.swiglu import swiglu, swiglu_backward
+
+# Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: two orders of rounding differ by less.
+ALLOWED_ERROR = 1e-4
+PROBE_TOKENS = 9
+
+
+class Layouts(NamedTuple):
+    """How packed tokens attend in every layer but the last, and in that one, whose other rows nobody wants."""
+
+    inner: Layout
+    last: Layout
+    wanted: Tensor | None  # int64 [W] rows, in order; None: all
+
+    @classmethod
+    def of(cls, bounds: Sequence[int], prompt_lengths: Sequence[int] | None) -> Layouts:
+        """Sequences that share nothing. bounds: B + 1 places. prompt_lengths [B]: wanted are the states from the last token of each on."""
+        lengths = prompt_lengths or [1] * (len(bounds) - 1)
+        return cls._of_groups([[_whole(a, b, n)] for (a, b), n in zip(pairwise(bounds), lengths, strict=True)])
+
+    @classmethod
+    def of_shared(cls, shared: SharedPrompts, wants_prompts: bool) -> Layouts:
+        """Roots and suffixes as they lie when `shared.tokens` run; without `wants_prompts` the last token of each prompt and what follows."""
+        offset, branches = shared.root_bounds[-1], {branch.start: branch for branch in shared.branches}
+        groups = []
+        for (start, end), prompt in zip(pairwise(shared.root_bounds), shared.root_prompts, strict=True):
+            own = [_whole(start, end, 1 if wants_prompts else prompt)]
+            if branch := branches.get(start):
+                suffixes = pairwise(offset + place for place in branch.bounds)
+                own += [(start, end, a, b, a) for a, b in suffixes]
+            groups.append(own)
+        return cls._of_groups(groups)
+
+    @classmethod
+    def _of_groups(cls, groups: list[list[tuple[int, int, int, int, int]]]) -> Layouts:
+        """Of each sequence the bounds of its prompt and its own, and the first token that is wanted. A prompt stands before what follows it."""
+        sequences = [each for own in groups for each in own]
+        bounds = _int64([0, *accumulate(map(len, groups))])
+        inner = Layout(_int64([(*places, places[2], places[2]) for *places, _ in sequences]), bounds)
+        if all(first == places[2] for *places, first in sequences):
+            return cls(inner, inner, None)
+        # Rows in the order of the tokens: a prompt's suffixes lie behind all prompts.
+        by_place = sorted(range(len(sequences)), key=lambda n: sequences[n][2])
+        rows, row = [0] * len(sequences), 0
+        for n in by_place:
+            rows[n], row = row, row + sequences[n][3] - sequences[n][4]
+        last = Layout(_int64([(*each, n) for each, n in zip(sequences, rows, strict=True)]), bounds)
+        return cls(inner, last, torch.cat([_int64(range(*sequences[n][4:2:-1])) for n in by_place]))
+
+
+def _whole(start: int, end: int, prompt_length: int) -> tuple[int, int, int, int, int]:
+    """A sequence that shares no prompt."""
+    return 0, 0, start, end, min(start + max(prompt_length, 1) - 1, end)
+
+
+def _int64(numbers: Sequence) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+class PartsTrunk:
+    """A model's parts and how its layers attend."""
+
+    def __init__(self, parts: LlamaParts, calls: Sequence[LayerCall]) -> None:
+        self._parts, self._calls = parts, calls
+
+    def hidden(self, tokens: Tensor, position_ids: Tensor, layouts: Layouts, *, recompute: bool) -> Tensor:
+        """tokens and position_ids int64 [T] -> hidden [T, H], 0 in the rows that nobody wants; differentiable.
+
+        recompute: keep two states a layer for the backward pass and compute the rest again.
+        """
+        first, last = (int(place) for place in position_ids.aminmax())
+        if first < 0:
+            raise ValueError(f"position_ids holds {first}, expected no position below 0")
+        cos, sin = self._parts.rotary_tables(last + 1)
+        x, update = F.embedding(tokens, self._parts.embedding, self._parts.padding_idx), None
+        for (norms, linears), (layer, shape, options) in zip(self._parts.layers, self._calls, strict=True):
+            is_last = layer == len(self._calls) - 1
+            layout, wanted = (layouts.last, layouts.wanted) if is_last else (layouts.inner, None)
+            numbers = [norm.eps for norm in norms], shape.key_size, options.scale, options.window
+            call = _Call(*numbers, cos, sin, position_ids, layout, wanted)
+            parameters = *(norm.weight for norm in norms), *(x for each in linears for x in each)
+            arguments = x, update, call, *parameters
+            apply = _Layer.apply
+            x, update = checkpoint(apply, *arguments, use_reentrant=False) if recompute else apply(*arguments)
+        hidden = _Norm.apply(x, update, *self._parts.norm)
+        return hidden if layouts.wanted is None else _spread(hidden, layouts.wanted, len(tokens))
+
+
+def _spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """x [W, H] in those rows of [count, H], 0 in the others; differentiable."""
+    return x.new_zeros(count, x.shape[1]).index_copy(0, rows, x)
+
+
+def trunk_of(model: PreTrainedModel) -> PartsTrunk | None:
+    """The model's trunk in our kernels, where they serve it and have been seen to give what its modules give; else None."""
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    parts = parts_of(model)
+    if parts is None or parts.backend != "cpu":
+        return None
+    if parts not in _CALLS:
+        _CALLS[parts] = _calls_where_they_agree(model, parts)
+    calls = _CALLS[parts]
+    return None if calls is None else PartsTrunk(parts, calls)
+
+
+_CALLS: WeakKeyDictionary[LlamaParts, list[LayerCall] | None] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _calls_where_they_agree(model: PreTrainedModel, parts: LlamaParts) -> list[LayerCall] | None:
+    """How each layer attends, or None where the parts give other numbers than the modules, or attention of another kind."""
+    count = min(PROBE_TOKENS, len(parts.embedding))
+    tokens = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") % len(parts.embedding)
+    positions = torch.arange(count, dtype=torch.int64, device="cpu")
+    context = ObservingContext([0, count], model.device)
+    try:
+        expected = run_trunk(_under_our_attention(model), tokens, positions, context)
+        check_windows(model.config.get_text_config(), context.calls)
+    except ValueError:
+        return None
+    calls = sorted(context.calls, key=lambda call: call.layer)
+    if any(map(_is_odd, calls)) or len(calls) != len(parts.layers):
+        return None
+    found = PartsTrunk(parts, calls).hidden(tokens, positions, Layouts.of([0, count], None), recompute=False)
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return calls if error <= ALLOWED_ERROR else None
+
+
+def _under_our_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """The model where it is prepared, else a copy of its modules and configuration that shares the parameters."""
+    if model.config._attn_implementation == IMPLEMENTATION:
+        return model
+    register()
+    copied = copy.deepcopy(model, {id(x): x for x in chain(model.parameters(), model.buffers())})
+    copied.set_attn_implementation(IMPLEMENTATION)
+    return copied.eval()
+
+
+def _is_odd(call: LayerCall) -> bool:
+    _, shape, options = call
+    return options.needs_scores or shape.key_size != shape.value_size or shape.key_size > LARGEST_HEAD
+
+
+class _Call(NamedTuple):
+    """What a layer needs besides states and parameters."""
+
+    eps: list[float]  # of the input, q, k and post norms
+    head_size: int
+    scale: float
+    window: int | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    layout: Layout
+    wanted: Tensor | None  # int64 [W] rows that ask and go on; None: all
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows that go on."""
+        return x if self.wanted is None else x[self.wanted]
+
+    def place(self, x: Tensor, norm: Tensor | None, eps: float, positions: Tensor) -> Tensor:
+        """Projected heads [T, heads, D] after the optional norm over each head, rotated to their positions."""
+        if norm is not None:
+            x = rms_norm(x.flatten(0, 1), norm, eps)[1].view(x.shape)
+        return rotary_embedding(x, self.cos, self.sin, positions)
+
+    def place_backward(
+        self, d_placed: Tensor, x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, norm_wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the projected heads, as [T, heads D], and of the norm's weight."""
+        d_x = rotary_embedding(d_placed, self.cos, self.sin, positions, backward=True)
+        d_norm = None
+        if norm is not None:
+            d_x, d_norm = rms_norm_backward(x.flatten(0, 1), norm, eps, d_x.flatten(0, 1), None, norm_wanted)
+        return d_x.view(len(x), -1), d_norm
+
+
+class _Layer(torch.autograd.Function):
+    """Residual state x [T, H] and what is to be added to it (None: nothing) -> the same after the layer, [W, H] of the wanted rows.
+
+    total = x + update; middle = total + o(attention(q, k, v of input_norm(total))); out = down(silu(gate) * up of post_norm(middle)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, update: Tensor | None, call: _Call, *parameters: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        input_norm, q_norm, k_norm, post_norm = parameters[:4]
+        wq, bq, wk, bk, wv, bv, wo, bo, w_gate, b_gate, w_up, b_up, w_down, b_down = parameters[4:]
+        input_eps, q_eps, k_eps, post_eps = call.eps
+        total, normed = rms_norm(x, input_norm, input_eps, update)
+        projections = (call.take(normed), wq, bq), (normed, wk, bk), (normed, wv, bv)
+        q, k, v = (linear(*each).unflatten(1, (-1, call.head_size)) for each in projections)
+        placed = (
+            call.place(q, q_norm, q_eps, call.take(call.positions)),
+            call.place(k, k_norm, k_eps, call.positions),
+        )
+        attended, lse = packed_attention(*placed, v, call.layout, call.scale, call.window)
+        middle, normed = rms_norm(call.take(total), post_norm, post_eps, linear(attended.flatten(1), wo, bo))
+        gate, up = linear(normed, w_gate, b_gate), linear(normed, w_up, b_up)
+        out = linear(swiglu(gate, up), w_down, b_down)
+        ctx.save_for_backward(total, q, k, v, attended, lse, middle, gate, up, *parameters)
+        ctx.call, ctx.has_update = call, update is not None
+        return middle, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_middle: Tensor, d_out: Tensor):
+        total, q, k, v, attended, lse, middle, gate, up, *parameters = ctx.saved_tensors
+        input_norm, q_norm, k_norm, post_norm = parameters[:4]
+        call, (input_eps, q_eps, k_eps, post_eps) = ctx.call, ctx.call.eps
+        wanted = ctx.needs_input_grad[3:]  # of the parameters
+        products = _Products(parameters[4:], wanted[4:])
+
+        d_gated = products.d_input(6, d_out.contiguous())
+        d_gate, d_up, gated = swiglu_backward(gate, up, d_gated, out_wanted=wanted[4 + 2 * 6])
+        products.d_weight(6, d_out, gated)
+        normed = rms_norm(middle, post_norm, post_eps)[1]
+        d_normed = products.d_input(5, d_up, products.d_input(4, d_gate))
+        products.d_weight(4, d_gate, normed)
+        products.d_weight(5, d_up, normed)
+        d_middle, d_post = rms_norm_backward(middle, post_norm, post_eps, d_normed, d_middle.contiguous(), wanted[3])
+
+        d_attended = products.d_input(3, d_middle).view(attended.shape)
+        products.d_weight(3, d_middle, attended.flatten(1))
+        asking = call.take(call.positions)
+        placed = call.place(q, q_norm, q_eps, asking), call.place(k, k_norm, k_eps, call.positions)
+        d_q, d_k, d_v = packed_attention_backward(
+            d_attended, *placed, v, call.layout, attended, lse, call.scale, call.window
+        )
+        d_q, d_q_norm = call.place_backward(d_q, q, q_norm, q_eps, asking, wanted[1])
+        d_k, d_k_norm = call.place_backward(d_k, k, k_norm, k_eps, call.positions, wanted[2])
+        d_v = d_v.flatten(1)
+        normed = rms_norm(total, input_norm, input_eps)[1]
+        products.d_weight(0, d_q, call.take(normed))
+        products.d_weight(1, d_k, normed)
+        products.d_weight(2, d_v, normed)
+        d_normed = products.d_input(2, d_v, products.d_input(1, d_k))
+        if call.wanted is None:
+            products.d_input(0, d_q, d_normed)
+        else:
+            d_normed.index_add_(0, call.wanted, products.d_input(0, d_q))
+            d_middle = _spread(d_middle, call.wanted, len(total))
+        d_total, d_input = rms_norm_backward(total, input_norm, input_eps, d_normed, d_middle, wanted[0])
+        d_update = d_total if ctx.has_update else None
+        return d_total, d_update, None, d_input, d_q_norm, d_k_norm, d_post, *products.gradients
+
+
+class _Products:
+    """Gradients of linear layers; the number of one is its place in a layer of the parts."""
+
+    def __init__(self, parameters: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+        self._weights, self._wanted = parameters[::2], wanted
+        self.gradients: list[Tensor | None] = [None] * len(parameters)
+
+    def d_input(self, number: int, d_out: Tensor, total: Tensor | None = None) -> Tensor:
+        """d_out [T, N] -> [T, K], added to `total` where there is one."""
+        return matmul(d_out, self._weights[number], total, accumulate=total is not None)
+
+    def d_weight(self, number: int, d_out: Tensor, x: Tensor) -> None:
+        if self._wanted[2 * number]:
+            self.gradients[2 * number] = matmul(d_out.t(), x)
+        if self._wanted[2 * number + 1]:
+            self.gradients[2 * number + 1] = d_out.sum(0)
+
+
+class _Norm(torch.autograd.Function):
+    """The norm of x + update."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
+        total, normed = rms_norm(x, weight, eps, update)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_normed: Tensor):
+        total, weight = ctx.saved_tensors
+        d_total, d_weight = rms_norm_backward(
+            total, weight, ctx.eps, d_normed.contiguous(), None, ctx.needs_input_grad[2]
+        )
+        return d_total, d_total, d_weight, None
