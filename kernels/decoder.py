@@ -1,7 +1,8 @@
 """What a decode step of a Llama-like decoder does between its matrix products, rounded where Transformers' modules round.
 
-One kernel each for a residual sum with its norm, for placing the heads (norm, rotation, write into the paged cache) and for the gate. As PyTorch's
-operations they are about forty kernels a layer, each of which takes a GPU longer to start than to run.
+One kernel each for a residual sum with its norm, for placing the heads (norm, rotation, write into the paged cache) and for the gate; the first and
+the last are those of `rms_norm` and `swiglu`. As PyTorch's operations they are about forty kernels a layer, each of which takes a GPU longer to
+start than to run.
 """
 
 import torch
@@ -9,35 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GATE_BLOCK = 1024
-NUM_WARPS = 4
-WIDE_BLOCK = 4096  # of a norm: from here on more warps, so that a row stays in registers
+from .rms_norm import inverse_rms, normed, rms_norm_forward
+from .rotary_embedding import rotated
+from .swiglu import swiglu_forward
+
 HEAD_WARPS = 1  # a head is at most 256 elements
-
-
-@triton.jit
-def _normed(x, factor, weight):
-    """weight * (x * factor), the inner product rounded to x's type first."""
-    return (weight.to(tl.float32) * (x.to(tl.float32) * factor).to(x.dtype).to(tl.float32)).to(x.dtype)
-
-
-@triton.jit
-def _add_rms_norm_kernel(
-    x_ptr, update_ptr, weight_ptr, out_ptr, width, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program a row of x [B, width]: x += update, out = weight * x / rms(x) (arXiv:1910.07467, eq. 4)."""
-    offs = tl.arange(0, BLOCK)
-    mask = offs < width
-    place = tl.program_id(0).to(tl.int64) * width + offs
-    x = tl.load(x_ptr + place, mask=mask, other=0.0)
-    if HAS_UPDATE:
-        update = tl.load(update_ptr + place, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
-        tl.store(x_ptr + place, x, mask=mask)
-    wide = x.to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + place, _normed(x, factor, weight), mask=mask)
 
 
 @triton.jit
@@ -59,15 +36,12 @@ def _placed_head(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     other = tl.load(x_ptr + partner, mask=turns, other=0.0)
     if HAS_NORM:
-        wide = x.to(tl.float32)
-        factor = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / D + eps)
-        x = _normed(x, factor, tl.load(norm_ptr + offs, mask=mask, other=0.0))
-        other = _normed(other, factor, tl.load(norm_ptr + partner, mask=turns, other=0.0))
+        factor = inverse_rms(x.to(tl.float32), D, eps)
+        x = normed(x, factor, tl.load(norm_ptr + offs, mask=mask, other=0.0))
+        other = normed(other, factor, tl.load(norm_ptr + partner, mask=turns, other=0.0))
     cos = tl.load(cos_ptr + offs, mask=turns, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + offs, mask=turns, other=0.0).to(tl.float32)
-    along = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
-    across = (tl.where(first, -other.to(tl.float32), other.to(tl.float32)) * sin).to(x.dtype).to(tl.float32)
-    return tl.where(turns, (along + across).to(x.dtype), x)
+    return tl.where(turns, rotated(x, other, cos, sin, first), x)
 
 
 @triton.jit(do_not_specialize=["pages", "capacity"])
@@ -131,39 +105,9 @@ def _place_heads_kernel(
                 tl.store(v_pages_ptr + page * stride_v_page + target + offs, v, mask=mask)
 
 
-@triton.jit
-def _gate_kernel(gate_ptr, up_ptr, elements, BLOCK: tl.constexpr):
-    """gate = silu(gate) * up, silu(x) = x / (1 + exp(-x))."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < elements
-    gate = tl.load(gate_ptr + place, mask=mask, other=0.0)
-    up = tl.load(up_ptr + place, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(gate_ptr + place, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask)
-
-
-def _norm_launch(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": NUM_WARPS if block < WIDE_BLOCK else 4 * NUM_WARPS}
-
-
 def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """x [B, H] += update (where there is one), in place; returns its RMS norm times weight [H]. All contiguous and of one type."""
-    out = torch.empty_like(x)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _add_rms_norm_kernel[(len(x),)](
-                x,
-                x if update is None else update,
-                weight,
-                out,
-                x.shape[1],
-                eps,
-                HAS_UPDATE=update is not None,
-                **_norm_launch(x.shape[1]),
-            )
-    return out
+    return rms_norm_forward(x, update, weight, eps, in_place=True, stepwise=True)[0]
 
 
 def place_heads(
@@ -225,9 +169,4 @@ def place_heads(
 
 def apply_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up in place of `gate`; both [B, I], contiguous and of one type."""
-    if gate.numel():
-        with torch.cuda.device_of(gate):
-            _gate_kernel[(triton.cdiv(gate.numel(), GATE_BLOCK),)](
-                gate, up, gate.numel(), BLOCK=GATE_BLOCK, num_warps=NUM_WARPS
-            )
-    return gate
+    return swiglu_forward(gate, up, gate, stepwise=True)

@@ -38,6 +38,8 @@ def make_inputs(device: str, seed: int = 0) -> Inputs:
         "block_table": torch.randperm(8, generator=generator).view(4, 2).int(),
         "context_lens": torch.tensor([1, 64, 100, 128], dtype=torch.int32),
         "slots": torch.randperm(9 * 64, generator=generator)[:TOKENS],
+        "tables": noise(2, 50, 24),
+        "positions": torch.randint(50, (TOKENS,), generator=generator),
     }
     return {name: x.to(device) for name, x in inputs.items()}
 
@@ -124,6 +126,29 @@ def write_kv(x: Inputs) -> tuple[Tensor, ...]:
     return k_pages, v_pages
 
 
+def rms_norm(x: Inputs) -> tuple[Tensor, ...]:
+    hidden, weight = leaves(x, "hidden", "weight")
+    outputs = ops.rms_norm(hidden, weight[0], eps=1e-5)
+    return with_gradients((outputs,), x["advantages"][:, None], [hidden, weight])
+
+
+def rms_norm_of_a_sum(x: Inputs) -> tuple[Tensor, ...]:
+    wanted = leaves(x, "hidden", "weight")
+    outputs = ops.rms_norm(wanted[0], x["tables"].flatten()[:WIDTH], eps=1e-5, residual=wanted[1][:TOKENS])
+    return with_gradients(tuple(outputs), x["advantages"][:, None], wanted)
+
+
+def rotary_embedding(x: Inputs) -> tuple[Tensor, ...]:
+    (hidden,) = leaves(x, "hidden")
+    turned = ops.rotary_embedding(hidden.view(TOKENS, 2, 32), *x["tables"], x["positions"])
+    return with_gradients((turned,), x["advantages"][:, None, None], [hidden])
+
+
+def swiglu(x: Inputs) -> tuple[Tensor, ...]:
+    wanted = leaves(x, "hidden", "weight")
+    return with_gradients((ops.swiglu(wanted[0], wanted[1][:TOKENS]),), x["advantages"][:, None], wanted)
+
+
 # By op, and what else its kernels serve.
 CALLS: dict[str, Call] = {
     "token_logprobs": token_logprobs,
@@ -145,6 +170,10 @@ CALLS: dict[str, Call] = {
     "decode_attention: write_kv": write_kv,
     "batch_invariant_linear": lambda x: (ops.batch_invariant_linear(x["hidden"], x["weight"]),),
     "batch_invariant_linear: splits": lambda x: (ops.batch_invariant_linear(x["logits"], x["wide"]),),
+    "rms_norm": rms_norm,
+    "rms_norm: of a sum": rms_norm_of_a_sum,
+    "rotary_embedding": rotary_embedding,
+    "swiglu": swiglu,
 }
 
 
@@ -245,6 +274,37 @@ def large_weight(elements: int, device: str) -> None:
     assert_equal([ops.batch_invariant_linear(x, weight)[:, -2:]], [ops.batch_invariant_linear(x, weight[-2:])])
 
 
+def large_norm(elements: int, device: str) -> None:
+    x = two_last_rows(elements, device)
+    results = []
+    for part in (x, x[-2:].clone()):
+        leaf = part.requires_grad_()
+        normed = ops.rms_norm(leaf, x.detach()[-1], eps=1e-5)
+        results.append([normed[-2:].detach(), torch.autograd.grad(normed, leaf, part.detach())[0][-2:]])
+    assert_equal(*results)
+
+
+def large_heads(elements: int, device: str) -> None:
+    x, tables = two_last_rows(elements, device, 4096).view(-1, 32, 128), torch.randn(2, 3, 128, device=device)
+    positions = torch.arange(len(x), device=device) % 3
+    results = []
+    for part, places in ((x, positions), (x[-2:].clone(), positions[-2:])):
+        leaf = part.requires_grad_()
+        turned = ops.rotary_embedding(leaf, *tables, places)
+        results.append([turned[-2:].detach(), torch.autograd.grad(turned, leaf, part.detach())[0][-2:]])
+    assert_equal(*results)
+
+
+def large_gate(elements: int, device: str) -> None:
+    x = two_last_rows(elements, device).view(-1)
+    results = []
+    for part in (x, x[-99:].clone()):
+        leaf = part.requires_grad_()
+        gated = ops.swiglu(leaf, leaf)
+        results.append([gated[-99:].detach(), torch.autograd.grad(gated, leaf, part.detach())[0][-99:]])
+    assert_equal(*results)
+
+
 LARGE = {
     "token_logprobs": Large(large_logits, 8),
     "linear_token_logprobs": Large(large_head, 1),
@@ -255,6 +315,9 @@ LARGE = {
     "masked_whiten": Large(large_whitening, 12),
     "decode_attention": Large(large_cache, 5),
     "batch_invariant_linear": Large(large_weight, 3),
+    "rms_norm": Large(large_norm, 7),
+    "rotary_embedding": Large(large_heads, 7),
+    "swiglu": Large(large_gate, 13),
 }
 
 
@@ -285,6 +348,11 @@ def bad_inputs(device: str) -> None:
         ops.linear_token_logprobs(x["hidden"], x["weight"], labels),
     ):
         assert logprobs.isnan().nonzero().flatten().tolist() == [3, 5]
+    positions = x["positions"].clone()
+    positions[3], positions[5] = 10**12, -1
+    turned = ops.rotary_embedding(x["hidden"].view(TOKENS, 2, 32), *x["tables"], positions)
+    assert turned[..., :24].isnan().all(-1).all(-1).nonzero().flatten().tolist() == [3, 5]
+    assert int(turned.isnan().sum()) == 2 * 2 * 24
     table = x["block_table"].clone()
     table[2, 0] = 1 << 30
     out = ops.decode_attention(x["q"], *x["pages"], table, x["context_lens"])

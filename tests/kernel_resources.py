@@ -145,14 +145,9 @@ def batch_invariant_linear_launches():
 
 
 def decoder_launches():
-    """The same of kernels/decoder.py."""
+    """The same of kernels/decoder.py; its other kernels are those of `rms_norm` and `swiglu`."""
     module = importlib.import_module("fastppo.kernels.decoder")
     for pointer in POINTERS.values():
-        for width in (2048, 3584, 8192):
-            launch = module._norm_launch(width)
-            tensors = dict.fromkeys(("x_ptr", "update_ptr", "weight_ptr", "out_ptr"), pointer + ":16")
-            constants = {"HAS_UPDATE": True, "BLOCK": launch["BLOCK"]}
-            yield "_add_rms_norm_kernel", tensors | {"width": "i32", "eps": "fp32"}, constants, launch["num_warps"]
         for size, rotary, norms in ((64, 64, False), (128, 128, True), (256, 64, True)):
             names = ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "out", "k_pages", "v_pages")
             signature = {f"{name}_ptr": pointer + ":16" for name in names}
@@ -161,12 +156,57 @@ def decoder_launches():
             signature |= {f"stride_{name}": "i64" for name in ("table", "k_page", "v_page")}
             constants = {"HAS_Q_NORM": norms, "HAS_K_NORM": norms, "PAGE_SIZE": 64, "D": size, "ROTARY": rotary}
             yield "_place_heads_kernel", signature, constants | {"BLOCK_D": size}, module.HEAD_WARPS
-        gate = {"gate_ptr": pointer + ":16", "up_ptr": pointer + ":16", "elements": "i32"}
-        yield "_gate_kernel", gate, {"BLOCK": module.GATE_BLOCK}, module.NUM_WARPS
+
+
+def rms_norm_launches():
+    """The same of kernels/rms_norm.py, STEPWISE as decode steps call it; the widest row that is not left to the reference, and an odd one."""
+    module = importlib.import_module("fastppo.kernels.rms_norm")
+    for pointer in (POINTERS["float32"], POINTERS["bfloat16"]):
+        for width, aligned in ((8192, ":16"), (80, "")):
+            launch = module.launch_options(width)
+            numbers, block = {"width": "i32" + aligned, "eps": "fp32"}, {"BLOCK": launch["BLOCK"]}
+            tensors = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr"), pointer + aligned)
+            for stepwise in (False, True):
+                constants = {"HAS_RESIDUAL": True, "STEPWISE": stepwise} | block
+                yield "_rms_norm_forward_kernel", tensors | numbers, constants, launch["num_warps"]
+            names = ("total_ptr", "weight_ptr", "d_out_ptr", "d_total_ptr", "d_x_ptr")
+            signature = dict.fromkeys(names, pointer + aligned) | {"parts_ptr": "*fp32" + aligned}
+            signature |= {"rows": "i32", "part_rows": "i32"} | numbers
+            constants = {"HAS_D_TOTAL": True, "WITH_WEIGHT": True} | block
+            yield "_rms_norm_backward_kernel", signature, constants, launch["num_warps"]
+
+
+def rotary_embedding_launches():
+    """The same of kernels/rotary_embedding.py: heads of a model in halves, with tables in fp32, and one that is turned in part."""
+    module = importlib.import_module("fastppo.kernels.rotary_embedding")
+    for pointer in (POINTERS["float32"], POINTERS["bfloat16"]):
+        for size, rotary, aligned in ((128, 128, ":16"), (81, 66, "")):
+            tables = {f"{name}_ptr": "*fp32" + aligned for name in ("cos", "sin")}
+            signature = {"x_ptr": pointer + aligned, "positions_ptr": "*i64", "out_ptr": pointer + aligned} | tables
+            signature |= {"heads": "i32", "places": "i32", "stride_x_n": "i32" + aligned}
+            for backward in (False, True):
+                constants = {"BACKWARD": backward, "D": size, "ROTARY": rotary} | module.blocks(32, size)
+                yield "_rotary_embedding_kernel", signature, constants, module.NUM_WARPS
+
+
+def swiglu_launches():
+    """The same of kernels/swiglu.py, STEPWISE as decode steps call it."""
+    module = importlib.import_module("fastppo.kernels.swiglu")
+    block = {"BLOCK": module.BLOCK}
+    for pointer in (POINTERS["float32"], POINTERS["bfloat16"]):
+        inputs = {"gate_ptr": pointer + ":16", "up_ptr": pointer + ":16"}
+        for stepwise in (False, True):
+            forward = inputs | {"out_ptr": pointer + ":16", "elements": "i32"}
+            yield "_swiglu_forward_kernel", forward, {"STEPWISE": stepwise} | block, module.NUM_WARPS
+        gradients = dict.fromkeys(("d_out_ptr", "d_gate_ptr", "d_up_ptr"), pointer + ":16")
+        yield "_swiglu_backward_kernel", inputs | gradients | {"elements": "i64"}, block, module.NUM_WARPS
 
 
 TRITON_LAUNCHES = [
     *(("decoder", *launch) for launch in decoder_launches()),
+    *(("rms_norm", *launch) for launch in rms_norm_launches()),
+    *(("rotary_embedding", *launch) for launch in rotary_embedding_launches()),
+    *(("swiglu", *launch) for launch in swiglu_launches()),
     *(("batch_invariant_linear", *launch) for launch in batch_invariant_linear_launches()),
     *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
     *(("token_logprobs", *launch) for launch in linear_head_launches()),

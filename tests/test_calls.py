@@ -28,8 +28,10 @@ def kernels(request, monkeypatch):
 
 
 def test_every_op_is_called():
-    assert {name.split(":")[0] for name in CALLS} == set(_backends.FAST_BACKENDS)
-    assert set(LARGE) == set(_backends.FAST_BACKENDS) - {"linear_ppo_loss"}, "whose tiles are linear_token_logprobs'"
+    """That has kernels for a GPU."""
+    ops = {op for op, backends in _backends.FAST_BACKENDS.items() if set(backends) - {"cpu"}}
+    assert {name.split(":")[0] for name in CALLS} == ops
+    assert set(LARGE) == ops - {"linear_ppo_loss"}, "whose tiles are linear_token_logprobs'"
 
 
 @pytest.mark.parametrize("call", CALLS)

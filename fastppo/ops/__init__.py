@@ -8,8 +8,12 @@ from fastppo.ops.gae import GAE, gae
 from fastppo.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 from fastppo.ops.linear_token_logprobs import linear_token_logprobs
 from fastppo.ops.masked_whiten import masked_mean, masked_whiten
+from fastppo.ops.packed_attention import packed_attention
 from fastppo.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
+from fastppo.ops.rms_norm import RmsNorm, rms_norm
+from fastppo.ops.rotary_embedding import rotary_embedding
 from fastppo.ops.sample_tokens import SampledTokens, sample_tokens
+from fastppo.ops.swiglu import swiglu
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "LinearPPOLoss",
     "PPOLoss",
     "PPOStats",
+    "RmsNorm",
     "SampledTokens",
     "TokenLogprobs",
     "approx_kl",
@@ -28,8 +33,12 @@ __all__ = [
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",
+    "packed_attention",
     "ppo_loss",
+    "rms_norm",
+    "rotary_embedding",
     "sample_tokens",
+    "swiglu",
     "token_logprobs",
     "use_backend",
     "write_kv",

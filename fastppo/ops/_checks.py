@@ -13,6 +13,19 @@ from torch import Tensor
 SMALLEST_DIVISOR, LARGEST_FACTOR = 1e-10, 1e10
 
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits(value: object, dtypes: tuple[torch.dtype, ...], like: Tensor) -> bool:
+    """Whether `value` is a tensor of one of these types with the shape and device of `like`: all checks below in one, without a name."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in dtypes
+        and value.shape == like.shape
+        and value.device == like.device
+    )
+
+
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
@@ -21,7 +34,7 @@ def tensor(name: str, value: object) -> None:
 def floating(name: str, value: object) -> None:
     """fp64, fp32, bf16 or fp16."""
     tensor(name, value)
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if value.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {value.dtype}, expected float64, float32, bfloat16 or float16")
 
 
@@ -36,6 +49,12 @@ def mask(name: str, value: object) -> None:
     tensor(name, value)
     if value.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}, expected bool (write `{name}.bool()`)")
+
+
+def same_dtype(name: str, value: object, other_name: str, other: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {other.dtype} like {other_name}")
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:

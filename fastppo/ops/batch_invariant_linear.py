@@ -47,9 +47,7 @@ def _check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is None:
             continue
-        _checks.tensor(name, operand)
-        if operand.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {operand.dtype}, expected {x.dtype} like x")
+        _checks.same_dtype(name, operand, "x", x)
         _checks.same_device(name, operand, "x", x)
     if bias is not None:
         _checks.shape("bias", bias, weight.shape[:1], "weight's rows")

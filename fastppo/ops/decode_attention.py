@@ -80,9 +80,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
 
 def _check_caches(k_pages: Tensor, v_pages: Tensor, like: Tensor, like_name: str) -> None:
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        _checks.tensor(name, pages)
-        if pages.dtype != like.dtype:
-            raise TypeError(f"{name} has dtype {pages.dtype}, expected {like.dtype} like {like_name}")
+        _checks.same_dtype(name, pages, like_name, like)
         if pages.dim() != 4 or not pages[:1].is_contiguous() or 0 in pages.shape[1:3]:
             raise ValueError(
                 f"{name} has shape {list(pages.shape)} and strides {list(pages.stride())}, "
@@ -120,9 +118,7 @@ def _check_decode_attention(
 
 def _check_write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     _checks.floating("k", k)
-    _checks.tensor("v", v)
-    if v.dtype != k.dtype:
-        raise TypeError(f"v has dtype {v.dtype}, expected {k.dtype} like k")
+    _checks.same_dtype("v", v, "k", k)
     _checks.same_device("v", v, "k", k)
     _check_caches(k_pages, v_pages, k, "k")
     _checks.integer("slots", slots)

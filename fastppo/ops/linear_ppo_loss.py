@@ -28,9 +28,9 @@ from fastppo.ops.ppo_loss import (
     PPOStats,
     check_aggregation,
     check_columns,
-    check_options,
     check_policy_partners,
     check_sequences,
+    checked_codes,
     loss_denominator,
     named_statistics,
     needs_sequences,
@@ -114,7 +114,7 @@ def linear_ppo_loss(
         "rollout_logprobs": rollout_logprobs,
     }
     columns = {name: x for name, x in columns.items() if x is not None}
-    check_options(options)
+    codes = checked_codes(options)
     check_logit_options(temperature, softcap, logit_scale)
     check_head(hidden, weight, bias, labels)
     check_columns(columns, mask, "labels", labels)
@@ -161,7 +161,7 @@ def linear_ppo_loss(
         softcap or 0.0,
         logit_scale,
         ignore_index,
-        *options.codes(),
+        *codes,
         ratio_level,
         aggregation,
         wanted,

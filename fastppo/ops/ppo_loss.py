@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fastppo.reference import ppo_loss as reference
 
 RATIO_LEVELS = ("token", "sequence")
 OBJECTIVES = ("clip", "cispo")
+_PLAIN_TYPES = frozenset((float, int, str, type(None)))  # equal ones mean the same; of bool and int they do not
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-denominator")
 
 
@@ -156,7 +158,7 @@ def ppo_loss(
     _checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
     clips, coefficients = (clip_low, clip_high, dual_clip, value_clip), (vf_coef, kl_coef, kl_kind, entropy_coef)
     options = native.PPOOptions(*clips, *coefficients, objective, rollout_correction, rollout_bounds)
-    check_options(options)
+    codes = checked_codes(options)
     check_columns(columns, mask, "logprobs", logprobs)
     _check_partners(columns, options)
     denominator = check_aggregation(aggregation, denominator, logprobs)
@@ -191,7 +193,7 @@ def ppo_loss(
         rollout_logprobs,
         cu_seqlens,
         denominator,
-        *options.codes(),
+        *codes,
         ratio_level,
         aggregation,
         wanted,
@@ -199,7 +201,22 @@ def ppo_loss(
     return PPOLoss(loss, PPOStats(*stats.unbind()))
 
 
-def check_options(options: native.PPOOptions) -> None:
+def checked_codes(options: native.PPOOptions) -> native.PPOCodes:
+    """The codes of options that are right; they are looked up where all are plain numbers and names that were right before."""
+    plain = not torch.compiler.is_compiling() and type(options.rollout_bounds) is tuple
+    if plain and _PLAIN_TYPES.issuperset(map(type, options[:-1] + options.rollout_bounds)):
+        return _remembered_codes(options)
+    _check_options(options)
+    return options.codes()
+
+
+@lru_cache(maxsize=64)
+def _remembered_codes(options: native.PPOOptions) -> native.PPOCodes:
+    _check_options(options)
+    return options.codes()
+
+
+def _check_options(options: native.PPOOptions) -> None:
     for name in ("clip_low", "clip_high", "vf_coef", "kl_coef", "entropy_coef"):
         _checks.number(name, getattr(options, name), at_least=0)
     if options.dual_clip is not None:
@@ -221,6 +238,9 @@ def check_options(options: native.PPOOptions) -> None:
 
 def check_columns(columns: dict[str, Tensor], mask: Tensor | None, like_name: str, like: Tensor) -> None:
     """Every column is floating and the mask boolean, with the shape and device of `like`."""
+    if all(_checks.fits(x, _checks.FLOATING, like) for x in columns.values()):
+        if mask is None or _checks.fits(mask, (torch.bool,), like):
+            return
     for name, x in columns.items():
         _checks.floating(name, x)
     if mask is not None:
@@ -347,8 +367,7 @@ def _ppo_loss(
         columns, mask, options, [name for name, want in zip(names, wanted, strict=True) if want]
     )
     result = native.ppo_loss_finish(sums, options, loss_denominator(denominator, aggregation, used_sequences))
-    empty = (sums.new_empty(0) for _ in names)
-    return *result, *map(gradients.get, names, empty)
+    return *result, *(gradients[name] if name in gradients else sums.new_empty(0) for name in names)
 
 
 @torch.library.register_fake("fastppo::ppo_loss")
@@ -378,8 +397,8 @@ def save_gradients(
 ) -> None:
     """For `scaled_gradients`: of each of three inputs, its gradient before the loss' own and whether it is wanted."""
     ctx.wanted = tuple(wanted)
-    ctx.dtypes = [native.DTYPES.index(x.dtype) if want else 0 for x, want in zip(sources, wanted, strict=True)]
-    ctx.save_for_backward(scale, *gradients)
+    ctx.dtypes = [native.DTYPES.index(x.dtype) for x, want in zip(sources, wanted, strict=True) if want]
+    ctx.save_for_backward(scale, *(x for x, want in zip(gradients, wanted, strict=True) if want))
     ctx.set_materialize_grads(False)
 
 
@@ -388,8 +407,13 @@ def scaled_gradients(ctx, d_loss: Tensor | None, *_: None) -> list[Tensor | None
     if d_loss is None:
         return [None] * 3
     scale, *gradients = ctx.saved_tensors
-    scaled = scale_gradients(*gradients, d_loss, scale, ctx.dtypes)
-    return [gradient if want else None for gradient, want in zip(scaled, ctx.wanted, strict=True)]
+    if on_cuda(scale):
+        empty = [scale.new_empty(0, dtype=torch.float32)] * (3 - len(gradients))
+        scaled = scale_gradients(*gradients, *empty, d_loss, scale, ctx.dtypes + [0] * len(empty))
+    else:  # torch's own products: nothing to hide from a compiler
+        scaled = native.scale_gradients(gradients, d_loss, scale, ctx.dtypes)
+    found = iter(scaled)
+    return [next(found) if want else None for want in ctx.wanted]
 
 
 def _setup_context(ctx, inputs, outputs) -> None:

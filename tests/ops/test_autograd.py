@@ -31,6 +31,17 @@ def head_loss(x: Tensor) -> Tensor:
     return ops.linear_ppo_loss(x, weight, LABELS, column(x, -1.0, -2.0, -1.5, -1.6), advantages).loss.square()
 
 
+def attended(x: Tensor) -> Tensor:
+    offsets, prompts = torch.tensor([0, 2, 4]), torch.tensor([-1, 0])
+    return ops.packed_attention(x, x[:, :1], x[:, 1:], offsets, prompts=prompts).square().sum()
+
+
+def normed_loss(x: Tensor) -> Tensor:
+    weight, residual = torch.linspace(1, 2, 3).to(x), torch.linspace(-1, 1, 12).view(4, 3).to(x)
+    normed, total = ops.rms_norm(x, weight, eps=1e-3, residual=residual)
+    return (normed.square() * total).sum()
+
+
 # Of each differentiable op: the shape of its input and a smooth function of it that is not linear in the op.
 LOSSES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "token_logprobs": ((4, 5), lambda x: ops.token_logprobs(x, LABELS).square().sum()),
@@ -40,10 +51,18 @@ LOSSES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     ),
     "linear_ppo_loss": ((4, 3), head_loss),
     "ppo_loss": ((4,), policy_loss),
+    "packed_attention": ((4, 2, 3), attended),
     "approx_kl": ((4,), lambda x: ops.approx_kl(x, column(x, 0.1, 0.2, -0.3, 0.4), "k3").square().sum()),
     "masked_whiten": ((4,), lambda x: ops.masked_mean(x).square()),
+    "rms_norm": ((4, 3), normed_loss),
+    "rotary_embedding": (
+        (2, 2, 4),
+        lambda x: ops.rotary_embedding(x, *torch.linspace(-1, 1, 24).view(2, 3, 4).to(x), LABELS[:2]).square().sum(),
+    ),
+    "swiglu": ((4, 3), lambda x: ops.swiglu(x, x.flip(0)).square().sum()),
 }
-REFUSED = [name for name in LOSSES if name != "masked_whiten"]  # masked_mean is linear: its backward is torch's own ops
+# These two are linear: the backward of masked_mean is torch's own ops, that of rotary_embedding the same op.
+REFUSED = [name for name in LOSSES if name not in ("masked_whiten", "rotary_embedding")]
 
 
 @pytest.fixture
@@ -221,6 +240,8 @@ def backward_calls(backend: str) -> dict[str, tuple]:
         "token_logprobs_backward_": (logits.clone(), LABELS, *saved, *options, backend),
         "linear_token_logprobs_backward": (*head, *options, [True, True, True], backend),
         "approx_kl_backward": (one, logits[:, 0], one, 2),
+        "rms_norm_backward": (logits, hidden.new_ones(5), logits.neg(), logits.sin(), 1e-5, True, backend),
+        "swiglu_backward": (logits, logits.neg(), logits.sin(), backend),
         "scale_gradients": (one, one[:0], logits, one[0], one[0].double(), [0, 0, 1]),
     }
 

@@ -32,8 +32,11 @@ def make_inputs(batch: int) -> Tensors:
     x |= {"weight": torch.randn(VOCABULARY, WIDTH), "mask": torch.rand(batch, LENGTH) < 0.8}
     x["labels"] = torch.randint(VOCABULARY, (batch, LENGTH))
     x |= {"q": torch.randn(batch, 4, 16), "pages": torch.randn(2, batch * 3, 8, 2, 16)}
+    x |= {"heads": torch.randn(batch * LENGTH, 4, 6), "keys": torch.randn(2, batch * LENGTH, 2, 6)}
+    x |= {"cu_seqlens": torch.arange(batch + 1) * LENGTH, "prompts": torch.arange(batch).clamp_max(1) - 1}
     x["block_table"] = torch.arange(batch * 3, dtype=torch.int32).view(batch, 3)
     x["context_lens"] = torch.randint(1, 25, (batch,), dtype=torch.int32)
+    x |= {"norm": torch.randn(WIDTH), "residual": torch.randn(batch, LENGTH, WIDTH)}
     return x
 
 
@@ -68,6 +71,10 @@ def decode_attention(x: Tensors, **options: float) -> tuple[Tensor, ...]:
     return (ops.decode_attention(x["q"], *x["pages"], x["block_table"], x["context_lens"], **options),)
 
 
+def packed_attention(x: Tensors, **options: float) -> tuple[Tensor, ...]:
+    return (ops.packed_attention(x["heads"], *x["keys"], x["cu_seqlens"], prompts=x["prompts"], **options),)
+
+
 def kl_shaped_rewards(x: Tensors, coef: float) -> tuple[Tensor, ...]:
     return (ops.kl_shaped_rewards(x["values"][:, 0], x["logprobs"], x["ref_logprobs"], x["mask"], coef=coef),)
 
@@ -78,6 +85,10 @@ def token_logprobs(x: Tensors, **options: float) -> tuple[Tensor, ...]:
 
 def linear_token_logprobs(x: Tensors, **options: float) -> tuple[Tensor, ...]:
     return (ops.linear_token_logprobs(x["hidden"], x["weight"], x["labels"], **options),)
+
+
+def rms_norm(x: Tensors, eps: float) -> tuple[Tensor, ...]:
+    return tuple(ops.rms_norm(x["hidden"], x["norm"], eps=eps, residual=x["residual"]))
 
 
 SHARES = (0.99, 0.9, 0.8, 0.7)
@@ -112,6 +123,10 @@ CASES = {
     "kl_shaped_rewards": Case(kl_shaped_rewards, {"coef": (0.1, 0.2, 0.3, 0.4)}),
     "sample_tokens": Case(lambda x, **o: tuple(ops.sample_tokens(x["logits"][:, 0], **o)), SAMPLING | {"seed": (5, 6, 7, 8)}),
     "decode_attention": Case(decode_attention, ATTENTION),
+    "packed_attention": Case(
+        packed_attention, {name: ATTENTION[name] for name in ("scale", "window")}, ("heads", "keys")
+    ),
+    "rms_norm": Case(rms_norm, {"eps": (1e-5, 1e-6, 1e-4, 1e-3)}, ("hidden", "norm", "residual")),
 }  # fmt: skip
 INTEGERS = {
     "token_logprobs": {"temperature": (1, 2, 3, 4), "softcap": (5, 4, 3, 2), "logit_scale": (2, 3, 4, 5)},
