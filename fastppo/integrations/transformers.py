@@ -2,39 +2,28 @@
 
 `patch_model(model)` gives the loss of one model the fused head. The model's own forward runs as it is, whatever the family: only its
 output layer's logits are deferred (see `deferred_logits`), and the cross-entropy that the model itself calls reads the hidden
-states in their place. What is done with the logits besides is done with real ones.
+states in their place. What is done with the logits besides is done with real ones. `patch_layers(model)` gives a Llama-like model
+what lies below (see `transformers_layers`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from contextvars import ContextVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.integrations.deferred_logits import can_defer, defer, runs_plainly
+from fastppo.integrations.model_patch import ModelPatch, language_model, lock, restore_class, subclass
 from fastppo.integrations.patching import logger
+from fastppo.integrations.transformers_layers import patch_layers, unpatch_layers
+
+__all__ = ["ModelPatch", "patch_layers", "patch_model", "unpatch_layers", "unpatch_model"]
 
 _MARK = "_fastppo_head"  # in a patched class: the name of the output layer
 _computing_loss: ContextVar[PreTrainedModel | None] = ContextVar("computing_loss", default=None)
-_lock = threading.RLock()
-
-
-class ModelPatch:
-    """What `patch_model` did. As a context manager it gives the model, and undoes the patch afterwards unless it was there before."""
-
-    def __init__(self, model: nn.Module, made: bool) -> None:
-        self.model, self._made = model, made
-
-    def __enter__(self) -> nn.Module:
-        return self.model
-
-    def __exit__(self, *_: object) -> None:
-        if self._made:
-            unpatch_model(self.model)
 
 
 def patch_model(model: nn.Module) -> ModelPatch:
@@ -59,38 +48,17 @@ def patch_model(model: nn.Module) -> ModelPatch:
           them: `retain_grad` on them is an error, hooks on them are not called for the loss.
         - the loss has no second derivative (create_graph=True is an error).
     """
-    inner = _language_model(model)
-    with _lock:
-        made = not _is_patched(inner)
-        if made:
-            inner.__class__ = _patched_class(type(inner), _head_name(inner))
-    return ModelPatch(model, made)
+    inner = language_model(model)
+    with lock:
+        if hasattr(type(inner), _MARK):
+            return ModelPatch(model, None)
+        inner.__class__ = _patched_class(type(inner), _head_name(inner))
+    return ModelPatch(model, unpatch_model)
 
 
 def unpatch_model(model: nn.Module) -> None:
     """The model as it was before `patch_model`; nothing where it was not patched."""
-    inner = _language_model(model)
-    with _lock:
-        if _MARK in vars(type(inner)):
-            inner.__class__ = type(inner).__base__
-        elif _is_patched(inner):
-            raise RuntimeError(
-                f"{type(inner).__name__} was given another class after patch_model: undo that before unpatch_model"
-            )
-
-
-def _language_model(model: nn.Module) -> PreTrainedModel:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
-    if found is None:
-        raise TypeError(
-            f"model is {type(model).__name__}, expected a transformers.PreTrainedModel or a module with one"
-        )
-    return found
-
-
-def _is_patched(model: PreTrainedModel) -> bool:
-    return hasattr(type(model), _MARK)
+    restore_class(language_model(model), _MARK, "patch_model")
 
 
 def _head_name(model: PreTrainedModel) -> str:
@@ -147,7 +115,7 @@ def _tell(head: str, dtype: object) -> None:
 
 @functools.cache
 def _patched_class(original: type[PreTrainedModel], head_name: str) -> type[PreTrainedModel]:
-    """A subclass, of the same name, for one model: files, signatures and tables of classes see no difference."""
+    """Of every model of that class."""
     labels_place = list(inspect.signature(original.forward).parameters).index("labels") - 1
 
     @functools.wraps(original.forward)
@@ -165,27 +133,5 @@ def _patched_class(original: type[PreTrainedModel], head_name: str) -> type[PreT
         module = nn.Module.__getattr__(self, head_name)
         return _DeferringHead(module) if runs_plainly() and _computing_loss.get() is self else module
 
-    def reduce(self, protocol):
-        """Copies and pickles are patched too: by the original class, which can be imported."""
-        _, _, *state = super(patched, self).__reduce_ex__(4)
-        return _new, (original, head_name), *state
-
-    patched = type(
-        original.__name__,
-        (original,),
-        {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "__reduce_ex__": reduce,
-            "forward": forward,
-            head_name: property(head),
-            _MARK: head_name,
-        },
-    )
-    return patched
-
-
-def _new(original: type[PreTrainedModel], head_name: str) -> PreTrainedModel:
-    patched = _patched_class(original, head_name)
-    return patched.__new__(patched)
+    members = {"forward": forward, head_name: property(head), _MARK: head_name}
+    return subclass(original, members, _patched_class, head_name)

@@ -6,7 +6,6 @@ import copy
 import logging
 import pickle
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,60 +32,15 @@ from fastppo.bench import memory
 from fastppo.integrations.deferred_logits import DeferredLogits
 from fastppo.integrations.transformers import patch_model, unpatch_model
 from fastppo.model import prepare_model
+from tests.integrations.same_training import IDS, LABELS, assert_same_training, exact_loss, loss_and_gradients, own_step
 from tests.rollout.tiny import FAMILIES, VOCAB_SIZE, as_transformers_has_it, make_model
 from tests.tolerance import assert_as_exact_as_model
-
-IDS = torch.randint(1, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
-LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[2], [0], [5]]), -100)
-Run = Callable[[PreTrainedModel], object]
-
-
-def exact_loss(
-    logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
-) -> Tensor:
-    """Transformers' loss, which rounds to fp32, in fp64."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    rows, targets = logits.double().reshape(-1, vocab_size), shift_labels.reshape(-1)
-    if num_items_in_batch is None:
-        return F.cross_entropy(rows, targets, ignore_index=ignore_index)
-    return F.cross_entropy(rows, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
-
-
-def loss_and_gradients(model: PreTrainedModel, run: Run) -> tuple[object, list[Tensor | None]]:
-    model.zero_grad()
-    output = run(model)
-    loss = output if isinstance(output, Tensor) else output[0]
-    loss.backward()
-    return output, [loss.detach(), *(p.grad for p in model.parameters())]
-
-
-def assert_same_training(model: PreTrainedModel, run: Run, in_fp64: Run | None = None) -> object:
-    """Loss and gradients of the patched model by the one error rule; returns its output."""
-    native, exact, ours = (as_transformers_has_it(model, x) for x in (model.dtype, torch.float64, model.dtype))
-    for x in (native, exact, ours):
-        x.train(model.training)
-    exact.loss_function = exact_loss
-    with patch_model(ours):
-        output, found = loss_and_gradients(ours, run)
-    _, native = loss_and_gradients(native, run)
-    _, exact = loss_and_gradients(exact, in_fp64 or run)
-    assert found[0].dtype == native[0].dtype
-    for place, (one, two, three) in enumerate(zip(found, native, exact, strict=True)):
-        assert (one is None) == (two is None) == (three is None)
-        if one is not None:
-            assert_as_exact_as_model(one, two, three.double(), f"gradient {place}" if place else "loss")
-    return output
 
 
 def was_deferred(output: object) -> bool:
     """The logits are promised and nothing has read them."""
     logits = output.logits
     return type(logits) is DeferredLogits and logits.memory.value is None
-
-
-def own_step(**kwargs) -> Run:
-    return lambda model: model(input_ids=IDS, **({"labels": LABELS} | kwargs))
 
 
 @pytest.fixture
