@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     known = ", ".join((peers.EAGER, peers.COMPILED, *peers.PACKAGES))
     what.add_argument("--against", type=names, metavar="NAMES", help=f"only with these, e.g. eager,trl; of {known}")
     what.add_argument("--sizes", metavar="SIZES", help="with one --op: sizes for it, e.g. 512x32000,1024x50257")
-    what.add_argument("--dtype", choices=tuple(DTYPES), help="type of the logits, heads or caches")
+    what.add_argument("--dtype", choices=tuple(DTYPES), help="type of the logits, heads, layers or caches")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     what.add_argument("--isa", choices=tuple(isa.VARIABLES), help="hold our kernels, torch, oneDNN and MKL to it")
     what.add_argument("--quick", action="store_true", help="small inputs, few rounds: correctness in seconds")
@@ -143,7 +143,13 @@ def finish(options: argparse.Namespace, result: record.Record) -> int:
         draw(result, options.plot)
     failed, of_peers = report.failures(result.rows + result.scaling)
     short = report.below_target(result.rows)
-    for title, lines in (("peer failed", of_peers), ("failed", failed), ("below target", short)):
+    slower = [] if result.quick else report.behind(result.rows)
+    for title, lines in (
+        ("peer failed", of_peers),
+        ("failed", failed),
+        ("behind the best peer", slower),
+        ("below target", short),
+    ):
         for line in lines:
             print(f"{title}: {line}", file=sys.stderr)
     return 1 if failed or (options.check and short) else 0

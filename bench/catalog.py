@@ -10,7 +10,7 @@ from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
 # Measured on a CPU alone: their models and sizes are for one.
-CPU_ONLY = ("ppo_step", "drop_in")
+CPU_ONLY = ("ppo_step", "ppo_update", "drop_in")
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -21,9 +21,14 @@ OPS = (
     "ppo_loss",
     "sample_tokens",
     "decode_attention",
+    "packed_attention",
     "batch_invariant_linear",
+    "rms_norm",
+    "rotary_embedding",
+    "swiglu",
     "rollout",
     "ppo_step",
+    "ppo_update",
     "drop_in",
 )
 

@@ -8,6 +8,18 @@ from time import perf_counter
 import torch
 
 
+class PhaseClock:
+    """Seconds of the phases of a call, each from where the one before it ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = perf_counter()
+
+    def end(self, phase: str) -> None:
+        now = perf_counter()
+        self.seconds[phase], self._since = now - self._since, now
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one run. On a GPU: from where its stream reaches the first launch to where it has done the last."""
     if device.type != "cuda":

@@ -39,5 +39,5 @@ def make_case(one: Comparison) -> Case:
 def cases(setting: Setting) -> list[Case]:
     present = peers.installed()
     functions = [one for one in drop_in_functions.comparisons(setting.quick) if one.package in present]
-    steps = [make(setting.quick) for package, make in drop_in_steps.CASES.items() if package in present]
+    steps = [make(setting.quick) for package, make in drop_in_steps.CASES if package in present]
     return [*map(make_case, functions), *steps]

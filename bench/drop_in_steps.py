@@ -291,40 +291,69 @@ def ppo_case(quick: bool) -> Case:
 
 
 class LossStep:
-    """The loss of a small Qwen2 on [B, T] tokens, and its gradients; gives the loss and the last norm's gradient, which comes through the head."""
+    """The loss of a small Qwen2 on [B, T] tokens, and its gradients; gives the loss and the gradient of the norm that `normed` has."""
 
-    def __init__(self, size: tuple[int, int], dtype: torch.dtype = torch.float32, patched: bool = False) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        patch: Callable[[PreTrainedModel], object] = lambda model: None,
+        normed: str = "model.norm",
+    ) -> None:
         self.model = make_model(*size, dtype)
-        if patched:
-            transformers.patch_model(self.model)
+        patch(self.model)
+        self.weight = self.model.get_submodule(normed).weight
 
     def __call__(self, x: Tensors) -> Tensors:
         self.model.zero_grad()
         loss = self.model(input_ids=x["tokens"], labels=x["tokens"]).loss
         loss.backward()
-        return {"loss": loss.detach(), "gradient": self.model.model.norm.weight.grad.clone()}
+        return {"loss": loss.detach(), "gradient": self.weight.grad.clone()}
 
 
 def loss_case(quick: bool) -> Case:
+    """The last norm's gradient comes through the head."""
     tokens, vocabulary, hidden = ((2, 8), 400, 32) if quick else ((4, 256), 32000, 256)
-    size = vocabulary, hidden
+    name = f"Qwen2ForCausalLM's loss, {list(tokens)} tokens, H={hidden}, V={vocabulary}, forward + backward"
+    return make_loss_case(name, tokens, (vocabulary, hidden), transformers.patch_model, "model.norm")
 
+
+def layers_case(quick: bool) -> Case:
+    """The first norm's gradient comes through all layers."""
+    tokens, vocabulary, hidden = ((2, 8), 400, 32) if quick else ((8, 128), 400, 256)
+    name = f"patch_layers: Qwen2ForCausalLM, {list(tokens)} tokens, H={hidden}, 2 layers, V={vocabulary}, forward + backward"
+    return make_loss_case(
+        name, tokens, (vocabulary, hidden), transformers.patch_layers, "model.layers.0.input_layernorm"
+    )
+
+
+def make_loss_case(
+    name: str, tokens: tuple[int, int], size: tuple[int, int], patch: Callable[[PreTrainedModel], object], normed: str
+) -> Case:
     def exact(x: Tensors) -> Tensors:
         with mock.patch.object(Qwen2RMSNorm, "forward", exact_norm):
-            return LossStep(size, torch.float64)(x)
+            return LossStep(size, torch.float64, normed=normed)(x)
 
-    steps = {OURS: Lazy(lambda: LossStep(size, patched=True)), "transformers": Lazy(lambda: LossStep(size))}
+    steps = {
+        OURS: Lazy(lambda: LossStep(size, patch=patch, normed=normed), lambda: wholly(contextlib.nullcontext)),
+        "transformers": Lazy(lambda: LossStep(size, normed=normed)),
+    }
     return Case(
         op="drop_in",
-        name=f"transformers Qwen2ForCausalLM's loss, {list(tokens)} tokens, H={hidden}, V={vocabulary}, forward + backward",
-        inputs=lambda generator: {"tokens": torch.randint(vocabulary, tokens, generator=generator)},
+        name=f"transformers {name}",
+        inputs=lambda generator: {"tokens": torch.randint(size[0], tokens, generator=generator)},
         providers=steps,
         prepare={provider: step.prepare for provider, step in steps.items()},
         exact=exact,
         baseline="transformers",
-        largest=2 * math.prod(tokens) * vocabulary,
+        largest=2 * math.prod(tokens) * size[0],
         peaks=True,
     )
 
 
-CASES = {"trl": grpo_case, "stable-baselines3": ppo_case, "transformers": loss_case}
+CASES = (
+    ("trl", grpo_case),
+    ("stable-baselines3", ppo_case),
+    ("transformers", loss_case),
+    ("transformers", layers_case),
+)

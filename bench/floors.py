@@ -105,10 +105,34 @@ def decode_attention(keys: int, batch: int, heads: int, kv_heads: int, head_size
     return Work(2 * keys * kv_heads * head_size * itemsize + 2 * batch * heads * head_size * itemsize)
 
 
+def packed_attention(tokens: int, pairs: int, heads: int, kv_heads: int, head_size: int, itemsize: int = FP32) -> Work:
+    """q, k, v in and out; backward: these, out and its gradient in, three gradients out.
+
+    `pairs` of a query and a key that it sees, for each head: two products forward, five backward, as who keeps no scores must.
+    """
+    return Work(tokens * 6 * (heads + kv_heads) * head_size * itemsize, (2 + 5) * 2 * pairs * heads * head_size)
+
+
 def batch_invariant_linear(rows: int, columns: int, inner: int, itemsize: int = FP32) -> Work:
     """x [rows, inner] and weight [columns, inner] in, [rows, columns] out."""
     elements = rows * inner + columns * inner + rows * columns
     return Work(elements * itemsize, 2 * rows * columns * inner)
+
+
+def rms_norm(rows: int, width: int, itemsize: int) -> Work:
+    """x and residual [rows, width] in, the norm and the total out, weight [width] in; backward: the total, both upstream gradients and weight in,
+    the gradients of x, which is the residual's, and of weight out."""
+    return Work((4 + 4) * rows * width * itemsize + 3 * width * itemsize)
+
+
+def rotary_embedding(rows: int, heads: int, head_size: int, places: int, itemsize: int) -> Work:
+    """x [rows, heads, head_size] in and out, backward its gradients; each time two tables [places, head_size] and a position a row."""
+    return Work(2 * (2 * rows * heads * head_size * itemsize + 2 * places * head_size * itemsize + rows * INT64))
+
+
+def swiglu(elements: int, itemsize: int) -> Work:
+    """gate and up in, their product out; backward: both and the upstream gradient in, two gradients out."""
+    return Work((3 + 5) * elements * itemsize)
 
 
 def decode(model: nn.Module, batch: int, context: int = 0) -> Work:
@@ -127,22 +151,53 @@ def kept_of_a_token(model: nn.Module) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
 
 
-def ppo_step(model: nn.Module, prompts: int, samples: int, prompt: int, new: int, updates: int) -> Work:
-    """One epoch over `samples` of each of `prompts` of at least `prompt` tokens, with exactly `new` ones each, by a policy, a reference
-    and a critic like `model`.
+def ppo_step_flops(
+    model: nn.Module, prompts: int, samples: int, prompt: int, new: int, *, shared_trunk: bool = False
+) -> dict[str, int]:
+    """Products in each phase of one epoch over `samples` of each of `prompts` of at least `prompt` tokens, with exactly `new` ones each, by a
+    policy, a reference and a critic like `model`.
 
-    Products: every token that differs (a prompt's once for all its samples) once through the trunk when it is sampled and for its old and
-    reference log-probs and its value, and three times (forward, two gradients) through policy and critic; the head for new tokens alone.
-    Bytes: the weights for each decode step, and what AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each
-    update of both.
+    Every token that differs (a prompt's once for all its samples) goes once through the trunk when it is sampled and for its old and reference
+    log-probs and its value, and three times (forward, two gradients) through policy and critic in the update; new tokens alone through the
+    head. With a shared trunk a value is read off the policy's pass: none for it in scoring, none through a critic in the update.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    trunk, head = trunk_and_head(model)
+    critics = 0 if shared_trunk else 1
+    passes = {"sampling": (1, 1), "scoring": (2 + critics, 2), "update": (3 * (1 + critics), 3)}
+    tokens, actions = prompts * (prompt + samples * new), prompts * samples * new
+    return {
+        phase: 2 * (through_trunk * tokens * trunk + through_head * actions * head)
+        for phase, (through_trunk, through_head) in passes.items()
+    }
+
+
+def ppo_update(model: nn.Module, prompts: int, samples: int, prompt: int, new: int, updates: int) -> Work:
+    """The update of `ppo_step_flops`. Bytes: what AdamW reads (weight, gradient, two moments) and writes (all but the gradient) in each of
+    `updates` of policy and critic."""
+    flops = ppo_step_flops(model, prompts, samples, prompt, new)["update"]
+    return Work(adam_bytes(model, updates, shared_trunk=False), flops)
+
+
+def ppo_step(
+    model: nn.Module, prompts: int, samples: int, prompt: int, new: int, updates: int, *, shared_trunk: bool = False
+) -> Work:
+    """All phases of `ppo_step_flops`. Bytes: the weights for each decode step, and AdamW's as in `ppo_update`; with a shared trunk those of
+    the policy alone."""
+    flops = ppo_step_flops(model, prompts, samples, prompt, new, shared_trunk=shared_trunk)
+    decoding = FP32 * new * sum(trunk_and_head(model))
+    return Work(decoding + adam_bytes(model, updates, shared_trunk=shared_trunk), sum(flops.values()))
+
+
+def trunk_and_head(model: nn.Module) -> tuple[int, int]:
+    """Weights that a token goes through; the embedding is looked up."""
     head = model.get_output_embeddings().weight.numel()
-    trunk = parameters - head - model.get_input_embeddings().weight.numel()
-    through_trunk, through_head = (4 + 3 * 2) * (prompt + samples * new), (3 + 3) * samples * new
-    flops = 2 * prompts * (through_trunk * trunk + through_head * head)
-    adam = 7 * updates * (2 * parameters - head)
-    return Work(FP32 * (new * (trunk + head) + adam), flops)
+    return sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel(), head
+
+
+def adam_bytes(model: nn.Module, updates: int, *, shared_trunk: bool) -> int:
+    policy = sum(p.numel() for p in model.parameters())
+    critic = 0 if shared_trunk else policy - model.get_output_embeddings().weight.numel()
+    return FP32 * 7 * updates * (policy + critic)
 
 
 def cache_bytes(device: torch.device) -> int:

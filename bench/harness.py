@@ -111,6 +111,8 @@ class Case:
     """Elements of the largest tensor that an ordinary provider makes; says beforehand whether the case fits the memory."""
     dtype: str = "fp32"
     """Of the matrix products, to compare with the machine's rate for it."""
+    phase_flops: Mapping[str, int] | None = None
+    """Of each phase of a call, what cannot be avoided."""
     peaks: bool = False
     """Whether its memory is measured on a CPU too, where that takes a process for each provider."""
 
@@ -174,6 +176,8 @@ class Row:
     axis: str | None = None  # of a scaling curve: the name of the number that grows,
     length: int | None = None  # and how large it is
     baseline: str = EAGER  # the provider that speed-up and memory share are over
+    phase_s: dict[str, float] | None = None  # median of each phase, where the provider tells
+    phase_flops: dict[str, int] | None = None
 
     @property
     def goals(self) -> list[tuple[float | None, float | None, bool]]:
@@ -233,10 +237,11 @@ def input_sets(case: Case, device: torch.device, schedule: Schedule) -> list[Ten
 
 
 class Call(NamedTuple):
-    """What one call took, and how many pieces it made."""
+    """What one call took, how many pieces it made, and the seconds of its phases where its provider has `phases`, those of its last call."""
 
     seconds: float
     pieces: int
+    phases: Mapping[str, float] | None = None
 
 
 def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -> tuple[Row, Call | None]:
@@ -247,7 +252,7 @@ def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -
         started = perf_counter()
         outputs = case.providers[provider](inputs)
         seconds = float(outputs[case.seconds]) if case.seconds else perf_counter() - started
-        call = Call(seconds, pieces_of(case, outputs))
+        call = Call(seconds, pieces_of(case, outputs), phases_of(case.providers[provider]))
         row.error = case.compare(inputs, outputs, exact)
     except WrongResult as wrong:
         row.status, row.reason, row.error = "wrong", str(wrong), wrong.error
@@ -258,6 +263,14 @@ def check_provider(case: Case, provider: str, inputs: Tensors, exact: Tensors) -
 
 def pieces_of(case: Case, outputs: Tensors) -> int:
     return int(outputs[case.per]) if case.per else 1
+
+
+def phases_of(provider: Provider) -> Mapping[str, float] | None:
+    return getattr(provider, "phases", None)
+
+
+def median_phases(calls: list[Mapping[str, float]]) -> dict[str, float] | None:
+    return {phase: statistics.median(call[phase] for call in calls) for phase in calls[0]} if calls else None
 
 
 def note_failure(row: Row, error: Exception) -> None:
@@ -287,6 +300,7 @@ class Player:
         self._calls: int | None = None  # the first turn is one call, which tells how many make a turn
         self._replay: Callable[[], None] | None = None
         self.called_s: float | None = None
+        self.phases: list[Mapping[str, float]] = []
         if device.type == "cuda":
             self._rehearse(capturable=name not in case.prepare and case.per is None)
 
@@ -296,6 +310,8 @@ class Player:
         for call in range(first, first + calls):
             outputs = self._run(self._sets[call % len(self._sets)])
             pieces += pieces_of(self._case, outputs)
+            if phases := phases_of(self._run):
+                self.phases.append(phases)
             told += float(outputs[self._case.seconds]) if self._case.seconds else 0.0
             del outputs
         return Call(told, pieces)
@@ -366,6 +382,9 @@ def take_turns(
             spent[name] += perf_counter() - begun
         done += 1
         tick()
+    for name, player in players.items():
+        first = [had[name].phases] if name in had and had[name].phases else []
+        rows[name].phase_s = median_phases(first + player.phases)
     return seconds
 
 
@@ -373,6 +392,7 @@ def fill_times(row: Row, case: Case, seconds: list[float], ceilings: Ceilings) -
     row.rounds = len(seconds)
     row.median_s = statistics.median(seconds)
     row.p20_s, row.p80_s = percentile(seconds, 0.2), percentile(seconds, 0.8)
+    row.phase_flops = dict(case.phase_flops) if case.phase_flops else None
     if case.work is None:
         return
     row.floor_bytes, row.floor_flops = case.work
@@ -392,18 +412,20 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def fill_ratios(rows: Mapping[str, Row], target: Target | None = None) -> None:
-    """Speed-up and memory share over the baseline, where both are right and measured; the target goes to our own row.
+def times_the_speed(row: Row, other: Row) -> float:
+    """Of `other`; where only one of the two could be captured in a graph, that of calls from Python."""
+    alike = row.graph == other.graph
+    return other.median_s / row.median_s if alike else other.called_s / row.called_s
 
-    Where only one of the two could be captured in a graph, the speed-up is that of calls from Python.
-    """
+
+def fill_ratios(rows: Mapping[str, Row], target: Target | None = None) -> None:
+    """Speed-up and memory share over the baseline, where both are right and measured; the target goes to our own row."""
     for name, row in rows.items():
         baseline = rows.get(row.baseline)
         if baseline is None or name == row.baseline:
             continue
         if row.median_s and baseline.median_s:
-            alike = row.graph == baseline.graph
-            row.speedup = baseline.median_s / row.median_s if alike else baseline.called_s / row.called_s
+            row.speedup = times_the_speed(row, baseline)
         if row.peak_bytes is not None and baseline.peak_bytes:
             row.memory_share = row.peak_bytes / baseline.peak_bytes
     if OURS in rows and target is not None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 OURS, EAGER, COMPILED = "fastppo", "eager", "compile"
+SEPARATE = "fastppo, separate critic"  # our own step, beside the one with a shared trunk
+OWN = (OURS, SEPARATE)
 COMPILING = (
     COMPILED,
     "cce",

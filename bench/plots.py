@@ -1,4 +1,4 @@
-"""The pictures of a record: roofline, speed-ups, memory against tokens, scaling against length."""
+"""The pictures of a record: roofline, speed-ups, memory against tokens, scaling against length, where a step's time goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from fastppo.bench import scaling
 from fastppo.bench.harness import Row
-from fastppo.bench.peers import COMPILED, EAGER, OURS
+from fastppo.bench.peers import COMPILED, EAGER, OURS, SEPARATE
 from fastppo.bench.record import Record
 from fastppo.bench.report import kernels
 from fastppo.bench.scaling import Curve
@@ -17,6 +17,7 @@ from fastppo.bench.scaling import Curve
 # One colour a provider in every picture: ours stands out, plain PyTorch is grey.
 COLOURS = {
     OURS: "#d1495b",
+    SEPARATE: "#e8a3ac",
     EAGER: "#8d99ae",
     COMPILED: "#30638e",
     "trl": "#edae49",
@@ -27,6 +28,9 @@ COLOURS = {
     "flashinfer": "#b07d62",
 }
 OTHER = "#333333"
+PHASE_COLOURS = {"sampling": "#7fa8c9", "scoring": "#edae49", "update": "#8d99ae"}
+FLOOR = "floor"
+LEAST_NAMED = 0.06  # of a panel's width: what is narrower has no room for its seconds
 DPI = 130
 COLUMNS = 4
 CASE_GAP = 0.6  # between the bars of two cases, in bars
@@ -239,6 +243,57 @@ def draw_curves(axes: Any, op: str, axis: str, curves: list[Curve]) -> None:
     axes.set_ylabel("ms", fontsize=8)
 
 
+def phases(record: Record, figure: Any) -> None:
+    """Seconds of each phase of a step, a panel for each case: of every provider, and what the products of the tokens that differ would take
+    at the speed of one large product."""
+    rows = [row for row in record.rows if row.status == "ok" and row.phase_s]
+    cases = titles(rows)
+    if not cases:
+        return
+    bars = [phase_bars([row for row in rows if (row.op, row.case) == case], record) for case in cases]
+    counts = [len(some) + CASE_GAP for some in bars]
+    figure.set_size_inches(8.2, 0.34 * sum(counts) + 0.6 * len(cases) + 0.9)
+    panels = figure.subplots(len(cases), squeeze=False, height_ratios=counts)[:, 0]
+    for axes, (op, case), some in zip(panels, cases, bars, strict=True):
+        draw_phases(axes, some)
+        axes.set_title(f"{op} {case}", fontsize=8, loc="left")
+    panels[-1].set_xlabel("seconds", fontsize=9)
+    names = list(dict.fromkeys(phase for some in bars for _, seconds in some for phase in seconds))
+    handles = [panels[0].barh(0, 0, color=phase_colour(name), label=name) for name in names]
+    figure.legend(handles=handles, ncols=len(handles), fontsize=8, **LEGEND)
+
+
+def phase_bars(rows: list[Row], record: Record) -> list[tuple[str, dict[str, float]]]:
+    """(name, seconds of each phase) from top to bottom: the slowest first, ours and the floor last."""
+    rows = sorted(rows, key=lambda row: (row.provider == OURS, -row.median_s))
+    bars = [(row.provider, row.phase_s) for row in rows]
+    rate, flops = record.machine.matmul_rates.get("fp32"), rows[0].phase_flops
+    return [*bars, (FLOOR, {phase: count / rate for phase, count in flops.items()})] if rate and flops else bars
+
+
+def draw_phases(axes: Any, bars: list[tuple[str, dict[str, float]]]) -> None:
+    widest = max(sum(seconds.values()) for _, seconds in bars)
+    for place, (name, seconds) in enumerate(bars):
+        left = 0.0
+        for phase, width in seconds.items():
+            alpha = 0.55 if name == FLOOR else 1.0
+            axes.barh(place, width, left=left, height=0.8, color=phase_colour(phase), alpha=alpha, edgecolor="white")
+            if width >= LEAST_NAMED * widest:
+                axes.text(left + width / 2, place, f"{width:.2g}", ha="center", va="center", fontsize=7)
+            left += width
+        axes.text(
+            left, place, f" {left:.3g} s", va="center", fontsize=8, fontweight="bold" if name == OURS else "normal"
+        )
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, 1.1 * widest)
+    plain(axes, grid="x")
+
+
+def phase_colour(phase: str) -> str:
+    return PHASE_COLOURS.get(phase, OTHER)
+
+
 def short(length: int) -> str:
     return f"{length / 1e6:.1f}M" if length >= 1e6 else f"{length / 1e3:.3g}k" if length >= 1e4 else str(length)
 
@@ -248,4 +303,8 @@ PICTURES: dict[str, tuple[str, Callable[[Record, Any], None]]] = {
     "speedup": ("Speed-up over eager PyTorch", speedup),
     "memory": ("Peak memory of the head, beyond inputs and gradients", memory),
     "scaling": ("Time against length, and the power of it that fits", scaling_curves),
+    "phases": (
+        "Where a step's time goes; floor: products of the tokens that differ, as fast as one large product",
+        phases,
+    ),
 }

@@ -1,8 +1,8 @@
-"""Case of a whole PPO step: sampling, scoring, advantages and updates, as our trainer does them and in plain PyTorch on padded batches.
+"""Cases of a whole PPO step: sampling, scoring, advantages and updates, as our trainer does them and in plain PyTorch on padded batches.
 
-Both train the same small Qwen2 with a reference and a separate critic, on the same prompts and in the same minibatches; so does TRL's
-trainer, in minibatches of its own, where a version is installed that has one. They draw other tokens; so each is checked against the
-plain step in fp64, from the same weights, on the tokens that it drew itself.
+Both train the same small Qwen2 with a reference and a separate critic, or a value head on the policy's trunk, on the same prompts and in the
+same minibatches; so does TRL's trainer, in minibatches of its own, where a version is installed that has one. They draw other tokens; so each
+is checked against the plain step in fp64, from the same weights, on the tokens that it drew itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from fastppo import PPOConfig
 from fastppo.algorithms.ppo import PPO
 from fastppo.bench import floors, trl_ppo_step
+from fastppo.bench.clock import PhaseClock
 from fastppo.bench.gae import eager as gae
 from fastppo.bench.harness import Case, Tensors, WrongResult, relative_error
 from fastppo.bench.masked_whiten import eager as masked_whiten
+from fastppo.bench.peers import EAGER, OURS, SEPARATE
 from fastppo.bench.ppo_loss import eager as ppo_loss
 from fastppo.bench.rollout_workload import VOCABULARY, make_model, prompts_of
 from fastppo.bench.setting import Setting
@@ -53,6 +55,8 @@ class Shape(NamedTuple):
     longest: int
     new_tokens: int
     samples: int = 1
+    shared_trunk: bool = False
+    """The critic is a value head on the policy's trunk."""
 
     @property
     def sequences(self) -> int:
@@ -62,7 +66,8 @@ class Shape(NamedTuple):
     def name(self) -> str:
         lengths = self.longest if self.shortest == self.longest else f"{self.shortest}-{self.longest}"
         samples = f", {self.samples} samples each" if self.samples > 1 else ""
-        return f"{self.prompts} prompts of {lengths}{samples}, {self.new_tokens} new, a step"
+        trunk = ", shared trunk" if self.shared_trunk else ""
+        return f"{self.prompts} prompts of {lengths}{samples}, {self.new_tokens} new, a step{trunk}"
 
 
 def score(completion: list[int]) -> float:
@@ -93,22 +98,29 @@ class FusedStep:
         self.shape = shape
         model = prepare_model(make_model.__wrapped__(shape.hidden, shape.layers))
         self.algorithm = PPO(CONFIG)
-        self.roles = Roles(model, with_reference="reference" in self.algorithm.needs)
+        critic = "shared" if shape.shared_trunk else "separate"
+        self.roles = Roles(model, critic=critic, with_reference="reference" in self.algorithm.needs)
         noisy(self.roles.policy, 0.01, seed=1)
-        noisy(self.roles.critic.head, 0.05, seed=2)
+        noisy(self.roles.value_head if shape.shared_trunk else self.roles.critic.head, 0.05, seed=2)
         self.engine = Engine(model, max_batch_size=shape.sequences)
         settings = {"optimizer": CONFIG.optimizer, "critic": CONFIG.critic, "config": CONFIG.learner}
         self.learner = Learner(self.roles, **settings, total_steps=CONFIG.total_steps)
+        self.phases: dict[str, float] = {}
 
     def __call__(self, x: Tensors) -> Tensors:
+        clock = PhaseClock()
         new = self.shape.new_tokens
         sampling = SamplingParams(n=self.shape.samples, max_new_tokens=new, min_new_tokens=new)
-        rollout = self.engine.generate(prompts_of(x), sampling)
+        rollout = self.engine.generate(prompts_of(x), sampling, value_head=self.roles.value_head)
+        clock.end("sampling")
         scores = Scores(torch.tensor([score(completion) for completion in rollout.completions()]), {})
         plan = self.learner.plan(rollout, seed=0)
         evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
         targets = self.algorithm.credit(rollout, evaluation, scores)
+        clock.end("scoring")
         metrics = self.algorithm.update(self.learner, rollout, evaluation, targets, plan)
+        clock.end("update")
+        self.phases = clock.seconds
         return self._outputs(rollout, evaluation, targets, metrics)
 
     def _outputs(
@@ -121,38 +133,60 @@ class FusedStep:
             "advantages": targets.advantages,
             "returns": targets.returns,
         }
-        losses = torch.tensor([metrics["loss/policy_avg"], metrics["loss/value_avg"]])
-        return {"losses": losses} | {name: x.view(-1, self.shape.new_tokens) for name, x in actions.items()}
+        return losses_of(metrics) | {name: x.view(-1, self.shape.new_tokens) for name, x in actions.items()}
+
+
+class SeparateStep(FusedStep):
+    """Ours with a critic of its own, beside those with a shared trunk."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape._replace(shared_trunk=False))
+
+    def __call__(self, x: Tensors) -> Tensors:
+        return super().__call__(x) | {"separate_critic": torch.tensor(True)}
+
+
+def losses_of(metrics: dict[str, float]) -> Tensors:
+    return {"losses": torch.tensor([metrics["loss/policy_avg"], metrics["loss/value_avg"]])}
 
 
 class PlainStep:
     """The same step with Transformers' `generate`, left-padded batches, whole logits and PyTorch's own functions.
 
-    P longest prompt, N new tokens: sequences are [B, P + N], of which the last N are the completions.
+    P longest prompt, N new tokens: sequences are [B, P + N], of which the last N are the completions. `at_a_time`: so many sequences of a
+    minibatch go through the networks together, None all.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32, at_a_time: int | None = None) -> None:
+        self.shape, self.at_a_time = shape, at_a_time
+        self.phases: dict[str, float] = {}
         self.reference = make_model.__wrapped__(shape.hidden, shape.layers)
         self.policy = copy.deepcopy(self.reference)
-        self.critic, self.value_head = copy.deepcopy(self.reference.model), nn.Linear(shape.hidden, 1)
+        self.critic = None if shape.shared_trunk else copy.deepcopy(self.reference.model)
+        self.value_head = nn.Linear(shape.hidden, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         noisy(self.policy, 0.01, seed=1)
         noisy(self.value_head, 0.05, seed=2)
-        for module in (self.reference, self.policy, self.critic, self.value_head):
+        critic = [self.value_head] if shape.shared_trunk else [self.critic, self.value_head]
+        for module in (self.reference, self.policy, *critic):
             module.to(dtype)
-        self.groups = [
-            list(self.policy.parameters()),
-            [*self.critic.parameters(), *self.value_head.parameters()],
-        ]
+        self.groups = [list(self.policy.parameters()), [p for module in critic for p in module.parameters()]]
         rates = (CONFIG.optimizer.lr, CONFIG.critic.lr)
         self.optimizers = [
             torch.optim.AdamW(group, lr=lr, weight_decay=0.0) for group, lr in zip(self.groups, rates, strict=True)
         ]
 
     def __call__(self, x: Tensors) -> Tensors:
-        return self.learn(x, self.sample(x))
+        clock = PhaseClock()
+        completions = self.sample(x)
+        clock.end("sampling")
+        batch = self.experience(x, completions)
+        clock.end("scoring")
+        losses = self.update(batch)
+        clock.end("update")
+        self.phases = clock.seconds
+        return self._outputs(completions, batch, losses)
 
     @torch.no_grad()
     def sample(self, x: Tensors) -> Tensor:
@@ -166,14 +200,30 @@ class PlainStep:
 
     def learn(self, x: Tensors, completions: Tensor, chosen: list[list[int]] | None = None) -> Tensors:
         """Experience from given completions, and updates in the `chosen` minibatches."""
+        batch = self.experience(x, completions)
+        return self._outputs(completions, batch, self.update(batch, chosen))
+
+    def experience(self, x: Tensors, completions: Tensor) -> Tensors:
+        """What the update is given."""
+        sequences = self.sequences(x, completions)
+        return sequences | self._experience(**sequences)
+
+    def sequences(self, x: Tensors, completions: Tensor) -> Tensors:
+        """`tokens` and `attention`, int64 [B, P + N]"""
         tokens, mask = self._left_padded(x)
-        tokens, mask = torch.cat((tokens, completions), 1), torch.cat((mask, torch.ones_like(completions)), 1)
-        batch = {"tokens": tokens, "attention": mask} | self._experience(tokens, mask)
+        mask = torch.cat((mask, torch.ones_like(completions)), 1)
+        return {"tokens": torch.cat((tokens, completions), 1), "attention": mask}
+
+    def update(self, batch: Tensors, chosen: list[list[int]] | None = None) -> Tensor:
+        """An optimizer step for each of the minibatches; the means of policy and value loss."""
         losses = torch.zeros(2, dtype=batch["values"].dtype)
         chosen = chosen or minibatches(self.shape)
         for indices in chosen:
             losses += self._update({name: value[indices] for name, value in batch.items()})
-        return {"completions": completions, "losses": losses / len(chosen)} | {name: batch[name] for name in PER_TOKEN}
+        return losses / len(chosen)
+
+    def _outputs(self, completions: Tensor, batch: Tensors, losses: Tensor) -> Tensors:
+        return {"completions": completions, "losses": losses} | {name: batch[name] for name in PER_TOKEN}
 
     def _left_padded(self, x: Tensors) -> tuple[Tensor, Tensor]:
         """Each prompt once for each of its samples."""
@@ -185,7 +235,7 @@ class PlainStep:
     @torch.no_grad()
     def _experience(self, tokens: Tensor, attention: Tensor) -> Tensors:
         """Old and reference log-probs, values, KL-shaped rewards, advantages and returns, each [B, N]."""
-        old, values = self._logprobs(self.policy, tokens, attention), self._values(tokens, attention)
+        old, values = self._logprobs_and_values(tokens, attention)
         rewards = -CONFIG.reward.kl_coef * (old - self._logprobs(self.reference, tokens, attention))
         completions = tokens[:, -self.shape.new_tokens :].tolist()
         rewards[:, -1] += torch.tensor([score(completion) for completion in completions])
@@ -195,9 +245,22 @@ class PlainStep:
 
     def _update(self, batch: Tensors) -> Tensor:
         """One optimizer step; (policy loss, value loss)."""
+        count = len(batch["tokens"])
+        losses = torch.zeros(2, dtype=batch["values"].dtype)
+        for some in torch.arange(count).split(self.at_a_time or count):
+            part = self._losses({name: value[some] for name, value in batch.items()}) * (len(some) / count)
+            (part[0] + CONFIG.critic.vf_coef * part[1]).backward()
+            losses += part.detach()
+        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(group, CONFIG.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    def _losses(self, batch: Tensors) -> Tensor:
+        """[2]: policy loss and value loss."""
         mask = torch.ones_like(batch["values"], dtype=torch.bool)
-        logprobs = self._logprobs(self.policy, batch["tokens"], batch["attention"])
-        values = self._values(batch["tokens"], batch["attention"])
+        logprobs, values = self._logprobs_and_values(batch["tokens"], batch["attention"])
         clip = {"clip_low": CONFIG.loss.clip_low, "clip_high": CONFIG.loss.clip_high}
         (policy,) = ppo_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, **clip)
         clipped = batch["values"] + (values - batch["values"]).clamp(
@@ -205,12 +268,15 @@ class PlainStep:
         )
         errors = (values - batch["returns"]).square(), (clipped - batch["returns"]).square()
         value = 0.5 * torch.maximum(*errors).mean()
-        (policy + CONFIG.critic.vf_coef * value).backward()
-        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(group, CONFIG.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        return torch.stack((policy.detach(), value.detach()))
+        return torch.stack((policy, value))
+
+    def _logprobs_and_values(self, tokens: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N] each; of a shared trunk in one pass."""
+        if self.critic is not None:
+            return self._logprobs(self.policy, tokens, attention), self._values(tokens, attention)
+        states = self._states_before(self.policy.model, tokens, attention)
+        logprobs = log_softmax_gather(self.policy.lm_head(states), tokens[:, -self.shape.new_tokens :])
+        return logprobs, self.value_head(states).squeeze(-1)
 
     def _logprobs(self, model: PreTrainedModel, tokens: Tensor, attention: Tensor) -> Tensor:
         """[B, N]: the logits of a position score the token after it."""
@@ -222,8 +288,12 @@ class PlainStep:
 
     def _values(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """[B, N]: of the state before each new token."""
-        out = self.critic(tokens, attention_mask=attention, position_ids=positions(attention))
-        return self.value_head(out.last_hidden_state[:, -self.shape.new_tokens - 1 : -1]).squeeze(-1)
+        return self.value_head(self._states_before(self.critic, tokens, attention)).squeeze(-1)
+
+    def _states_before(self, trunk: nn.Module, tokens: Tensor, attention: Tensor) -> Tensor:
+        """[B, N, H]: of each new token."""
+        out = trunk(tokens, attention_mask=attention, position_ids=positions(attention))
+        return out.last_hidden_state[:, -self.shape.new_tokens - 1 : -1]
 
 
 def positions(attention: Tensor) -> Tensor:
@@ -239,16 +309,22 @@ def checked(shape: Shape) -> Callable[[Tensors, Tensors, Tensors], float]:
 
     def compare(x: Tensors, outputs: Tensors, exact: Tensors) -> float:
         chosen = outputs["minibatches"].tolist() if "minibatches" in outputs else None
-        expected = PlainStep(shape, torch.float64).learn(x, outputs["completions"], chosen)
-        found = outputs["losses"].double()
-        off = ((found - expected["losses"]).abs() / expected["losses"].abs().clamp_min(1)).max().item()
-        if not off <= ALLOWED_LOSS_ERROR:
-            raise WrongResult(f"losses are {found.tolist()}, expected {expected['losses'].tolist()}", off)
+        asked = shape._replace(shared_trunk=False) if "separate_critic" in outputs else shape
+        expected = PlainStep(asked, torch.float64).learn(x, outputs["completions"], chosen)
+        off = loss_error(outputs["losses"], expected["losses"])
         return max(
             [off, *(relative_error(name, outputs[name], expected[name]) for name in PER_TOKEN if name in outputs)]
         )
 
     return compare
+
+
+def loss_error(found: Tensor, exact: Tensor) -> float:
+    """In units of max(|exact|, 1); WrongResult where rounding does not explain it."""
+    off = ((found.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
+    if not off <= ALLOWED_LOSS_ERROR:
+        raise WrongResult(f"losses are {found.tolist()}, expected {exact.tolist()}", off)
+    return off
 
 
 class Lazy:
@@ -262,30 +338,49 @@ class Lazy:
             self.step = self.kind(self.shape)
         return self.step(x)
 
+    @property
+    def phases(self) -> dict[str, float] | None:
+        """Seconds of the last call's."""
+        return self.step and self.step.phases
+
+
+def make_prompts(shape: Shape, generator: torch.Generator) -> Tensors:
+    """int64: `tokens` [prompts, longest], of which each row's first `lengths` [prompts] are a prompt."""
+    lengths = torch.randint(shape.shortest, shape.longest + 1, (shape.prompts,), generator=generator)
+    return {
+        "tokens": torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator),
+        "lengths": lengths,
+    }
+
 
 def make_case(shape: Shape) -> Case:
-    def inputs(generator: torch.Generator) -> Tensors:
-        lengths = torch.randint(shape.shortest, shape.longest + 1, (shape.prompts,), generator=generator)
-        tokens = torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator)
-        return {"tokens": tokens, "lengths": lengths}
-
-    steps = {"fastppo": FusedStep, "eager": PlainStep}
+    steps = {OURS: FusedStep, EAGER: PlainStep}
+    if shape.shared_trunk:
+        steps[SEPARATE] = SeparateStep
     if shape.samples == 1 and trl_ppo_step.is_installed():
         steps["trl"] = lambda shape: trl_ppo_step.TRLStep(PlainStep(shape), score, CONFIG)
-    sizes = shape.prompts, shape.samples, shape.shortest, shape.new_tokens
+    model, sizes = make_model(shape.hidden, shape.layers), floor_sizes(shape)
     return Case(
         op="ppo_step",
         name=shape.name,
-        inputs=inputs,
+        inputs=lambda generator: make_prompts(shape, generator),
         providers={name: Lazy(kind, shape) for name, kind in steps.items()},
         exact=lambda x: {},
         compare=checked(shape),
-        work=floors.ppo_step(make_model(shape.hidden, shape.layers), *sizes, CONFIG.learner.num_minibatches),
+        work=floors.ppo_step(model, *sizes, CONFIG.learner.num_minibatches, shared_trunk=shape.shared_trunk),
+        phase_flops=floors.ppo_step_flops(model, *sizes, shared_trunk=shape.shared_trunk),
         rounds=ROUNDS if shape.samples == 1 else LONG_ROUNDS,
     )
 
 
+def floor_sizes(shape: Shape) -> tuple[int, int, int, int]:
+    return shape.prompts, shape.samples, shape.shortest, shape.new_tokens
+
+
+QUICK = Shape(32, 1, 8, 2, 8, 8), Shape(32, 1, 4, 16, 16, 8, samples=4)
+USUAL = Shape(256, 2, 32, 12, 48, 32), Shape(128, 2, 16, 256, 256, 64, samples=8)
+
+
 def cases(setting: Setting) -> list[Case]:
-    if setting.quick:
-        return [make_case(Shape(32, 1, 8, 2, 8, 8)), make_case(Shape(32, 1, 4, 16, 16, 8, samples=4))]
-    return [make_case(Shape(256, 2, 32, 12, 48, 32)), make_case(Shape(128, 2, 16, 256, 256, 64, samples=8))]
+    single, sampled = QUICK if setting.quick else USUAL
+    return [make_case(shape) for shape in (single, sampled, sampled._replace(shared_trunk=True))]

@@ -118,9 +118,10 @@ def save(record: Record, path: Path) -> Path:
 
 
 def save_csv(record: Record, path: Path) -> Path:
-    """Writes one line a row, under the fields' names; what was not measured is empty."""
+    """Writes one line a row, under the fields' names, without the phases; what was not measured is empty."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        names = [f.name for f in fields(Row) if f.name not in ("phase_s", "phase_flops")]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(row) for row in record.rows + record.scaling)
     return path

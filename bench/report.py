@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from fastppo.bench import scaling
-from fastppo.bench.harness import ALL, Row
-from fastppo.bench.peers import EAGER, OURS
+from fastppo.bench.harness import ALL, Row, times_the_speed
+from fastppo.bench.peers import EAGER, OURS, OWN
 from fastppo.bench.record import Machine, Record
 
 COLUMNS = (
@@ -21,10 +21,12 @@ COLUMNS = (
     "of copy",
     "GFLOP/s",
     "speed-up",
+    "best peer",
     "target",
     "error",
     "peak memory",
 )
+LEVEL = 0.97  # of the best peer's speed: what is below is behind it
 DROP_IN = "drop_in"
 DROP_IN_COLUMNS = (
     "package",
@@ -76,8 +78,27 @@ def target(row: Row) -> str:
     return f"{', '.join(filter(None, wanted))}: {'met' if row.target_met else 'not met'}"
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The row's columns after its case, empty where nothing was measured."""
+def best_peer(row: Row, rows: Iterable[Row]) -> tuple[str, float] | None:
+    """Of one of our rows: the fastest of those that are not ours and gave right results, and how many times its speed we have."""
+    if row.provider != OURS or row.status != "ok":
+        return None
+    others = (other for other in rows if (other.op, other.case) == (row.op, row.case) and other.provider not in OWN)
+    ratios = [(other.provider, times_the_speed(row, other)) for other in others if other.status == "ok"]
+    return min(ratios, key=lambda ratio: ratio[1], default=None)
+
+
+def behind(rows: list[Row]) -> list[str]:
+    """One line for each of our rows that its best peer outruns."""
+    found = [(row, best_peer(row, rows)) for row in rows]
+    return [
+        f"{name(row)}: {best[1]:.2f}x the speed of {best[0]}"
+        for row, best in found
+        if best is not None and best[1] < LEVEL
+    ]
+
+
+def cells(row: Row, rows: list[Row]) -> tuple[str, ...]:
+    """The row's columns after its case, of the table of `rows`; empty where nothing was measured."""
     if row.status != "ok":
         return (
             row.provider,
@@ -87,10 +108,12 @@ def cells(row: Row) -> tuple[str, ...]:
             "",
             "",
             "",
+            "",
             target(row),
             optional(row.error, "{:.1e}"),
             row.reason or "",
         )
+    best = best_peer(row, rows)
     return (
         row.provider,
         seconds(row.median_s),
@@ -99,6 +122,7 @@ def cells(row: Row) -> tuple[str, ...]:
         optional(row.copy_share, "{:.0%}"),
         optional(row.gflop_per_s, "{:.0f}") + optional(row.flop_share, " ({:.0%} of matmul)"),
         optional(row.speedup, "{:.2f}x"),
+        f"{best[1]:.2f}x {best[0]}" if best else "",
         target(row),
         optional(row.error, "{:.1e}"),
         peak(row),
@@ -128,7 +152,7 @@ def terminal_table(record: Record) -> Table:
         )
         if title and table.row_count:
             table.add_section()
-        table.add_row(title, *cells(row), style=style)
+        table.add_row(title, *cells(row, record.rows), style=style)
     return table
 
 
@@ -195,7 +219,7 @@ def failures(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
     ours, of_peers = [], []
     for row in rows:
         if row.status not in ("ok", "skipped"):
-            failed = ours if row.provider in (OURS, EAGER, ALL) else of_peers
+            failed = ours if row.provider in (*OWN, EAGER, ALL) else of_peers
             failed.append(f"{name(row)}, {row.provider}: {row.status}: {row.reason}")
     return ours, of_peers
 
@@ -242,7 +266,8 @@ def markdown(record: Record, record_name: str) -> str:
     ]
     for title, row in zip(titles(rows), rows, strict=True):
         emphasis = f"**{row.provider}**" if row.provider == OURS else row.provider
-        lines.append(f"| {' | '.join((title, emphasis, *cells(row)[1:]))} |")
+        lines.append(f"| {' | '.join((title, emphasis, *cells(row, rows)[1:]))} |")
+    lines += behind_lines(rows)
     if record.scaling:
         lines += ["", "Scaling: time ~ length^exponent.", "", f"| {' | '.join(SCALING_COLUMNS)} |"]
         lines += [f"|{'---|' * len(SCALING_COLUMNS)}", *(f"| {' | '.join(line)} |" for line in scaling_lines(record))]
@@ -254,6 +279,16 @@ def markdown(record: Record, record_name: str) -> str:
         *(f"- {s}" for s in short),
     ]
     return "\n".join(lines) + "\n"
+
+
+def behind_lines(rows: list[Row]) -> list[str]:
+    """What stands below a page's table of `rows`."""
+    found = behind(rows)
+    if not rows:
+        return []
+    if not found:
+        return ["", f"None is below {LEVEL:g}x the speed of its best peer."]
+    return ["", f"Below {LEVEL:g}x the speed of the best peer:", "", *(f"- {line}" for line in found)]
 
 
 def summary(record: Record, record_name: str) -> str:
@@ -310,7 +345,10 @@ def drop_in_markdown(record: Record, record_name: str) -> str:
     pairs = drop_in_pairs(record)
     lines = [cells_line(drop_in_cells(*pair)) for pair in pairs]
     wrong = [f"- {line}" for line in sum(failures(row for pair in pairs for row in pair), [])]
-    return page_table(DROP_IN_COLUMNS, lines, [*([""] if wrong else []), *wrong, "", source(record, record_name)])
+    below = behind_lines([row for pair in pairs for row in pair])
+    return page_table(
+        DROP_IN_COLUMNS, lines, [*([""] if wrong else []), *wrong, *below, "", source(record, record_name)]
+    )
 
 
 def drop_in_summary(record: Record, record_name: str) -> str:

@@ -79,7 +79,7 @@ def narrowed(case: Case, quick: bool, against: tuple[str, ...] | None) -> Case:
     if against is None:
         kept = {name for name in case.providers if name != peers.COMPILED or not quick}
     else:
-        kept = {peers.OURS, *against}
+        kept = {*peers.OWN, *against}
     return replace(case, providers={name: run for name, run in case.providers.items() if name in kept})
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastppo import PPOConfig
+from fastppo.bench.clock import PhaseClock
 from fastppo.bench.harness import Tensors
 from fastppo.bench.rollout_workload import prompts_of
 
@@ -78,6 +81,7 @@ class TRLStep:
             from trl.experimental.ppo import PPOTrainer
 
         self.shape = plain.shape
+        self.phases: dict[str, float] = {}
         self.folder = tempfile.TemporaryDirectory()  # TRL makes one, and writes nothing into it
         self.reward = Reward(score, self.shape.new_tokens)
         self.prompts: list[dict] = [{} for _ in range(self.shape.prompts)]
@@ -130,12 +134,40 @@ class TRLStep:
         rows = [[PAD] * (self.shape.longest - len(item["prompt"])) + item["prompt"] for item in items]
         return {"input_ids": torch.tensor(rows)}
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Keeps the phases of a batch: sampling ends with the trainer's `batch_generation`, whose logits are its old log-probs; the update
+        begins where it draws the minibatches of its one epoch."""
+        clock = PhaseClock()
+
+        def ending(phase: str, function: Callable, *, after: bool) -> Callable:
+            def call(*args, **kwargs):
+                if not after:
+                    clock.end(phase)
+                result = function(*args, **kwargs)
+                if after:
+                    clock.end(phase)
+                return result
+
+            return call
+
+        module = sys.modules[type(self.trainer).__module__]
+        generation = ending("sampling", module.batch_generation, after=True)
+        drawing = ending("scoring", np.random.permutation, after=False)
+        with (
+            mock.patch.object(module, "batch_generation", generation),
+            mock.patch.object(np.random, "permutation", drawing),
+        ):
+            yield
+        clock.end("update")
+        self.phases = clock.seconds
+
     def __call__(self, x: Tensors) -> Tensors:
         """Completions [B, N], the step's losses, and the rows of its minibatches [M, B / M]."""
         prompts = prompts_of(x)
         self.prompts[:] = [{"index": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
         np.random.seed(0)  # for the minibatches, which TRL draws from NumPy and tells no one
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), self._timed():
             self.trainer.train()
         np.random.seed(0)
         order = torch.tensor(self.order)

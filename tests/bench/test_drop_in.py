@@ -81,11 +81,11 @@ def test_each_function_is_called_as_its_package_does(one):
     checked(drop_in.make_case(one))
 
 
-@pytest.mark.parametrize("package", drop_in_steps.CASES)
-def test_a_step_is_right_patched_and_as_it_comes(package):
+@pytest.mark.parametrize("package, make", drop_in_steps.CASES)
+def test_a_step_is_right_patched_and_as_it_comes(package, make):
     """And leaves the package as it was."""
     installed(package)
-    checked(drop_in_steps.CASES[package](quick=True))
+    checked(make(quick=True))
     name = package.replace("-", "_")
     found = vars(importlib.import_module(f"fastppo.integrations.{name}")).values()
     assert not any(peer._swaps for peer in found if isinstance(peer, Peer))

@@ -76,7 +76,15 @@ def few_inputs(monkeypatch):
         # 10 keys and values of 2 heads of 4 in bf16 (320); queries and results of 3 sequences, 8 heads of 4 (384)
         (floors.decode_attention(10, 3, 8, 2, 4, 2), (704, 0)),
         # fp32 2x3 and 5x3 in, 2x5 out (124); 2·2·3·5 flops
+        # forward q, k, v in, out out; backward those four and a gradient in, three out
+        (floors.packed_attention(10, 30, 4, 2, 8, 2), (5760, 13440)),
         (floors.batch_invariant_linear(2, 5, 3), (124, 60)),
+        # 4 fp32 tensors of 2x3 forward and 4 backward (192), the weight twice in, its gradient out (36)
+        (floors.rms_norm(2, 3, 4), (228, 0)),
+        # bf16 2x3x4 in and out (96), 2 tables of 5x4 (80), 2 positions (16); and back
+        (floors.rotary_embedding(2, 3, 4, 5, 2), (384, 0)),
+        # bf16: 3 forward, 5 backward
+        (floors.swiglu(10, 2), (160, 0)),
         # ToyLM: 12 weights in the trunk, 20 in the head, the embedding left out; of a batch of 4
         (floors.decode(ToyLM(), 4), (32, 64)),
         # 2 sequences of 3 + 5 tokens: 10 passes of 8 tokens through 12 weights, 6 of 5 through 20; twice that in flops, for each sequence.
@@ -84,6 +92,13 @@ def few_inputs(monkeypatch):
         (floors.ppo_step(ToyLM(), 2, 1, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (80 * 12 + 30 * 20))),
         # 4 samples of each: 10 passes of 3 + 4 * 5 tokens, 6 of 4 * 5
         (floors.ppo_step(ToyLM(), 2, 4, 3, 5, 3), (4 * (5 * 32 + 3 * 7 * 84), 2 * 2 * (230 * 12 + 120 * 20))),
+        # with a shared trunk: 6 passes of either, updates of the policy's 52 weights alone
+        (
+            floors.ppo_step(ToyLM(), 2, 4, 3, 5, 3, shared_trunk=True),
+            (4 * (5 * 32 + 3 * 7 * 52), 2 * 2 * (6 * 23 * 12 + 120 * 20)),
+        ),
+        # of the 10 and 6 passes 6 and 3 are the update's
+        (floors.ppo_update(ToyLM(), 2, 4, 3, 5, 3), (4 * 3 * 7 * 84, 2 * 2 * (6 * 23 * 12 + 60 * 20))),
     ],
 )
 def test_floors_equal_hand_counts(work, expected):
@@ -208,6 +223,23 @@ def test_decode_steps_of_a_gpu_s_cases_are_counted_alone():
         assert int(outputs["decoded"]) == 4 * 7 and 0 < float(outputs["seconds"]) < 60
 
 
+def test_phases_are_medians_of_every_turn(few_inputs):
+    """A provider tells those of its last call; of one that does not there are none."""
+
+    class Told:
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            self.phases = {"first": float(self.calls), "second": 0.5}
+            return double(x)
+
+    case = toy_case(providers={"fastppo": Told(), "eager": double}, phase_flops={"first": 7, "second": 1})
+    rows = measured(case, rounds=3)
+    assert rows["fastppo"].phase_s == {"first": 3.0, "second": 0.5}, "calls 2, 3 and 4: the first was the check"
+    assert rows["eager"].phase_s is None and rows["eager"].phase_flops == {"first": 7, "second": 1}
+
+
 def test_floors_of_a_gpu_s_decode_steps():
     """Qwen3-1.7B ties its embeddings: 1.72e9 weights, all of them read. Qwen2.5-7B does not: 7.6e9, one of its two [152064, 3584] not read.
 
@@ -320,6 +352,8 @@ def test_a_child_that_takes_too_long_is_ended(monkeypatch):
 
 
 def test_record_survives_json(tmp_path):
+    told = [replace(row, phase_s={"update": 0.5}, phase_flops={"update": 7}) for row in a_record().rows]
+    assert record.load(record.save(a_record(rows=told), tmp_path)).rows == told
     file = record.save(a_record(), tmp_path)
     assert file.name == "a-processor-r-3-2t-avx2-2026-11-22.json"
     assert record.load(file) == a_record()

@@ -22,8 +22,14 @@ def whole_record() -> record.Record:
         timed("mine", 1, 1, 1, speedup=0.1),
     ]
     product = replace(timed_rows[0], op="linear_token_logprobs", case="8 tokens", floor_flops=80000, gflop_per_s=8.0)
+    step = replace(
+        timed_rows[0],
+        op="ppo_step",
+        phase_s={"sampling": 1e-3, "update": 2e-3},
+        phase_flops={"sampling": 10**7, "update": 10**8},
+    )
     curves = [replace(row, op="linear_token_logprobs", axis="N") for row in curve_rows()]
-    return a_record(rows=[*timed_rows, product, a_record().rows[2]], scaling=curves)
+    return a_record(rows=[*timed_rows, product, step, a_record().rows[2]], scaling=curves)
 
 
 def test_every_picture_is_written(tmp_path):
@@ -35,6 +41,24 @@ def test_every_picture_is_written(tmp_path):
 def test_a_record_without_rows_for_a_picture_has_none(tmp_path):
     assert [file.name for file in plots.draw(a_record(), tmp_path)] == ["cpu-roofline.png", "cpu-speedup.png"]
     assert plots.draw(a_record(rows=[]), tmp_path) == []
+
+
+def test_bars_of_phases_end_with_ours_and_the_floor():
+    """The floor is the flops of each phase at the machine's rate, 1e11 a second here."""
+    ours = next(row for row in whole_record().rows if row.phase_s)
+    others = [replace(ours, provider=name, median_s=seconds) for name, seconds in (("eager", 2.0), ("trl", 3.0))]
+    bars = plots.phase_bars([ours, *others], whole_record())
+    assert [name for name, _ in bars] == ["trl", "eager", "fastppo", plots.FLOOR]
+    assert bars[-1][1] == {"sampling": 1e-4, "update": 1e-3}
+
+
+def test_the_page_shows_the_phases_of_a_record_that_has_them():
+    page = cli.DOCS.read_text()
+    assert (cli.DOCS.parent / "cpu-phases.png").read_bytes().startswith(PNG)
+    shown = page.split("](cpu-phases.png)")[1]
+    rows = record.load(record.ROOT / shown.split("Record: `")[1].split("`")[0]).rows
+    found = {row.provider for row in rows if row.op == "ppo_step" and row.phase_s}
+    assert {"fastppo", "eager", "trl"} <= found
 
 
 def test_pictures_come_from_a_record_too(tmp_path, monkeypatch, capsys):

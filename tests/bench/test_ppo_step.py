@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from time import perf_counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from fastppo.bench import ppo_step, trl_ppo_step
 from fastppo.bench.catalog import load_cases
 from fastppo.bench.harness import check_provider, make_inputs
+from fastppo.bench.peers import SEPARATE
 from fastppo.bench.setting import Setting
 
 CPU = torch.device("cpu")
@@ -18,9 +20,9 @@ TRL = pytest.param(
 )
 
 
-def quick_case(samples: bool = False):
-    """Of single answers, or of several samples a prompt."""
-    return load_cases("ppo_step", Setting(quick=True))[samples]
+def quick_case(samples: bool = False, shared_trunk: bool = False):
+    """Of single answers, or of several samples a prompt, or of those with a shared trunk."""
+    return load_cases("ppo_step", Setting(quick=True))[samples + shared_trunk]
 
 
 def checked(monkeypatch, provider: str, case=None, **changes):
@@ -47,6 +49,39 @@ def test_steps_agree_with_fp64_on_the_tokens_they_drew(monkeypatch, provider):
 def test_steps_of_several_samples_a_prompt_agree_with_fp64(monkeypatch, provider):
     row = checked(monkeypatch, provider, quick_case(samples=True))
     assert row.status == "ok", row.reason
+
+
+@pytest.mark.parametrize("provider", ["fastppo", "eager", SEPARATE])
+def test_steps_with_a_shared_trunk_agree_with_fp64(monkeypatch, provider):
+    """And ours with a critic of its own beside them, with the step that has one."""
+    case = quick_case(samples=True, shared_trunk=True)
+    assert case.name.endswith(", shared trunk")
+    row = checked(monkeypatch, provider, case)
+    assert row.status == "ok", row.reason
+
+
+@pytest.mark.parametrize("provider", ["fastppo", "eager"])
+def test_a_separate_critic_is_no_shared_trunk(monkeypatch, provider):
+    """The losses tell them apart, though the values before the first update are the same."""
+    separate, shared = quick_case(samples=True), quick_case(samples=True, shared_trunk=True)
+    swapped = replace(shared, providers={provider: separate.providers[provider]})
+    row = checked(monkeypatch, provider, swapped)
+    assert row.status == "wrong"
+
+
+@pytest.mark.parametrize("provider", ["fastppo", "eager", TRL])
+def test_a_step_tells_its_phases(provider):
+    """They follow each other and leave nothing out but the packing of outputs."""
+    case = quick_case()
+    run, inputs = case.providers[provider], make_inputs(case, CPU)
+    assert run.phases is None, "before the first call"
+    run(inputs)
+    started = perf_counter()
+    run(inputs)
+    elapsed = perf_counter() - started
+    assert list(run.phases) == ["sampling", "scoring", "update"] == list(case.phase_flops)
+    assert all(seconds > 0 for seconds in run.phases.values())
+    assert 0.5 * elapsed < sum(run.phases.values()) <= elapsed
 
 
 @pytest.mark.parametrize("provider", ["fastppo", TRL])
