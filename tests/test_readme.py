@@ -81,10 +81,20 @@ def test_the_ops_for_an_own_trainer_run():
         "new_logprobs": torch.randn(batch, time, requires_grad=True),
         "old_logprobs": torch.randn(batch, time),
         "last_logits": torch.randn(batch, vocabulary),
+        "x": torch.randn(time, width),
+        "residual": torch.randn(time, width),
+        "weight": torch.randn(width),
+        "q": torch.randn(time, 2, width),
+        "cos": torch.randn(time, width),
+        "sin": torch.randn(time, width),
+        "positions": torch.arange(time),
+        "gate": torch.randn(time, width),
+        "up": torch.randn(time, width),
     }
     exec(compile(python_blocks()[2], "README.md", "exec"), names)
     assert names["logprobs"].shape == (batch, time - 1)
     assert names["sampled"].tokens.shape == (batch,) and names["loss"].dim() == 0
+    assert names["normed"].shape == names["gated"].shape == (time, width) and names["q"].shape == (time, 2, width)
 
 
 def test_the_demo_reward_is_verifiable():
