@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -58,6 +60,10 @@ def test_strided_operands(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(37, 150, 200), (70, 20, 700)])
 def test_bits_do_not_depend_on_the_other_rows(fast_backend, size, dtype):
+    if fast_backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip(
+            "interpreted, a block's product is NumPy's, whose bits depend on where a row stands on some processors"
+        )
     x, weight, bias = make_case(*size, dtype)
     whole = batch_invariant_linear(x, weight, bias)
     for rows in (slice(0, 1), slice(3, 10), slice(36, 37), slice(1, 37)):
