@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -13,6 +14,11 @@ namespace fastppo::FASTPPO_ISA {
 namespace {
 
 constexpr int kTile = 16;  // keys at once: their scores fill one vector, so that one exponential serves them all
+constexpr int kHeadsTogether = 4;  // query heads that share what is done once for all
+constexpr int kHeadsInRegisters = kRegisterBytes == 64 ? 4 : 2;  // those whose sums stay in registers beside a key's
+// Query heads of a key head from which on turning its tile costs less than it saves; with half as many registers it never does, but for gradients.
+constexpr int kTurnedFor = kRegisterBytes == 64 ? 4 : std::numeric_limits<int>::max();
+static_assert(kTile == kLanes);
 
 struct AttentionShape {
   int64_t heads, kv_heads;
@@ -38,11 +44,72 @@ FASTPPO_INLINE void load_head(const typename Storage::type* p, int size, vfloat*
   }
 }
 
+// The keys or values of a tile, and the same turned: line i holds element i of each.
+template <int kVectors>
+using TileRows = vfloat[kTile][kVectors];
+template <int kVectors>
+using TileLines = vfloat[kVectors * kLanes];
+
 // Up to 16 consecutive keys and values of one key head.
 template <int kVectors>
 struct Tile {
-  vfloat keys[kTile][kVectors], values[kTile][kVectors];
+  TileRows<kVectors> keys, values;
 };
+
+// from [kRows, kColumns] -> to [kColumns, kRows], multiples of eight.
+template <int kRows, int kColumns>
+FASTPPO_INLINE void turn(const float* from, float* to) {
+#if defined(__AVX2__)
+  for (int row = 0; row < kRows; row += 8)
+    for (int column = 0; column < kColumns; column += 8) {
+      __m256 eight[8];
+      transpose_eight<F32>(from + row * kColumns + column, kColumns, eight);
+      for (int n = 0; n < 8; ++n) _mm256_storeu_ps(to + (column + n) * kRows + row, eight[n]);
+    }
+#else
+  for (int row = 0; row < kRows; ++row)
+    for (int column = 0; column < kColumns; ++column) to[column * kRows + row] = from[row * kColumns + column];
+#endif
+}
+
+template <int kVectors>
+FASTPPO_INLINE void turn(const TileRows<kVectors>& rows, TileLines<kVectors>& lines) {
+  turn<kTile, kVectors * kLanes>(reinterpret_cast<const float*>(rows), reinterpret_cast<float*>(lines));
+}
+
+template <int kVectors>
+FASTPPO_INLINE void turn_back(const TileLines<kVectors>& lines, TileRows<kVectors>& rows) {
+  turn<kVectors * kLanes, kTile>(reinterpret_cast<const float*>(lines), reinterpret_cast<float*>(rows));
+}
+
+// out[n] = x[n] times each of the sixteen rows that were turned. A sum has the order of sum_lanes over vectors, so the bits that it has unturned.
+template <int kVectors, int kHeads>
+FASTPPO_INLINE void multiply_lines(const float* const (&x)[kHeads], const TileLines<kVectors>& lines, vfloat (&out)[kHeads]) {
+  vfloat quads[4][kHeads];
+#pragma GCC unroll 1  // or GCC would make more at once than there are registers
+  for (int j = 0; j < 4; ++j) {
+    vfloat halves[2][kHeads];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      vfloat lanes[2][kHeads];
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side)
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i) {
+          const int place = i * kLanes + 8 * side + 4 * half + j;
+#pragma GCC unroll 4
+          for (int n = 0; n < kHeads; ++n)
+            lanes[side][n] = i == 0 ? x[n][place] * lines[place] : fma(vfloat(x[n][place]), lines[place], lanes[side][n]);
+        }
+#pragma GCC unroll 4
+      for (int n = 0; n < kHeads; ++n) halves[half][n] = lanes[0][n] + lanes[1][n];
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kHeads; ++n) quads[j][n] = halves[0][n] + halves[1][n];
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < kHeads; ++n) out[n] = (quads[0][n] + quads[2][n]) + (quads[1][n] + quads[3][n]);
+}
 
 // A query head and what it has gathered: sum of p v over the keys so far, p = exp(score - max). `scores` are those of the current tile, then its p.
 template <int kVectors>
@@ -54,7 +121,7 @@ struct QueryHead {
 
 // A tile is gathered in three steps, each for all heads before the next: alone, a head's softmax would wait for every one of its own results.
 template <int kVectors>
-FASTPPO_INLINE void multiply_keys(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count) {
+FASTPPO_INLINE void multiply_keys(QueryHead<kVectors>& head, const Tile<kVectors>& tile) {
   for (int key = 0; key < kTile; key += 4) {
     vfloat product[4];
     for (int j = 0; j < 4; ++j) {
@@ -64,37 +131,73 @@ FASTPPO_INLINE void multiply_keys(QueryHead<kVectors>& head, const Tile<kVectors
     const Quad four = sum_lanes_of_four(product);
     std::memcpy(head.scores + key, &four, sizeof four);
   }
-  for (int key = count; key < kTile; ++key) head.scores[key] = -kInfinity;
 }
 
-template <int kVectors>
-FASTPPO_INLINE void weigh_keys(QueryHead<kVectors>& head, const AttentionShape& a) {
-  vfloat scores = F32::load(head.scores);
-  scores = select(scores == -kInfinity, scores, scores * a.scale);
-  if (a.softcap > 0) scores = select(scores == -kInfinity, scores, a.softcap * vtanh(scores / a.softcap));
-  const float top = max_lanes(scores);
-  if (top > head.max) {
-    const float factor = head.max == -kInfinity ? 0.0f : vexp_nonpositive(head.max - top)[0];
-    head.sum *= factor;
-    for (int i = 0; i < kVectors; ++i) head.out[i] *= factor;
-    head.max = top;
+template <int kVectors, int kHeads>
+FASTPPO_INLINE void multiply_turned_keys(QueryHead<kVectors>* heads, const TileLines<kVectors>& lines) {
+  const float* queries[kHeads];
+  vfloat scores[kHeads];
+  for (int n = 0; n < kHeads; ++n) queries[n] = reinterpret_cast<const float*>(heads[n].query);
+  multiply_lines<kVectors>(queries, lines, scores);
+  for (int n = 0; n < kHeads; ++n) F32::store(heads[n].scores, scores[n]);
+}
+
+// One number for each of the vectors, by the function of four where there are four.
+template <int kHeads, class One, class Four>
+FASTPPO_INLINE void fold_lanes(const vfloat (&v)[kHeads], float (&out)[kHeads], const One& one, const Four& four) {
+  if constexpr (kHeads == 4) {
+    const Quad folded = four(v);
+    std::memcpy(out, &folded, sizeof folded);
+  } else {
+    for (int n = 0; n < kHeads; ++n) out[n] = one(v[n]);
   }
-  const vfloat p = vexp_nonpositive(scores - (head.max == -kInfinity ? 0.0f : head.max));
-  head.sum += sum_lanes(p);
-  F32::store(head.scores, p);
 }
 
-template <int kVectors>
-FASTPPO_INLINE void add_values(QueryHead<kVectors>& head, const Tile<kVectors>& tile, int count) {
-  constexpr int kOutAtOnce = std::min(kVectors, 4);  // what fits into registers
-  for (int first = 0; first < kVectors; first += kOutAtOnce) {
-    vfloat out[kOutAtOnce];
-    for (int i = 0; i < kOutAtOnce; ++i) out[i] = head.out[first + i];
-    for (int key = 0; key < count; ++key) {
-      const vfloat weight = head.scores[key];
-      for (int i = 0; i < kOutAtOnce; ++i) out[i] = fma(weight, tile.values[key][first + i], out[i]);
+// The scores of the first `count` keys become weights.
+template <int kVectors, int kHeads>
+FASTPPO_INLINE void weigh_keys(QueryHead<kVectors>* heads, int count, const AttentionShape& a) {
+  vfloat scores[kHeads];
+  float tops[kHeads], sums[kHeads];
+  for (int n = 0; n < kHeads; ++n) {
+    scores[n] = F32::load(heads[n].scores) * a.scale;
+    if (a.softcap > 0) scores[n] = a.softcap * vtanh(scores[n] / a.softcap);
+    if (count < kTile) scores[n] = select(lane_numbers() < count, scores[n], vfloat(-kInfinity));
+  }
+  fold_lanes(scores, tops, max_lanes, max_lanes_of_four);
+  for (int n = 0; n < kHeads; ++n) {
+    QueryHead<kVectors>& head = heads[n];
+    if (tops[n] > head.max) {
+      const float factor = head.max == -kInfinity ? 0.0f : vexp_nonpositive(head.max - tops[n])[0];
+      head.sum *= factor;
+      for (int i = 0; i < kVectors; ++i) head.out[i] *= factor;
+      head.max = tops[n];
     }
-    for (int i = 0; i < kOutAtOnce; ++i) head.out[first + i] = out[i];
+  }
+  for (int n = 0; n < kHeads; ++n) {
+    scores[n] = vexp_nonpositive(scores[n] - (heads[n].max == -kInfinity ? 0.0f : heads[n].max));
+    F32::store(heads[n].scores, scores[n]);
+  }
+  fold_lanes(scores, sums, sum_lanes, sum_lanes_of_four);
+  for (int n = 0; n < kHeads; ++n) heads[n].sum += sums[n];
+}
+
+template <int kVectors, int kHeads>
+FASTPPO_INLINE void add_values(QueryHead<kVectors>* heads, const Tile<kVectors>& tile, int count) {
+  constexpr int kOutAtOnce = std::min(kVectors, kHeads == 1 || kRegisterBytes == 64 ? 4 : 2);  // what fits into registers
+  for (int first = 0; first < kVectors; first += kOutAtOnce) {
+    vfloat out[kHeads][kOutAtOnce];
+    for (int n = 0; n < kHeads; ++n)
+      for (int i = 0; i < kOutAtOnce; ++i) out[n][i] = heads[n].out[first + i];
+    for (int key = 0; key < count; ++key) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kHeads; ++n) {
+        const vfloat weight = heads[n].scores[key];
+#pragma GCC unroll 4
+        for (int i = 0; i < kOutAtOnce; ++i) out[n][i] = fma(weight, tile.values[key][first + i], out[n][i]);
+      }
+    }
+    for (int n = 0; n < kHeads; ++n)
+      for (int i = 0; i < kOutAtOnce; ++i) heads[n].out[first + i] = out[n][i];
   }
 }
 
@@ -120,7 +223,16 @@ template <int kVectors>
 struct AttentionScratch {
   std::vector<QueryHead<kVectors>> heads;
   std::vector<Tile<kVectors>> tiles;
+  TileLines<kVectors> turned;
 };
+
+// Calls body(number, first) for first = 0 .. count by `number`s: kTogether, then one by one.
+template <int kTogether, class Body>
+FASTPPO_INLINE void for_heads(int64_t count, const Body& body) {
+  int64_t first = 0;
+  for (; first + kTogether <= count; first += kTogether) body(std::integral_constant<int, kTogether>{}, first);
+  for (; first < count; ++first) body(std::integral_constant<int, 1>{}, first);
+}
 
 // Rows of one sequence: consecutive tokens of which the first sees `length` keys, or fewer in a window, and each of the others one more.
 template <class Storage>
@@ -137,49 +249,67 @@ template <class Storage, int kVectors, class Load>
 void attend(
     const AttentionShape& a, const QueryRows<Storage>& query, int64_t first_kv, int64_t last_kv, AttentionScratch<kVectors>& scratch, const Load& load) {
   using T = typename Storage::type;
-  auto& [heads, tiles] = scratch;
-  const int64_t group = a.heads / a.kv_heads, first_head = first_kv * group, count = (last_kv - first_kv) * group;
+  auto& [heads, tiles, turned] = scratch;
+  const int64_t group = a.heads / a.kv_heads, first_head = first_kv * group, kv_heads = last_kv - first_kv;
   const int64_t longest = query.length + query.rows - 1, first = first_key(a.window, longest);
-  heads.resize(query.rows * count);
-  for (int64_t row = 0; row < query.rows; ++row) {
-    const T* q = query.q + row * query.q_stride + first_head * a.head_size;
-    for (int64_t h = 0; h < count; ++h) {
-      QueryHead<kVectors>& head = heads[row * count + h];
-      load_head<Storage, kVectors>(q + h * a.head_size, a.head_size, head.query);
-      for (vfloat& out : head.out) out = 0.0f;
-      head.max = a.sinks ? a.sinks[first_head + h] : -kInfinity;  // a sink is a key whose value is 0
-      head.sum = a.sinks ? 1.0f : 0.0f;
-    }
-  }
+  const bool turns = query.rows * group >= kTurnedFor;
+  // [kv_heads, rows, group]: those that a tile serves lie together.
+  heads.resize(kv_heads * query.rows * group);
+  const auto for_each_head = [&](const auto& body) {
+    QueryHead<kVectors>* head = heads.data();
+    for (int64_t kv = 0; kv < kv_heads; ++kv)
+      for (int64_t row = 0; row < query.rows; ++row)
+        for (int64_t h = first_head + kv * group; h < first_head + (kv + 1) * group; ++h) body(*head++, row, h);
+  };
+  for_each_head([&](QueryHead<kVectors>& head, int64_t row, int64_t h) {
+    load_head<Storage, kVectors>(query.q + row * query.q_stride + h * a.head_size, a.head_size, head.query);
+    for (vfloat& out : head.out) out = 0.0f;
+    head.max = a.sinks ? a.sinks[h] : -kInfinity;  // a sink is a key whose value is 0
+    head.sum = a.sinks ? 1.0f : 0.0f;
+  });
   // Tiles begin at multiples of 16 from the sequence's start: neither the batch nor the page size nor the window changes their sums' order.
-  tiles.resize(last_kv - first_kv);
+  tiles.resize(kv_heads);
   for (int64_t begin = first / kTile * kTile; begin < longest; begin += kTile) {
     const int64_t from = std::max(first, begin), to = std::min(begin + kTile, longest);
     load(from, static_cast<int>(to - from), tiles.data());
     clear_keys(static_cast<int>(to - from), tiles);
-    for (int64_t row = 0; row < query.rows; ++row) {
-      const int64_t seen = std::min(to, query.length + row) - from;
-      if (seen <= 0) continue;
-      QueryHead<kVectors>* row_heads = heads.data() + row * count;
-      for (int64_t h = 0; h < count; ++h) multiply_keys(row_heads[h], tiles[h / group], static_cast<int>(seen));
-      for (int64_t h = 0; h < count; ++h) weigh_keys(row_heads[h], a);
-      for (int64_t h = 0; h < count; ++h) add_values(row_heads[h], tiles[h / group], static_cast<int>(seen));
+    // Rows see the tile from `first_row` on, and all of it from `whole` on.
+    const int64_t first_row = std::max<int64_t>(0, from + 1 - query.length), whole = std::clamp<int64_t>(to - query.length, 0, query.rows);
+    const auto seen = [&](int64_t row) { return static_cast<int>(std::min(to, query.length + row) - from); };
+    const auto head_of = [&](int64_t kv, int64_t row) { return heads.data() + (kv * query.rows + row) * group; };
+    for (int64_t kv = 0; kv < kv_heads; ++kv) {
+      QueryHead<kVectors>* own = head_of(kv, first_row);
+      const int64_t count = (query.rows - first_row) * group;
+      if (turns) turn<kVectors>(tiles[kv].keys, turned);
+      if (turns) for_heads<kHeadsInRegisters>(count, [&](auto number, int64_t n) { multiply_turned_keys<kVectors, number>(own + n, turned); });
+      else for (int64_t n = 0; n < count; ++n) multiply_keys(own[n], tiles[kv]);
+    }
+    for (int64_t kv = 0; kv < kv_heads; ++kv) {
+      const auto weigh = [&](int64_t row, int64_t rows) {
+        for_heads<kHeadsTogether>(rows * group, [&](auto number, int64_t n) { weigh_keys<kVectors, number>(head_of(kv, row) + n, seen(row), a); });
+      };
+      for (int64_t row = first_row; row < whole; ++row) weigh(row, 1);
+      weigh(whole, query.rows - whole);
+    }
+    for (int64_t kv = 0; kv < kv_heads; ++kv) {
+      const auto add = [&](int64_t row, int64_t rows) {
+        for_heads<kHeadsInRegisters>(rows * group, [&](auto number, int64_t n) { add_values<kVectors, number>(head_of(kv, row) + n, tiles[kv], seen(row)); });
+      };
+      for (int64_t row = first_row; row < whole; ++row) add(row, 1);
+      add(whole, query.rows - whole);
     }
   }
-  for (int64_t row = 0; row < query.rows; ++row) {
-    T* out = query.out + (row * a.heads + first_head) * a.value_size;
+  for_each_head([&](const QueryHead<kVectors>& head, int64_t row, int64_t h) {
     const bool sees_nothing = query.length + row == 0;
-    for (int64_t h = 0; h < count; ++h, out += a.value_size) {
-      const QueryHead<kVectors>& head = heads[row * count + h];
-      if (query.lse) query.lse[row * a.heads + first_head + h] = head.max + std::log(head.sum);
-      for (int i = 0; i * kLanes < a.value_size; ++i) {
-        const int rest = a.value_size - i * kLanes;
-        const vfloat result = sees_nothing ? vfloat(0.0f) : head.out[i] / head.sum;
-        if (rest >= kLanes) Storage::store(out + i * kLanes, result);
-        else store_tail<Storage>(out + i * kLanes, rest, result);
-      }
+    if (query.lse) query.lse[row * a.heads + h] = head.max + std::log(head.sum);
+    T* out = query.out + (row * a.heads + h) * a.value_size;
+    for (int i = 0; i * kLanes < a.value_size; ++i) {
+      const int rest = a.value_size - i * kLanes;
+      const vfloat result = sees_nothing ? vfloat(0.0f) : head.out[i] / head.sum;
+      if (rest >= kLanes) Storage::store(out + i * kLanes, result);
+      else store_tail<Storage>(out + i * kLanes, rest, result);
     }
-  }
+  });
 }
 
 // Calls body(kVectors) with the vectors of the larger head, rounded up: sizes that are known when this is compiled stay in registers.

@@ -25,16 +25,6 @@ using Register = vfloat::Register;
 FASTPPO_INLINE Register load_register(const float* p) { return F32::load_part(p); }
 FASTPPO_INLINE void store_register(float* p, const Register& r) { std::memcpy(p, &r, sizeof r); }
 
-FASTPPO_INLINE Register broadcast(float x) {  // one instruction: 0 + x would be two
-#if defined(__AVX512F__)
-  return _mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return _mm256_set1_ps(x);
-#else
-  return Register{} + x;
-#endif
-}
-
 // Part of the outputs: what a thread makes.
 struct Range {
   int64_t first_row, last_row, first_column, last_column;
@@ -58,36 +48,6 @@ void copy_rows(const Matmul& m, int64_t k, int64_t count, int64_t first, int wid
     }
   }
 }
-
-#if defined(__AVX2__)
-FASTPPO_INLINE __m256 load_eight(F32, const float* p) { return _mm256_loadu_ps(p); }
-FASTPPO_INLINE __m256 load_eight(BF16, const uint16_t* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-FASTPPO_INLINE __m256 load_eight(F16, const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-
-// Eight rows `stride` apart, eight elements each -> out[i]: element i of every row.
-template <class Storage>
-FASTPPO_INLINE void transpose_eight(const typename Storage::type* p, int64_t stride, __m256 (&out)[8]) {
-  __m256 row[8], pair[8], quad[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) row[i] = load_eight(Storage{}, p + i * stride);
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      quad[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], _MM_SHUFFLE(1, 0, 1, 0));
-      quad[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], _MM_SHUFFLE(3, 2, 3, 2));
-    }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
-    out[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
-  }
-}
-#endif
 
 // The same panel of a b whose columns lie one after another, [columns, inner].
 template <class Storage>
@@ -121,7 +81,7 @@ FASTPPO_INLINE void multiply_strip(const float* a, int64_t a_row, int64_t a_inne
     for (int r = 0; r < kPanelRegisters; ++r) b[r] = load_register(panel + k * kPanelColumns + r * kPartLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Register x = broadcast(a[i * a_row + place]);
+      const Register x = vfloat::broadcast(a[i * a_row + place]);
 #pragma GCC unroll 8
       for (int r = 0; r < kPanelRegisters; ++r) total[i][r] = fma(x, b[r], total[i][r]);
     }

@@ -33,33 +33,11 @@ FASTPPO_INLINE void load_keys(
   }
 }
 
-// Of one key head and the query heads that share it, for the tokens of a sequence: the gradients that a tile of keys gets and gives.
-template <int kVectors>
-struct TileGradients {
-  vfloat keys[kTile][kVectors], values[kTile][kVectors];
-};
-
 template <int kVectors>
 FASTPPO_INLINE float dot(const vfloat* x, const vfloat* y) {
   vfloat product = x[0] * y[0];
   for (int i = 1; i < kVectors; ++i) product = fma(x[i], y[i], product);
   return sum_lanes(product);
-}
-
-// x y_j for the tile's sixteen rows y_j.
-template <int kVectors>
-FASTPPO_INLINE vfloat dot_tile(const vfloat* x, const vfloat (&y)[kTile][kVectors]) {
-  float found[kTile];
-  for (int key = 0; key < kTile; key += 4) {
-    vfloat product[4];
-    for (int j = 0; j < 4; ++j) {
-      product[j] = x[0] * y[key + j][0];
-      for (int i = 1; i < kVectors; ++i) product[j] = fma(x[i], y[key + j][i], product[j]);
-    }
-    const Quad four = sum_lanes_of_four(product);
-    std::memcpy(found + key, &four, sizeof four);
-  }
-  return F32::load(found);
 }
 
 template <int kVectors>
@@ -70,70 +48,128 @@ FASTPPO_INLINE void add_head(float* p, int size, const vfloat* x) {
   }
 }
 
-// One query head of one token against the keys [first, last) of a tile (arXiv:2205.14135, appendix B.4): p = exp(s - lse), ds = p (do v - do o) scale.
+// Of one key head: a tile, what of it is read turned, and the gradients of its keys and values, which are made turned too.
 template <int kVectors>
-FASTPPO_INLINE void add_gradients(
-    const AttentionShape& shape, const Tile<kVectors>& tile, const vfloat* query, const vfloat* d_out, float lse, float delta, int first, int last,
-    float* d_query, TileGradients<kVectors>& gradients) {
-  const vfloat above = dot_tile<kVectors>(query, tile.keys) * shape.scale - lse;
-  const vfloat p = vexp_nonpositive(select(above > 0.0f, vfloat(0.0f), above));
-  float weights[kTile], slopes[kTile];
-  F32::store(weights, p);
-  F32::store(slopes, p * (dot_tile<kVectors>(d_out, tile.values) - delta) * shape.scale);
-  vfloat sum[kVectors];
-  for (vfloat& part : sum) part = 0.0f;
-  for (int key = first; key < last; ++key) {
-    const vfloat weight = weights[key], slope = slopes[key];
-    for (int i = 0; i < kVectors; ++i) {
-      sum[i] = fma(slope, tile.keys[key][i], sum[i]);
-      gradients.keys[key][i] = fma(slope, query[i], gradients.keys[key][i]);
-      gradients.values[key][i] = fma(weight, d_out[i], gradients.values[key][i]);
+struct TileGradients {
+  std::vector<Tile<kVectors>> tile{1};
+  TileLines<kVectors> keys, values, d_keys, d_values;
+};
+
+// One query head of one token: q and the gradient of its output, its log-sum-exp, and do o.
+template <int kVectors>
+struct OutputGradient {
+  vfloat query[kVectors], d_out[kVectors];
+  float lse, delta;
+  float* d_query;
+};
+
+// Query heads of a tile whose keys [first, last) they all see (arXiv:2205.14135, appendix B.4): p = exp(s - lse), ds = p (do v - do o) scale.
+template <int kVectors, int kHeads>
+FASTPPO_INLINE void add_gradients(const AttentionShape& shape, const OutputGradient<kVectors>* heads, int first, int last, TileGradients<kVectors>& tile) {
+  const float *queries[kHeads], *d_outs[kHeads];
+  for (int n = 0; n < kHeads; ++n) queries[n] = reinterpret_cast<const float*>(heads[n].query), d_outs[n] = reinterpret_cast<const float*>(heads[n].d_out);
+  vfloat weights[kHeads], slopes[kHeads];
+  multiply_lines<kVectors>(queries, tile.keys, weights);
+  multiply_lines<kVectors>(d_outs, tile.values, slopes);
+  const vint seen = (lane_numbers() >= first) & (lane_numbers() < last);
+  float slope_of_key[kHeads][kTile];
+  for (int n = 0; n < kHeads; ++n) {
+    const vfloat above = weights[n] * shape.scale - heads[n].lse;
+    const vfloat p = vexp_nonpositive(select(above > 0.0f, vfloat(0.0f), above));
+    weights[n] = select(seen, p, vfloat(0.0f));
+    slopes[n] = select(seen, p * (slopes[n] - heads[n].delta) * shape.scale, vfloat(0.0f));
+    F32::store(slope_of_key[n], slopes[n]);
+  }
+  for (int i = 0; i < kVectors * kLanes; ++i) {
+    vfloat d_key = tile.d_keys[i], d_value = tile.d_values[i];
+#pragma GCC unroll 4
+    for (int n = 0; n < kHeads; ++n) {
+      d_key = fma(vfloat(queries[n][i]), slopes[n], d_key);
+      d_value = fma(vfloat(d_outs[n][i]), weights[n], d_value);
+    }
+    tile.d_keys[i] = d_key, tile.d_values[i] = d_value;
+  }
+  constexpr int kAtOnce = std::min(kVectors, kHeads == 1 || kRegisterBytes == 64 ? 4 : 2);  // what fits into registers
+  for (int column = 0; column < kVectors; column += kAtOnce) {
+    vfloat d_query[kHeads][kAtOnce];
+    for (int n = 0; n < kHeads; ++n)
+      for (vfloat& part : d_query[n]) part = 0.0f;
+    for (int key = first; key < last; ++key)
+#pragma GCC unroll 4
+      for (int n = 0; n < kHeads; ++n) {
+        const vfloat slope = slope_of_key[n][key];
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) d_query[n][i] = fma(slope, tile.tile[0].keys[key][column + i], d_query[n][i]);
+      }
+    for (int n = 0; n < kHeads; ++n) {
+      const int size = std::min<int>(kAtOnce * kLanes, shape.head_size - column * kLanes);
+      add_head<kAtOnce>(heads[n].d_query + column * kLanes, size, d_query[n]);
     }
   }
-  add_head<kVectors>(d_query, shape.head_size, sum);
+}
+
+// Adds rows [0, count) of what was made turned to heads of `size` numbers, whose places are given.
+template <int kVectors, class Place>
+FASTPPO_INLINE void add_turned(const TileLines<kVectors>& lines, int count, int size, const Place& place) {
+  TileRows<kVectors> rows;
+  turn_back<kVectors>(lines, rows);
+  for (int key = 0; key < count; ++key) add_head<kVectors>(place(key), size, rows[key]);
 }
 
 // Everything that the queries of one sequence give to and get from one key head. The gradients are added to.
 template <int kVectors>
-void differentiate(const PackedAttention& a, const PackedAttentionGradients& g, const AttentionShape& shape, const Places& p, int64_t kv, std::vector<float>& deltas) {
+void differentiate(
+    const PackedAttention& a, const PackedAttentionGradients& g, const AttentionShape& shape, const Places& p, int64_t kv, TileGradients<kVectors>& tile,
+    std::vector<float>& deltas) {
   const int64_t group = a.heads / a.kv_heads, queries = p.queries(), size = a.head_size;
-  const auto place = [&](int64_t i, int64_t head) { return ((p.query_row + i) * a.heads + head) * size; };
+  // The query heads are [queries, group].
+  const auto load_query_head = [&](int64_t n, OutputGradient<kVectors>& head) {
+    const int64_t row = p.query_row + n / group, h = kv * group + n % group, number = row * a.heads + h;
+    load_head<F32, kVectors>(a.q + row * a.q_stride + h * size, size, head.query);
+    load_head<F32, kVectors>(g.d_out + number * size, size, head.d_out);
+    head.lse = a.lse[number], head.delta = deltas[n], head.d_query = g.d_q + number * size;
+    return a.out + number * size;
+  };
   deltas.resize(queries * group);
-  for (int64_t i = 0; i < queries; ++i)
-    for (int64_t h = 0; h < group; ++h) {
-      vfloat out[kVectors], d_out[kVectors];
-      load_head<F32, kVectors>(a.out + place(i, kv * group + h), size, out);
-      load_head<F32, kVectors>(g.d_out + place(i, kv * group + h), size, d_out);
-      deltas[i * group + h] = dot<kVectors>(out, d_out);
-    }
-  std::vector<Tile<kVectors>> tiles(1);
-  TileGradients<kVectors> gradients;
+  for (int64_t n = 0; n < queries * group; ++n) {
+    OutputGradient<kVectors> head;
+    vfloat out[kVectors];
+    load_head<F32, kVectors>(load_query_head(n, head), size, out);
+    deltas[n] = dot<kVectors>(out, head.d_out);
+  }
   const int64_t keys = p.keys_of(queries - 1), first_seen = first_key(a.window, p.keys_of(0));
   for (int64_t begin = first_seen / kTile * kTile; begin < keys; begin += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, keys - begin));
-    load_keys<kVectors>(a, shape, p, begin, count, kv, kv + 1, tiles.data());
-    clear_keys(count, tiles);
+    const int64_t end = std::min(keys, begin + kTile);
+    const int count = static_cast<int>(end - begin);
+    Tile<kVectors>& rows = tile.tile[0];
+    load_keys<kVectors>(a, shape, p, begin, count, kv, kv + 1, &rows);
     for (int key = count; key < kTile; ++key)
-      for (vfloat& lane : tiles[0].values[key]) lane = 0.0f;
-    for (int key = 0; key < kTile; ++key)
-      for (int i = 0; i < kVectors; ++i) gradients.keys[key][i] = gradients.values[key][i] = 0.0f;
-    for (int64_t i = std::max<int64_t>(0, begin + 1 - p.keys_of(0)); i < queries; ++i) {
-      const int64_t length = p.keys_of(i), from = first_key(a.window, length);
-      if (from >= begin + kTile) break;
-      const int first = static_cast<int>(std::max<int64_t>(0, from - begin)), last = static_cast<int>(std::min<int64_t>(kTile, length - begin));
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        vfloat query[kVectors], d_out[kVectors];
-        load_head<F32, kVectors>(a.q + (p.query_row + i) * a.q_stride + h * size, size, query);
-        load_head<F32, kVectors>(g.d_out + place(i, h), size, d_out);
-        add_gradients<kVectors>(shape, tiles[0], query, d_out, a.lse[(p.query_row + i) * a.heads + h], deltas[i * group + h - kv * group], first, last,
-                                g.d_q + place(i, h), gradients);
-      }
+      for (int i = 0; i < kVectors; ++i) rows.keys[key][i] = rows.values[key][i] = 0.0f;
+    turn<kVectors>(rows.keys, tile.keys);
+    turn<kVectors>(rows.values, tile.values);
+    for (int i = 0; i < kVectors * kLanes; ++i) tile.d_keys[i] = tile.d_values[i] = 0.0f;
+    // Queries that see the same of its keys go together: one where the window begins or the sequence ends, and all between.
+    const auto seen_by = [&](int64_t i) {
+      const int64_t length = p.keys_of(i);
+      return std::pair(std::max(begin, first_key(a.window, length)), std::min(end, length));
+    };
+    for (int64_t i = std::max<int64_t>(0, begin + 1 - p.keys_of(0)); i < queries;) {
+      const auto [from, to] = seen_by(i);
+      if (from >= end) break;
+      int64_t next = i + 1;
+      while (next < queries && seen_by(next) == std::pair(from, to)) ++next;
+      for_heads<kHeadsInRegisters>((next - i) * group, [&, first = static_cast<int>(from - begin), last = static_cast<int>(to - begin)](auto number, int64_t n) {
+        OutputGradient<kVectors> heads[number];
+        for (int j = 0; j < number; ++j) load_query_head(i * group + n + j, heads[j]);
+        add_gradients<kVectors, number>(shape, heads, first, last, tile);
+      });
+      i = next;
     }
-    for (int key = 0; key < count; ++key) {
-      const int64_t at = (p.row(begin + key) * a.kv_heads + kv) * size;
-      add_head<kVectors>(g.d_k + at, size, gradients.keys[key]);
-      add_head<kVectors>(g.d_v + at, size, gradients.values[key]);
-    }
+    const auto place = [&](float* gradient) {
+      return [&, gradient](int key) { return gradient + (p.row(begin + key) * a.kv_heads + kv) * size; };
+    };
+    add_turned<kVectors>(tile.d_keys, count, static_cast<int>(size), place(g.d_k));
+    add_turned<kVectors>(tile.d_values, count, static_cast<int>(size), place(g.d_v));
   }
 }
 
@@ -170,10 +206,12 @@ void packed_attention_backward(const PackedAttention& a, const PackedAttentionGr
   const AttentionShape shape = shape_of(a);
   parallel_ranges(count * a.kv_heads, threads, 1, [&](int64_t first, int64_t last) {
     with_vectors(shape.head_size, [&](auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      TileGradients<kVectors> tile;
       std::vector<float> deltas;
       for (int64_t i = first; i < last; ++i)
         for (int64_t sequence = groups[i / a.kv_heads]; sequence < groups[i / a.kv_heads + 1]; ++sequence)
-          if (const Places p = places(a, sequence); p.queries() > 0) differentiate<decltype(vectors)::value>(a, g, shape, p, i % a.kv_heads, deltas);
+          if (const Places p = places(a, sequence); p.queries() > 0) differentiate<kVectors>(a, g, shape, p, i % a.kv_heads, tile, deltas);
     });
   });
 }

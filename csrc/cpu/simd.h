@@ -41,7 +41,15 @@ struct Vec {
 
   Vec() = default;
   FASTPPO_MEMBER Vec(T x) {  // implicit: a scalar stands for sixteen of itself
-    for (Register& r : part) r = Register{} + x;
+    for (Register& r : part) r = broadcast(x);
+  }
+  FASTPPO_MEMBER static Register broadcast(T x) {
+#if defined(__AVX512F__)  // one instruction: 0 + x, of which GCC makes the others, would be two of a float
+    if constexpr (std::is_same_v<T, float>) return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float>) return _mm256_set1_ps(x);
+#endif
+    return Register{} + x;
   }
   FASTPPO_MEMBER T operator[](int lane) const {
     T x;
@@ -272,6 +280,36 @@ struct F16 {
   }
 };
 
+#if defined(__AVX2__)
+FASTPPO_INLINE __m256 load_eight(F32, const float* p) { return _mm256_loadu_ps(p); }
+FASTPPO_INLINE __m256 load_eight(BF16, const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+FASTPPO_INLINE __m256 load_eight(F16, const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+// Eight rows `stride` apart, eight elements each -> out[i]: element i of every row.
+template <class Storage>
+FASTPPO_INLINE void transpose_eight(const typename Storage::type* p, int64_t stride, __m256 (&out)[8]) {
+  __m256 row[8], pair[8], quad[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) row[i] = load_eight(Storage{}, p + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      quad[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], _MM_SHUFFLE(1, 0, 1, 0));
+      quad[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], _MM_SHUFFLE(3, 2, 3, 2));
+    }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+  }
+}
+#endif
+
 // Calls body(storage) with the storage type that `dtype` names.
 template <class Body>
 FASTPPO_INLINE void with_storage(DType dtype, const Body& body) {
@@ -348,17 +386,25 @@ FASTPPO_INLINE void for_vectors(int64_t first, int64_t last, const Body& body) {
 
 typedef float Quad __attribute__((vector_size(16)));
 
-// Lanes always fold in halves, so the order of additions is fixed: 16 to 4 here.
-FASTPPO_INLINE Quad fold_to_quad(const vfloat& v) {
-#if defined(__AVX2__)  // in registers: GCC would pass the quads through memory
+#if defined(__AVX2__)
+// combine(lower half, upper half), in registers: GCC would pass them through memory.
+template <class Combine>
+FASTPPO_INLINE __m256 halve(const vfloat& v, const Combine& combine) {
 #if defined(__AVX512F__)
   // With a mask of all lanes: without one, GCC 12 warns of the undefined lanes that its own header keeps.
   __m256 low;
   std::memcpy(&low, &v, sizeof low);
-  const __m256 halves = low + _mm512_maskz_extractf32x8_ps(0xff, v.part[0], 1);
+  return combine(low, _mm512_maskz_extractf32x8_ps(0xff, v.part[0], 1));
 #else
-  const __m256 halves = v.part[0] + v.part[1];
+  return combine(v.part[0], v.part[1]);
 #endif
+}
+#endif
+
+// Lanes always fold in halves, so the order of additions is fixed: 16 to 4 here.
+FASTPPO_INLINE Quad fold_to_quad(const vfloat& v) {
+#if defined(__AVX2__)
+  const __m256 halves = halve(v, [](__m256 a, __m256 b) { return a + b; });
   return _mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1);
 #else
   Quad q[4];
@@ -385,12 +431,32 @@ FASTPPO_INLINE Quad sum_lanes_of_four(const vfloat* v) {
 }
 
 FASTPPO_INLINE float max_lanes(const vfloat& v) {
+  const auto larger = [](const auto& a, const auto& b) { return a > b ? a : b; };
+#if defined(__AVX2__)
+  const __m256 halves = halve(v, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
+  const Quad folded = _mm_max_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+#else
   Quad q[4];
   std::memcpy(q, &v, sizeof v);
-  const auto larger = [](const Quad& a, const Quad& b) { return a > b ? a : b; };
-  const Quad folded = larger(larger(q[0], q[1]), larger(q[2], q[3]));
-  const float low = folded[0] > folded[1] ? folded[0] : folded[1], high = folded[2] > folded[3] ? folded[2] : folded[3];
-  return low > high ? low : high;
+  const Quad folded = larger(larger(q[0], q[2]), larger(q[1], q[3]));
+#endif
+  return larger(larger(folded[0], folded[2]), larger(folded[1], folded[3]));
+}
+
+// max_lanes of four vectors at once.
+FASTPPO_INLINE Quad max_lanes_of_four(const vfloat* v) {
+#if defined(__AVX2__)
+  Quad quads[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 halves = halve(v[i], [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
+    quads[i] = _mm_max_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  }
+  const Quad ab = _mm_max_ps(_mm_movelh_ps(quads[0], quads[1]), _mm_movehl_ps(quads[1], quads[0]));
+  const Quad cd = _mm_max_ps(_mm_movelh_ps(quads[2], quads[3]), _mm_movehl_ps(quads[3], quads[2]));
+  return _mm_max_ps(_mm_shuffle_ps(ab, cd, _MM_SHUFFLE(2, 0, 2, 0)), _mm_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 1, 3, 1)));
+#else
+  return Quad{max_lanes(v[0]), max_lanes(v[1]), max_lanes(v[2]), max_lanes(v[3])};
+#endif
 }
 
 // As number.h's for a float.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.native import cpu_isa
 from fastppo.native import token_logprobs as native
 from fastppo.native.matmul import matmul
 from fastppo.ops import _checks
@@ -28,7 +29,7 @@ class Sizes(NamedTuple):
     tile_columns: int
     """fp32, where a row's columns may come one block after another."""
     most_kept_tiles: int
-    """What a forward pass may keep for the backward pass: of five tiles one, and at most these."""
+    """What a forward pass may keep for the backward pass: of five tiles one, and at most these; all where together they fit into one. 0: none."""
     logits_bytes: int
     """fp32, where rows are whole."""
     gradient_bytes: int
@@ -86,7 +87,12 @@ def kept_tiles_shape(rows: int, vocabulary: int, backend: str) -> tuple[int, int
     sizes = SIZES[backend]
     height, width = torch.sym_min(sizes.tile_rows, rows), torch.sym_min(sizes.tile_columns, vocabulary)
     tiles = -(-rows // sizes.tile_rows) * -(-vocabulary // sizes.tile_columns)
-    return torch.sym_min(tiles // KEPT_SHARE, sizes.most_kept_tiles), height * width
+    # Arithmetic instead of a condition: one on a symbolic size would compile anew for every other length.
+    kept = torch.sym_min(tiles // KEPT_SHARE, sizes.most_kept_tiles)
+    if sizes.most_kept_tiles:
+        fit = torch.sym_min(sizes.tile_rows * sizes.tile_columns // torch.sym_max(tiles * height * width, 1), 1)
+        kept = torch.sym_max(kept, fit * tiles)
+    return kept, height * width
 
 
 @contextmanager
@@ -199,6 +205,15 @@ class Head:
             out.copy_(self.bias[block])
         multiply(inputs, weight.T, out, accumulate=self.bias is not None)
 
+    def add_product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+        """out = a @ b or, to `accumulate`, out += a @ b, of a gradient."""
+        if (
+            self.backend == "cpu" and cpu_isa() != "plain"
+        ):  # whose instructions do not fuse: the library's are faster there
+            matmul(a, b, out, accumulate=accumulate)
+        else:
+            multiply(a, b, out, accumulate)
+
     def pitch(self, columns: int) -> int:
         """From one row of logits to the next, in elements."""
         return columns if self.backend == "cpu" else -(-columns // ALIGNMENT) * ALIGNMENT
@@ -246,16 +261,19 @@ def tiles(head: Head, kept: Tensor, backward: bool) -> Iterator[Tile]:
     first tiles' logits are written into `kept` [tiles, elements] and, in the `backward` pass, read from there.
     """
     rows, columns = min(head.sizes.tile_rows, head.count), min(head.sizes.tile_columns, len(head.weight))
-    logits_memory = gradient_memory = head.empty(rows * head.pitch(columns), torch.float32)
+    starts = range(0, head.count, max(rows, 1))
+    all_kept = len(kept) == len(starts) * len(head.slices(columns))
+    needed = 0 if all_kept and not backward else rows * head.pitch(columns)
+    logits_memory = gradient_memory = head.empty(needed, torch.float32)
     if backward and head.dtype != torch.float32:
         gradient_memory = torch.empty_like(logits_memory, dtype=head.dtype)
-    starts = range(0, head.count, max(rows, 1))
     for block, weight in head.blocks(columns):
         for number, start in enumerate(starts, block.start // columns * len(starts)):
             places = slice(start, min(start + rows, head.count))
             inputs = head.inputs(places)
             memory = kept[number] if number < len(kept) else logits_memory
-            logits, gradient = (head.matrix(x, len(inputs), len(weight)) for x in (memory, gradient_memory))
+            logits = head.matrix(memory, len(inputs), len(weight))
+            gradient = head.matrix(gradient_memory, len(inputs), len(weight)) if backward else logits
             if not (backward and number < len(kept)):
                 head.multiply(inputs, block, weight, logits)
             yield Tile(places, block, weight, inputs, logits, gradient)
@@ -334,8 +352,11 @@ class _Sums:
     products contain, or None. round_in_product: a sum of one product may be written by it.
     """
 
-    def __init__(self, out: Tensor, rows: Tensor | None, lift: Tensor | None, round_in_product: bool) -> None:
-        self.out, self._rows, self._lift, self._round_in_product = out, rows, lift, round_in_product
+    def __init__(
+        self, head: Head, out: Tensor, rows: Tensor | None, lift: Tensor | None, round_in_product: bool
+    ) -> None:
+        self._head, self.out, self._rows = head, out, rows
+        self._lift, self._round_in_product = lift, round_in_product
         self._open: dict[int, Tensor] = {}  # by where their part begins
 
     def add(self, part: slice, a: Tensor, b: Tensor, first: bool, last: bool) -> None:
@@ -345,7 +366,7 @@ class _Sums:
             shape = part.stop - part.start, self.out.shape[1]
             self._open[part.start] = self.out[part] if in_place else self.out.new_empty(shape, dtype=torch.float32)
         total = self._open[part.start]
-        multiply(a, b, total, accumulate=not first)
+        self._head.add_product(a, b, total, accumulate=not first)
         if last:
             del self._open[part.start]
             if self._lift is not None:
@@ -374,7 +395,8 @@ class HeadGradients:
         if dtype is None:
             return None
         make = torch.zeros if zero else torch.empty
-        return _Sums(make(shape, dtype=dtype, device=self._head.weight.device), rows, self._lift, round_in_product)
+        out = make(shape, dtype=dtype, device=self._head.weight.device)
+        return _Sums(self._head, out, rows, self._lift, round_in_product)
 
     def add(self, places: slice, block: slice, weight: Tensor, inputs: Tensor, d_logits: Tensor) -> None:
         if self._hidden is not None:

@@ -41,9 +41,10 @@ def linear_token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist as a whole and are never rounded below fp32.
 
-    Forward 2 N H V flops; backward 6 N H V, since it makes the logits again, but for a fifth of them (at most 48 MiB) that it
-    finds kept. Extra memory besides: a tile of logits (16 MiB), its inputs, and where hidden is half-precision or has ignored rows
-    an fp32 copy of its gradient. Rows that are ignored are left out of every product; a frozen hidden or weight costs no product.
+    Forward 2 N H V flops; backward 6 N H V, since it makes the logits again, but for those that it finds kept: on a CPU all where they
+    take no more than a tile, else a fifth (at most 48 MiB). Extra memory besides: a tile of logits (16 MiB), its inputs, and where hidden
+    is half-precision or has ignored rows an fp32 copy of its gradient. Rows that are ignored are left out of every product; a frozen
+    hidden or weight costs no product.
 
     Args:
         hidden: [..., H] float32, bfloat16 or float16 (float64 runs in the reference); weight: [V, H]; bias: [V] or None, of any

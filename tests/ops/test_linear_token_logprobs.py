@@ -85,6 +85,21 @@ def test_kept_logits_serve_every_backward_pass(cpu_backend, monkeypatch, ignored
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_logits_that_fit_into_one_tile_are_made_once(cpu_backend, monkeypatch):
+    """Two tiles of 35 columns, of fewer rows than a tile may have: the backward pass finds both."""
+    made = []
+    multiply = _head.Head.multiply
+    monkeypatch.setattr(_head.Head, "multiply", lambda head, *args: (made.append(args[1]), multiply(head, *args)))
+    hidden, weight, bias, labels = operands()
+    results = []
+    for most, products in ((0, 4), (3, 2)):
+        made.clear()
+        set_tiles(monkeypatch, 100, 35, most_kept_tiles=most)
+        results.append(run(linear_token_logprobs, hidden, weight, bias, labels))
+        assert len(made) == products
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("banned", [slice(0, 30), slice(30, 60), slice(60, 70), slice(0, 69)], ids=str)
 def test_tiles_of_minus_infinity(backend, small_tiles, banned):
     """A whole tile of banned tokens, the first one too, adds nothing and breaks nothing."""
@@ -206,7 +221,8 @@ def isa_outputs() -> list[torch.Tensor]:
 
 
 def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path)
+    """But for `plain`, where gradients are products of PyTorch's library."""
+    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path, but="plain")
 
 
 @pytest.mark.parametrize("bias", [False, True])
