@@ -30,12 +30,16 @@ class LossScale:
     """What the loss is multiplied by before its backward pass, so that small gradients do not vanish in fp16; else always 1.
 
     It falls when gradients overflow, and rises again after many that did not (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+    Gradients that are not finite at scale 1 either did not overflow: the scale is then what it was before they came.
     """
 
     LARGEST, GROWTH_INTERVAL = 2.0**16, 200
 
     def __init__(self, value: float) -> None:
         self.value, self._fits = value, 0
+        self._before: float | None = (
+            None  # what it was when the gradients in hand were first made, if it has fallen since
+        )
 
     @classmethod
     def for_parameters(cls, parameters: Iterable[nn.Parameter]) -> LossScale:
@@ -44,11 +48,16 @@ class LossScale:
     def keep(self, finite: bool) -> bool:
         """Whether the gradients made with this scale are kept; if not, the scale has fallen and they are to be made again."""
         if not finite and self.value > 1:
-            self.value, self._fits = self.value / 4, 0
+            self._before = self._before or self.value
+            self.value, self._fits = max(self.value / 4, 1.0), 0
             return False
-        self._fits += finite
-        if self.value > 1 and self._fits % self.GROWTH_INTERVAL == 0:
-            self.value = min(self.value * 2, self.LARGEST)
+        if finite:
+            self._fits += 1
+            if self.value > 1 and self._fits % self.GROWTH_INTERVAL == 0:
+                self.value = min(self.value * 2, self.LARGEST)
+        elif self._before is not None:
+            self.value = self._before
+        self._before = None
         return True
 
     def state_dict(self) -> dict[str, float]:
@@ -83,6 +92,13 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = self.peak_lr * factor
         return self.peak_lr * factor
+
+    def unscale(self) -> None:
+        """Take the loss scale off the gradients of fp32 parameters, a value head's say; those of separate masters have lost it on their way."""
+        if self.loss_scale.value != 1:
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is parameter and parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale.value)
 
     def gradient_norm(self) -> Tensor:
         """0-d fp32: 2-norm over all gradients, before clipping."""
@@ -128,7 +144,9 @@ class Optimizer:
         master = nn.Parameter(parameter.detach().float())
 
         def move_gradient(parameter: Tensor) -> None:
-            gradient = parameter.grad.float() / self.loss_scale.value
+            gradient = parameter.grad.float()
+            if self.loss_scale.value != 1:
+                gradient.div_(self.loss_scale.value)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
