@@ -93,11 +93,11 @@ class Learner:
         applied: list[dict[str, float]] = []
         minibatches = [minibatch for epoch in plan for minibatch in epoch]
         for done, minibatch in enumerate(minibatches, start=1):
-            metrics, norms = self._gradients(losses, minibatch)
-            if all(map(math.isfinite, norms.values())):
+            metrics, norms, finite = self._gradients(losses, minibatch)
+            if finite:
                 for name in learned:
                     self.optimizers[name].step(norms[name])
-                applied.append(metrics | {f"grad_norm/{name}": norm.item() for name, norm in norms.items()})
+                applied.append(metrics)
                 self.skipped_in_a_row = 0
             else:
                 self.skipped_in_a_row += 1
@@ -110,13 +110,18 @@ class Learner:
 
     def _gradients(
         self, losses: Callable[[Roles, Minibatch], Losses], minibatch: Minibatch
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The minibatch's metrics and gradient norms. Where fp16 gradients have overflowed, again at a smaller scale."""
+    ) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+        """The minibatch's metrics, its gradient norms, and whether these are finite. Where fp16 gradients have overflowed, again at a
+        smaller scale. All numbers come to the host at once: it waits for the device once a minibatch."""
         while True:
-            metrics = accumulate_gradients(losses(self.roles, minibatch), self.loss_scale.value)
+            totals = accumulate_gradients(losses(self.roles, minibatch), self.loss_scale.value)
+            for optimizer in self.optimizers.values():
+                optimizer.unscale()
             norms = {name: optimizer.gradient_norm() for name, optimizer in self.optimizers.items()}
-            if self.loss_scale.keep(all(map(math.isfinite, norms.values()))):
-                return metrics, norms
+            metrics = _numbers(totals | {f"grad_norm/{name}": norm for name, norm in norms.items()})
+            finite = all(math.isfinite(metrics[f"grad_norm/{name}"]) for name in norms)
+            if self.loss_scale.keep(finite):
+                return metrics, norms, finite
             self._clear_gradients()
 
     def _clear_gradients(self) -> None:
@@ -144,15 +149,20 @@ class Learner:
         self.loss_scale.load_state_dict(state["loss_scale"])
 
 
-def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, float]:
-    """Add the gradients of all micro-batches, times `scale`, to the parameters, and return the sums of their metrics."""
+def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, Tensor]:
+    """Add the gradients of all micro-batches, times `scale`, to the parameters, and return the sums of their metrics, 0-d each."""
     totals: Tensor | None = None
     names: list[str] = []
     for loss, metrics in losses:
         (loss if scale == 1 else loss * scale).backward()
         names, found = list(metrics), torch.stack(list(metrics.values()))
         totals = found if totals is None else totals + found
-    return dict(zip(names, totals.tolist(), strict=True))
+    return dict(zip(names, totals.unbind(), strict=True))
+
+
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors of one device, read together."""
+    return dict(zip(metrics, torch.stack([x.double() for x in metrics.values()]).tolist(), strict=True))
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

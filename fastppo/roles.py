@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from fastppo.evaluation import Evaluation
 from fastppo.model import Critic, ValueHead, lm_head, packed_hidden
+from fastppo.model.host import on_device
 from fastppo.model.parts_trunk import trunk_of
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Plan, first_epoch
-from fastppo.rollout.record import on_device, places_in
+from fastppo.rollout.record import places_in
 from fastppo.rollout.rollout import Rollout
 
 

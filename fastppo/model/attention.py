@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from fastppo.model.host import on_device
+
 IMPLEMENTATION = "fastppo"
 
 # Sequences up to this length share one padded group whatever their lengths.
@@ -142,7 +144,7 @@ class PackedContext:
                     offset + i * group.length
                 )
             offset += len(group.members) * group.length
-        return rows.to(self._device)
+        return on_device(rows, self._device)
 
     def _mask(self, group: Group, options: AttentionOptions) -> Tensor | None:
         """bool [L, L], built once per length and window; None where `is_causal` says it all."""
@@ -169,9 +171,9 @@ class Group:
         self.padding: Tensor | None = None  # bool [B, 1, L, 1]; None where there is none
         if lengths.min() < self.length:
             places = torch.arange(self.length, dtype=torch.int64, device="cpu")
-            self.padding = (places >= lengths[:, None])[:, None, :, None].to(device)
+            self.padding = on_device((places >= lengths[:, None])[:, None, :, None], device, torch.bool)
         in_place = index.numel() == bounds[-1] and bool((lengths == self.length).all())
-        self.index: Tensor | None = None if in_place else index.flatten().to(device)
+        self.index: Tensor | None = None if in_place else on_device(index.flatten(), device)
 
     def pad(self, *tensors: Tensor) -> list[Tensor]:
         """[H, T, D] -> [B, H, L, D]."""

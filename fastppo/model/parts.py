@@ -86,7 +86,8 @@ class LlamaParts:
         self.layers = [_layer(layer) for layer in trunk["layers"]]
         if not self.layers:
             raise UnlikeLlama("it has no layers")
-        if not self.embedding.is_meta:  # an outline's numbers are served by nobody
+        self.backend: str | None = None  # an outline's numbers are served by nobody
+        if not self.embedding.is_meta:
             self.backend = choose("decode_attention", self.embedding)
             self._require_served()
 

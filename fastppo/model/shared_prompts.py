@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastppo.model.attention import AttentionOptions, PackedContext, causal_attention, causal_mask
+from fastppo.model.host import on_device
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -59,7 +60,7 @@ class SharedPrompts:
             for own, ends in zip(members.values(), roots, strict=True)
             if _shares(own, prompt_lengths[own[0]])
         ]
-        self.tokens, self.rows = torch.cat(self._running).to(device), self._rows.to(device)
+        self.tokens, self.rows = on_device(torch.cat(self._running), device), on_device(self._rows, device)
 
     def _add_root(self, own: list[int], prompt_length: int) -> list[int]:
         """The prompt of the sequences `own` once, or, where there is nothing to share, each of them whole; returns where they end."""

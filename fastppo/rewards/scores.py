@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastppo.model.host import on_device
 from fastppo.rewards.result import RewardResult
-from fastppo.rollout.record import on_device
 from fastppo.rollout.rollout import FinishReason, Rollout
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.model.host import on_device
 from fastppo.rollout.decoder import PREFILL_TOKENS
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, PagePool, pages_for
-from fastppo.rollout.record import on_device
 from fastppo.rollout.sequences import Sequence
 from fastppo.rollout.stats import GenerationStats
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import AttentionContext, run_trunk
+from fastppo.model.host import on_device
 from fastppo.native.batch_invariant_linear import batch_invariant_linear
 from fastppo.ops._backends import FAST_DTYPES, choose
 from fastppo.rollout.contexts import ChunkContext, DecodeContext, PrefillContext
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache
-from fastppo.rollout.record import bounds_of, on_device
+from fastppo.rollout.record import bounds_of
 
 PREFILL_TOKENS = 8192
 """Most tokens of prompts in one forward of the modules; a longer prompt is run in chunks."""

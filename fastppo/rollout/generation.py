@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastppo.model.host import on_device
 from fastppo.model.packed import lm_head
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
 from fastppo.rollout.admission import Admission, HeadOutputs
 from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, pages_for
-from fastppo.rollout.record import on_device
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.sequences import Sequence, Turn, pack

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastppo.model import SharedPrompts
-from fastppo.rollout.record import bounds_of, lengths_of, on_device, places_in
+from fastppo.model.host import on_device
+from fastppo.rollout.record import bounds_of, lengths_of, places_in
 
 
 class FinishReason(IntEnum):

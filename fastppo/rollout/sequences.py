@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.model.host import on_device
 from fastppo.ops import SampledTokens
 from fastppo.rollout.pages import pages_for
-from fastppo.rollout.record import bounds_of, on_device
+from fastppo.rollout.record import bounds_of
 from fastppo.rollout.rollout import FinishReason, Rollout
 
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.evaluation import Evaluation
 from fastppo.rollout import FinishReason, Rollout
+from tests.stand_in_gpu import DEVICE, on_the_gpu, stand_in_gpu
 
 ACTIONS = [2, 3, 4, 6, 10, 13]
 ACTION_BOUNDS = [0, 3, 4, 4, 6]
@@ -98,28 +98,15 @@ def test_records_of_actions_take_the_same_sequences():
         Evaluation(ACTION_BOUNDS, values=torch.zeros(4))
 
 
-class _Waits(TorchDispatchMode):
-    """Notes operations for which the host would wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "unique_dim", "_unique2"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def test_taking_sequences_waits_for_nothing():
-    rollout = _rollout()
-    evaluation = Evaluation(rollout.action_bounds, logprobs=torch.zeros(6))
-    with _Waits() as waits:
+    """Numbers that the host has been told once; `tests/trainer/test_waiting.py` watches a whole update."""
+    rollout = on_the_gpu(_rollout())
+    evaluation = Evaluation(rollout.action_bounds, logprobs=torch.zeros(6, device=DEVICE))
+    with stand_in_gpu() as gpu:
         part = rollout.select([3, 1])
         assert len(part.actions) == part.num_actions == len(evaluation.select([3, 1]).logprobs)
         assert part.action_cu_seqlens.shape == (3,) and part.lengths == [5, 2]
-    assert waits.found == []
+    assert gpu.waits == []
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class Step(NamedTuple):
 
     def accumulate(self, roles: Roles, minibatch: list, config: PPOConfig, **options) -> dict[str, float]:
         """The minibatch's metrics; its gradients are added to the parameters."""
-        return accumulate_gradients(self.losses(roles, minibatch, config, **options))
+        totals = accumulate_gradients(self.losses(roles, minibatch, config, **options))
+        return {name: total.item() for name, total in totals.items()}
 
 
 def make_roles(critic: str, with_reference: bool = False, dtype=torch.float64) -> Roles:
