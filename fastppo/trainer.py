@@ -214,7 +214,7 @@ class PPOTrainer:
             recompute = self.config.rollout.recompute_logprobs
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
-        metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config)
+            metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config)
         self._interruption.check()
         with clock("time/update"):
             self.state.whole = False

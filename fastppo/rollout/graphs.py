@@ -40,6 +40,16 @@ def bucket(rows: int) -> int:
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
+def _waits_for_the_device(error: RuntimeError) -> bool:
+    """Whether a step cannot be captured. Memory that ran out in a capture can end in an error of the capture's own; that it ran out counts."""
+    causes: BaseException | None = error
+    while causes is not None:
+        if isinstance(causes, torch.OutOfMemoryError):
+            return False
+        causes = causes.__cause__ or causes.__context__
+    return "captur" in str(error)
+
+
 class GraphDecoder:
     """Replays the steps of another decoder, one graph for each bucket of batch sizes, captured when first met.
 
@@ -74,6 +84,10 @@ class GraphDecoder:
         same = cache is self._cache and [p.data_ptr() for p in parameters] == self._places
         return same and rows <= self._rows and blocks <= self._blocks
 
+    def at_least(self, rows: int, blocks: int) -> tuple[int, int]:
+        """Sizes for the graphs that come after these: calls that alternate, each larger in one of the two, then share them."""
+        return max(rows, self._rows), max(blocks, self._blocks)
+
     def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
         """As every decoder's, without graphs."""
         return self._decoder.prefill(tokens, pages, past)
@@ -93,9 +107,9 @@ class GraphDecoder:
             inputs = self._tokens[:size], self._lengths[:size], self._block_table[:size]
             try:
                 self._captured[size] = self._capture(lambda: self._decoder.step(*inputs), self._pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if not _waits_for_the_device(error):
+                    raise
                 self._captured = None
                 return self._decoder.step(tokens, lengths, block_table)
         captured = self._captured[size]

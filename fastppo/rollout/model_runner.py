@@ -20,6 +20,8 @@ from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, device_memory, kv_budget, pages_for
 from fastppo.rollout.parts_decoder import parts_agree, parts_decoder
 
+GRAPHED = ("cuda",)  # device types whose decode steps are replayed as graphs
+
 
 class ModelRunner:
     """Lends a cache and a decoder of one model. Lending, and the decoder's steps, belong into a block of `alone`."""
@@ -87,13 +89,15 @@ class ModelRunner:
         """On a GPU graphs of its steps: those at hand while they fit, which they do as long as the cache is kept."""
         blocks, parameters = pages_for(positions), list(self.model.parameters())
         graphs, self.kept_graphs = self.kept_graphs, None
-        if graphs is not None and graphs.serves(parameters, cache, rows=rows, blocks=blocks):
-            return graphs
+        if graphs is not None:
+            if graphs.serves(parameters, cache, rows=rows, blocks=blocks):
+                return graphs
+            rows, blocks = graphs.at_least(rows, blocks)
         decoder: Decoder = ModuleDecoder(self.model, cache)
         parts = self._parts()
         if parts is not None:
             decoder = parts_decoder(parts, decoder, cache, self.look(), rows=rows, positions=blocks * PAGE_SIZE)
-        if self.model.device.type != "cuda":
+        if self.model.device.type not in GRAPHED:
             return decoder
         return GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.rollout import Engine, SamplingParams
+from fastppo.rollout import Engine, SamplingParams, model_runner
 from fastppo.rollout.decoder import ModuleDecoder
 from fastppo.rollout.graphs import Captured, GraphDecoder, bucket
 from fastppo.rollout.model_runner import ModelRunner
@@ -79,9 +79,50 @@ def test_memory_that_runs_out_in_a_capture_is_not_passed_over(monkeypatch):
     def exhaust(run, pool):
         raise torch.OutOfMemoryError("no memory left for a graph")
 
-    with_graphs(monkeypatch, exhaust)
-    with pytest.raises(torch.OutOfMemoryError):
-        Engine(make_model("llama")).generate(ragged_prompts(), SAMPLING)
+    def exhaust_and_end(run, pool):
+        try:
+            exhaust(run, pool)
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def exhaust_in_the_driver(run, pool):
+        raise RuntimeError("CUDA error: out of memory")
+
+    for capture in (exhaust, exhaust_and_end, exhaust_in_the_driver):
+        with_graphs(monkeypatch, capture)
+        with pytest.raises(RuntimeError, match="memory|during capture"):
+            Engine(make_model("llama")).generate(ragged_prompts(), SAMPLING)
+
+
+def test_steps_of_alternating_calls_are_captured_once(monkeypatch):
+    """A trainer's rollouts and evaluations: many short sequences, then a few long ones, on a cache and graphs that stay."""
+    recorders, model = [], make_model("llama", max_position_embeddings=128)
+
+    class Recorded(GraphDecoder):
+        def __init__(self, *args, **options) -> None:
+            recorders.append(Recorder())
+            super().__init__(*args, **options, capture=recorders[-1])
+
+    monkeypatch.setattr(model_runner, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(model_runner, "GraphDecoder", Recorded)
+    engine, expected = Engine(model, max_batch_size=16, keep_cache=True), Engine(model, max_batch_size=16)
+
+    def both(prompts, new_tokens):
+        sampling = SamplingParams(max_new_tokens=new_tokens, seed=5)
+        found = engine.generate(prompts, sampling)
+        with monkeypatch.context() as patch:
+            patch.setattr(model_runner, "GRAPHED", ())
+            assert torch.equal(found.tokens, expected.generate(prompts, sampling).tokens)
+
+    many, few = [[2, 3]] * 12, [list(range(2, 32))]
+    for _ in range(2):
+        both(many, 4)
+        both(few, 60)
+        both(many, 4)
+    graphs, sizes = engine.runner.kept_graphs, [list(recorder.sizes) for recorder in recorders]
+    both(few, 60)
+    both(many, 4)
+    assert engine.runner.kept_graphs is graphs and [recorder.sizes for recorder in recorders] == sizes
 
 
 def test_graphs_outlast_updates_in_place_and_nothing_else(monkeypatch):
