@@ -10,7 +10,9 @@ from fastppo.bench.harness import Case
 from fastppo.bench.setting import Setting
 
 # Measured on a CPU alone: their models and sizes are for one.
-CPU_ONLY = ("ppo_step", "ppo_update", "drop_in")
+CPU_ONLY = ("ppo_update", "drop_in")
+# Whose cases on a GPU stand in a file of their own.
+ON_GPU = {"ppo_step": "ppo_step_gpu", "rollout": "rollout_gpu"}
 OPS = (
     "token_logprobs",
     "linear_token_logprobs",
@@ -64,4 +66,4 @@ def takes_dtype(op: str) -> bool:
 
 def load_cases(op: str, setting: Setting) -> list[Case]:
     """The cases of `op`; a quick setting gives small ones in the same order."""
-    return case_file(op).cases(setting)
+    return case_file(ON_GPU.get(op, op) if setting.on_gpu else op).cases(setting)

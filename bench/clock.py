@@ -7,15 +7,20 @@ from time import perf_counter
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 class PhaseClock:
-    """Seconds of the phases of a call, each from where the one before it ended."""
+    """Seconds of the phases of a call, each from where the one before it ended; on a GPU with its last kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
         self._since = perf_counter()
 
     def end(self, phase: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = perf_counter()
         self.seconds[phase], self._since = now - self._since, now
 

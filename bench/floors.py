@@ -184,19 +184,22 @@ def ppo_step(
     """All phases of `ppo_step_flops`. Bytes: the weights for each decode step, and AdamW's as in `ppo_update`; with a shared trunk those of
     the policy alone."""
     flops = ppo_step_flops(model, prompts, samples, prompt, new, shared_trunk=shared_trunk)
-    decoding = FP32 * new * sum(trunk_and_head(model))
+    decoding = model.get_output_embeddings().weight.itemsize * new * sum(trunk_and_head(model))
     return Work(decoding + adam_bytes(model, updates, shared_trunk=shared_trunk), sum(flops.values()))
 
 
 def trunk_and_head(model: nn.Module) -> tuple[int, int]:
-    """Weights that a token goes through; the embedding is looked up."""
-    head = model.get_output_embeddings().weight.numel()
-    return sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel(), head
+    """Weights that a token goes through; the embedding is looked up, and may be the head."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    looked_up = 0 if embedding is head else embedding.numel()
+    return sum(p.numel() for p in model.parameters()) - head.numel() - looked_up, head.numel()
 
 
 def adam_bytes(model: nn.Module, updates: int, *, shared_trunk: bool) -> int:
     policy = sum(p.numel() for p in model.parameters())
-    critic = 0 if shared_trunk else policy - model.get_output_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight
+    tied = model.get_input_embeddings().weight is head  # then it is the critic's embedding too
+    critic = 0 if shared_trunk else policy - (0 if tied else head.numel())
     return FP32 * 7 * updates * (policy + critic)
 
 

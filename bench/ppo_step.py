@@ -29,11 +29,13 @@ from fastppo.bench.setting import Setting
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner
 from fastppo.model import prepare_model
+from fastppo.model.host import on_device
 from fastppo.plan import Lengths, plan_epochs
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
 from fastppo.targets import Targets
+from fastppo.trainer import KEPT_CACHE
 
 ROUNDS, LONG_ROUNDS = 4, 2  # of a step of seconds, and of one of tens of seconds
 PER_TOKEN = ("old_logprobs", "values", "advantages", "returns")
@@ -70,17 +72,26 @@ class Shape(NamedTuple):
         return f"{self.prompts} prompts of {lengths}{samples}, {self.new_tokens} new, a step{trunk}"
 
 
-def score(completion: list[int]) -> float:
+def score(completion: list[int], vocabulary: int = VOCABULARY) -> float:
     """Share of the tokens in the lower half of the vocabulary."""
-    return sum(token < VOCABULARY // 2 for token in completion) / len(completion)
+    return sum(token < vocabulary // 2 for token in completion) / len(completion)
 
 
 def noisy(module: nn.Module, spread: float, seed: int) -> None:
     """Moves the weights, the same way whenever asked: else policy and reference agree, and a new critic says 0."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, device=device), alpha=spread)
+
+
+def make_roles(model: PreTrainedModel, *, critic: str, with_reference: bool) -> Roles:
+    """Networks that differ from each other, as in the middle of a run."""
+    roles = Roles(prepare_model(model), critic=critic, with_reference=with_reference)
+    noisy(roles.policy, 0.01, seed=1)
+    noisy(roles.value_head if critic == "shared" else roles.critic.head, 0.05, seed=2)
+    return roles
 
 
 def minibatches(shape: Shape) -> list[list[int]]:
@@ -94,26 +105,27 @@ def minibatches(shape: Shape) -> list[list[int]]:
 class FusedStep:
     """What `PPOTrainer` does in a step, on token ids, without its records."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        model = prepare_model(make_model.__wrapped__(shape.hidden, shape.layers))
-        self.algorithm = PPO(CONFIG)
+    def __init__(self, shape: Shape, model: PreTrainedModel | None = None, config: PPOConfig | None = None) -> None:
+        self.shape, config = shape, config or CONFIG
+        model = make_model.__wrapped__(shape.hidden, shape.layers) if model is None else model
+        self.algorithm = PPO(config)
         critic = "shared" if shape.shared_trunk else "separate"
-        self.roles = Roles(model, critic=critic, with_reference="reference" in self.algorithm.needs)
-        noisy(self.roles.policy, 0.01, seed=1)
-        noisy(self.roles.value_head if shape.shared_trunk else self.roles.critic.head, 0.05, seed=2)
-        self.engine = Engine(model, max_batch_size=shape.sequences)
-        settings = {"optimizer": CONFIG.optimizer, "critic": CONFIG.critic, "config": CONFIG.learner}
-        self.learner = Learner(self.roles, **settings, total_steps=CONFIG.total_steps)
+        self.roles = make_roles(model, critic=critic, with_reference="reference" in self.algorithm.needs)
+        kept = KEPT_CACHE if model.device.type == "cuda" else False
+        self.engine = Engine(model, max_batch_size=shape.sequences, keep_cache=kept)
+        settings = {"optimizer": config.optimizer, "critic": config.critic, "config": config.learner}
+        self.learner = Learner(self.roles, **settings, total_steps=config.total_steps)
         self.phases: dict[str, float] = {}
 
     def __call__(self, x: Tensors) -> Tensors:
-        clock = PhaseClock()
+        model = self.roles.policy
+        clock = PhaseClock(model.device)
         new = self.shape.new_tokens
         sampling = SamplingParams(n=self.shape.samples, max_new_tokens=new, min_new_tokens=new)
         rollout = self.engine.generate(prompts_of(x), sampling, value_head=self.roles.value_head)
         clock.end("sampling")
-        scores = Scores(torch.tensor([score(completion) for completion in rollout.completions()]), {})
+        scored = [score(completion, model.config.vocab_size) for completion in rollout.completions()]
+        scores = Scores(on_device(scored, model.device, torch.float32), {})
         plan = self.learner.plan(rollout, seed=0)
         evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan)
         targets = self.algorithm.credit(rollout, evaluation, scores)
@@ -344,11 +356,11 @@ class Lazy:
         return self.step and self.step.phases
 
 
-def make_prompts(shape: Shape, generator: torch.Generator) -> Tensors:
+def make_prompts(shape: Shape, generator: torch.Generator, vocabulary: int = VOCABULARY) -> Tensors:
     """int64: `tokens` [prompts, longest], of which each row's first `lengths` [prompts] are a prompt."""
     lengths = torch.randint(shape.shortest, shape.longest + 1, (shape.prompts,), generator=generator)
     return {
-        "tokens": torch.randint(VOCABULARY, (shape.prompts, shape.longest), generator=generator),
+        "tokens": torch.randint(vocabulary, (shape.prompts, shape.longest), generator=generator),
         "lengths": lengths,
     }
 

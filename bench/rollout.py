@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastppo.bench import floors, rollout_gpu
+from fastppo.bench import floors
 from fastppo.bench.harness import Case, Tensors
 from fastppo.bench.rollout_workload import LONG_ROUNDS, ROUNDS, SLOTS, STOP_IDS, VOCABULARY, Workload, make_model
 from fastppo.bench.setting import Setting
 
 
 def cases(setting: Setting) -> list[Case]:
-    if setting.on_gpu:
-        return rollout_gpu.cases(setting)
     size = (32, 1) if setting.quick else (256, 4)
 
     def case(name: str, count: int, lengths: tuple[int, int], workload: Workload, rounds: int) -> Case:

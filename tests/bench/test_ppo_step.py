@@ -8,8 +8,9 @@ from time import perf_counter
 import pytest
 import torch
 
-from fastppo.bench import ppo_step, trl_ppo_step
+from fastppo.bench import ppo_step, ppo_step_gpu, trl_ppo_step
 from fastppo.bench.catalog import load_cases
+from fastppo.bench.clock import PhaseClock
 from fastppo.bench.harness import check_provider, make_inputs
 from fastppo.bench.peers import SEPARATE
 from fastppo.bench.setting import Setting
@@ -111,3 +112,40 @@ def test_a_step_is_checked_in_the_minibatches_that_it_took():
 
 def test_the_score_is_a_share_of_tokens():
     assert ppo_step.score([0, 1, ppo_step.VOCABULARY - 1, ppo_step.VOCABULARY // 2]) == 0.5
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["bf16", "fp16"])
+def test_a_gpu_s_steps_run_and_are_checked(number):
+    """Tried on the CPU, with a tiny model; log-probs that are off, and losses that are not finite, are caught."""
+    case = ppo_step_gpu.cases(Setting(quick=True))[number]
+    inputs = make_inputs(case, CPU)
+    row, _ = check_provider(case, "fastppo", inputs, {})
+    assert row.status == "ok" and 0 < row.error, row.reason
+    assert list(case.providers["fastppo"].phases) == list(case.phase_flops)
+    outputs = case.providers["fastppo"](inputs)
+    for name, change in (("old_logprobs", 0.3), ("values", 0.3), ("losses", torch.inf)):
+        frozen = replace(case, providers={"fastppo": lambda x, n=name, c=change: outputs | {n: outputs[n] + c}})
+        assert check_provider(frozen, "fastppo", inputs, {})[0].status == "wrong"
+
+
+def test_a_gpu_s_cases_have_real_shapes():
+    """Built from outlines: Qwen2.5-0.5B has 494 million weights, 136 million of them its embedding and head."""
+    cases = load_cases("ppo_step", Setting("cuda"))
+    assert [case.name.split(", ", 1)[1] for case in cases] == [
+        "64 prompts of 64, 64 new, a step, bf16",
+        "64 prompts of 64, 64 new, a step, fp16",
+        "256 prompts of 105, 239 new, a step, bf16",
+    ]
+    trunk, head = 358e6, 136e6
+    tokens, actions = 256 * 344, 256 * 239
+    update = 2 * (6 * tokens * trunk + 3 * actions * head)
+    assert cases[-1].phase_flops["update"] == pytest.approx(update, rel=5e-3)
+
+
+def test_phases_on_a_gpu_end_with_their_kernels(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    clock = PhaseClock(torch.device("cuda"))
+    clock.end("sampling")
+    clock.end("update")
+    assert len(waits) == 2 and list(clock.seconds) == ["sampling", "update"]

@@ -30,7 +30,7 @@ def test_a_case_without_a_line_has_no_target():
         ("[gpu.gae]", "unknown device: 'gpu', did you mean 'cpu'?"),
         ("cpu = 3", "cpu is 3, expected a table"),
         ("[cpu.gea]", "unknown op of cpu: 'gea', did you mean 'gae'?"),
-        ("[cuda.ppo_step]", "unknown op of cuda: 'ppo_step'"),
+        ("[cuda.ppo_update]", "unknown op of cuda: 'ppo_update'"),
         ('[cpu.gae]\n"[256, 1023]" = {}', r"unknown case of cpu.gae: '\[256, 1023\]', did you mean '\[256, 1024\]'?"),
         ('[cpu.gae]\n"[256, 1024]" = { speed = 2 }', "unknown field of cpu.gae.*: 'speed', did you mean 'speedup'?"),
         ('[cpu.gae]\n"[256, 1024]" = { speedup = "2" }', "speedup is '2', expected a number above 0"),
