@@ -16,13 +16,14 @@ from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates, accumulate_gradients
 from fastppo.model import prepare_model
+from fastppo.optimizer import LossScale
 from fastppo.plan import Lengths, plan_epochs
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
 from fastppo.targets import Targets
 from tests.tiny import make_model, ppo_config
-from tests.tolerance import assert_as_exact_as_native, assert_rounds_to
+from tests.tolerance import assert_as_exact_as_model, assert_as_exact_as_native, assert_rounds_to
 
 PROMPTS = [[2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12], [2], [3, 3, 3]]
 
@@ -308,10 +309,78 @@ def test_gradient_checkpointing_changes_no_bit_and_recomputes():
     assert calls == [1, 2]
 
 
-def test_fp16_trains_with_a_loss_scale():
-    config = ppo_config(optimizer__lr=1e-3, learner__epochs=1)
-    roles = make_roles("separate", dtype=torch.float16)
-    step, learner = make_step(roles, config), make_learner(roles, config)
+HALF_CONFIG = ppo_config(optimizer__lr=1e-3, learner__epochs=1, learner__num_minibatches=1)
+
+
+def half_step(critic: str) -> tuple[Roles, Step]:
+    roles = make_roles(critic, dtype=torch.float16)
+    return roles, make_step(roles, HALF_CONFIG)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_fp16_gradients_are_those_of_the_loss(critic):
+    """Of masters, and of the value head, which is fp32 beside an fp16 trunk: the loss scale is gone from both before the norm."""
+    roles, step = half_step(critic)
+    plain, exact = copy.deepcopy(roles), copy.deepcopy(roles).double()
+    learner = make_learner(roles, HALF_CONFIG)
     assert learner.loss_scale.value > 1
-    metrics = PPO(config).update(learner, step.rollout, step.evaluation, step.targets, step.plan)
-    assert metrics["update/skipped"] == 0 and metrics["grad_norm/policy"] > 0
+    metrics, norms, finite = learner._gradients(
+        lambda roles, minibatch: step.losses(roles, minibatch, HALF_CONFIG), step.plan[0][0]
+    )
+    for other in (plain, exact):
+        step.accumulate(other, step.plan[0][0], HALF_CONFIG)
+    natives, exacts = (dict(other.named_parameters()) for other in (plain, exact))
+    paths = {id(p): name for name, p in roles.named_parameters()}
+    for optimizer in learner.optimizers.values():
+        for name, parameter in optimizer.parameters.items():
+            path = paths[id(parameter)]
+            ours = optimizer.masters[name].grad.half()
+            assert_as_exact_as_model(ours, natives[path].grad, exacts[path].grad, path)
+    assert finite and metrics["grad_norm/critic"] == norms["critic"].item() > 0
+
+
+def test_fp16_trains_as_fp32_does():
+    """The metrics of an update from the same weights on the same batch: no farther from fp32's than half-precision rounding takes them."""
+    roles, step = half_step("separate")
+    found, losses = (
+        [],
+        {"loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "grad_norm/policy", "grad_norm/critic"},
+    )
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        own = copy.deepcopy(roles)
+        own = own if dtype == torch.float16 else own.to(dtype)  # whose value head is fp32
+        metrics = PPO(HALF_CONFIG).update(
+            make_learner(own, HALF_CONFIG), step.rollout, step.evaluation, step.targets, step.plan
+        )
+        assert metrics["update/skipped"] == 0
+        found.append(torch.tensor([metrics[name] for name in sorted(losses)], dtype=torch.float64))
+        assert not torch.equal(own.policy.lm_head.weight, roles.policy.lm_head.weight.to(dtype))
+    assert_as_exact_as_native(found[0].half(), found[1], found[2])
+
+
+def test_an_overflow_lowers_the_scale_and_repeats_the_minibatch():
+    """It ends where it would have ended with the lower scale from the start, bit for bit, and skips nothing."""
+    roles, step = half_step("separate")
+    loud = dataclasses.replace(step.targets, advantages=step.targets.advantages * 3e3)
+    scale, weights = None, []
+    for _ in range(2):
+        own = copy.deepcopy(roles)
+        learner = make_learner(own, HALF_CONFIG)
+        if scale is not None:
+            learner.loss_scale.value = scale
+        metrics = PPO(HALF_CONFIG).update(learner, step.rollout, step.evaluation, loud, step.plan)
+        assert metrics["update/skipped"] == 0 and math.isfinite(metrics["grad_norm/policy"])
+        assert 1 < learner.loss_scale.value < LossScale.LARGEST
+        scale = learner.loss_scale.value
+        weights.append(list(own.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_nan_in_fp16_is_skipped_and_leaves_the_scale():
+    roles, step = half_step("separate")
+    learner = make_learner(roles, HALF_CONFIG)
+    before = copy.deepcopy(list(roles.parameters()))
+    metrics = PPO(HALF_CONFIG).update(learner, step.rollout, step.evaluation, poisoned(step, [0]), step.plan)
+    assert metrics == {"update/skipped": 1}
+    assert learner.loss_scale.value == LossScale.LARGEST
+    assert all(torch.equal(a, b) for a, b in zip(roles.parameters(), before, strict=True))
