@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo import native
 from fastppo.ops import _backends
-from fastppo.rollout import Rollout
 
 DEVICE = torch.device("meta")
 PACKAGE = Path(_backends.__file__).resolve().parents[1]
@@ -119,11 +118,3 @@ def stand_in_gpu() -> Iterator[StandInGPU]:
         gpu,
     ):
         yield gpu
-
-
-def on_the_gpu(rollout: Rollout) -> Rollout:
-    """With the host's numbers as they are once a step has looked at them."""
-    rollout = rollout.select(range(rollout.num_sequences))
-    moved = object.__new__(Rollout)
-    vars(moved).update({name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in vars(rollout).items()})
-    return moved

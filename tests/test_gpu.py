@@ -18,6 +18,7 @@ from fastppo.ops._backends import FAST_BACKENDS
 from fastppo.rollout import Engine, SamplingParams
 from tests.calls import CALLS, LARGE, assert_as_exact, assert_equal, bad_inputs, make_inputs
 from tests.rollout.tiny import assert_logprobs_are_the_models, make_model, ragged_prompts
+from tests.trainer.steps import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = [
@@ -78,6 +79,19 @@ def test_no_op_waits_for_the_gpu(call):
     torch.cuda.set_sync_debug_mode("error")
     try:
         CALLS[call](inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_no_micro_batch_waits_for_the_gpu(n, critic):
+    """As `tests/trainer/test_waiting.py` sees it without one."""
+    step = Step("llama", n, critic, torch.device("cuda"))
+    step.accumulate(step.evaluate())  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.accumulate(step.evaluate())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -9,7 +9,8 @@ import torch
 
 from fastppo.evaluation import Evaluation
 from fastppo.rollout import FinishReason, Rollout
-from tests.stand_in_gpu import DEVICE, on_the_gpu, stand_in_gpu
+from tests.stand_in_gpu import DEVICE, stand_in_gpu
+from tests.trainer.steps import moved
 
 ACTIONS = [2, 3, 4, 6, 10, 13]
 ACTION_BOUNDS = [0, 3, 4, 4, 6]
@@ -100,7 +101,7 @@ def test_records_of_actions_take_the_same_sequences():
 
 def test_taking_sequences_waits_for_nothing():
     """Numbers that the host has been told once; `tests/trainer/test_waiting.py` watches a whole update."""
-    rollout = on_the_gpu(_rollout())
+    rollout = moved(_rollout(), DEVICE)
     evaluation = Evaluation(rollout.action_bounds, logprobs=torch.zeros(6, device=DEVICE))
     with stand_in_gpu() as gpu:
         part = rollout.select([3, 1])
