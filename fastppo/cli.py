@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 EXTRAS = {
     "data": "datasets",
     "math": "math_verify",
+    "bleu": "sacrebleu",
+    "json-schema": "jsonschema",
+    "reasoning-gym": "reasoning_gym",
     "plot": "matplotlib",
     "flash-attn": "flash_attn",
 }
@@ -158,15 +161,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def _train(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from fastppo.recipe import load_recipe, resolve_reward
+    from fastppo.recipe import load_recipe, resolve_rewards
     from fastppo.run_folder import check_usable
 
     recipe = load_recipe(options.recipe, options.overrides)
-    for section, key in (("model", "name"), ("data", "path"), ("reward", "function")):
+    for section, key in (("model", "name"), ("data", "path"), ("reward", "functions")):
         if not getattr(getattr(recipe, section), key):
             raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
     check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
-    reward = resolve_reward(recipe.reward)
+    reward = resolve_rewards(recipe.reward)
 
     from fastppo.data import load_train_and_eval
     from fastppo.model import load_tokenizer

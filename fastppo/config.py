@@ -263,7 +263,7 @@ class DataConfig:
     """Which prompts a recipe trains on."""
 
     path: PathText = ""
-    """JSON Lines, JSON, CSV, TSV (these also gzipped) or Parquet file, or a hub name of a data set."""
+    """JSON Lines, JSON, CSV, TSV (these also gzipped) or Parquet file, a hub name of a data set, or `reasoning_gym:TASK`."""
     split: str = "train"
     """Split of a hub data set."""
     eval_path: PathText | None = None
@@ -272,6 +272,8 @@ class DataConfig:
     """Split of the held-out prompts, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
     eval_size: OptionalCount = 0
     """Number of held-out prompts to evaluate on; 0 evaluates on none."""
+    task_arguments: dict[str, Any] = field(default_factory=dict)
+    """Of a `reasoning_gym:TASK`: `size` (500), `seed` (0) and the task's own settings."""
     columns: dict[str, Literal["int", "float", "bool", "json"]] = field(default_factory=dict)
     """What the texts of a column stand for, such as `{level: int}`; undeclared, what is text in a file stays that text."""
     prompt_template: str = "{prompt}"
@@ -290,14 +292,32 @@ class DataConfig:
 
 
 @dataclass(config=STRICT)
-class RecipeRewardConfig(RewardConfig):
-    """Which reward a recipe maximises, and how it is called."""
+class RewardFunctionConfig:
+    """One of a recipe's reward functions."""
 
-    function: PathText = ""
-    """`package.module:function`, or `path/to/file.py:function` (relative to the recipe)."""
+    function: PathText
+    """A ready one (`gsm8k`; docs/rewards.md has them all), `package.module:function`, or `path/to/file.py:function` (relative to the recipe)."""
+    weight: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+    """What its score is multiplied by in the sum; not 0."""
+    normalise: bool = False
+    """Subtract the mean of the step's valid scores of this function and divide by their standard deviation, before the weight is applied."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments bound to the function for every call. `${env:NAME}` in a text stands for an environment variable, whose value no file
     of the run ever holds."""
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> RewardFunctionConfig:
+        if self.weight == 0:
+            raise ValueError("weight is 0, expected another number (leave the function out)")
+        return self
+
+
+@dataclass(config=STRICT)
+class RecipeRewardConfig(RewardConfig):
+    """Which rewards a recipe maximises, and how they are called."""
+
+    functions: list[RewardFunctionConfig] = field(default_factory=list)
+    """The reward functions; the weighted sum of those that apply is maximised."""
 
 
 @dataclass(config=STRICT)

@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.config import MOVED, Recipe, RecipeRewardConfig, moved_to
+from fastppo.config import MOVED, Recipe, RecipeRewardConfig, RewardFunctionConfig, moved_to
+from fastppo.rewards import READY, WeightedReward
 from fastppo.yaml_numbers import NumberLoader
 
 SECTIONS = {
@@ -32,8 +33,8 @@ KEYS = {name: [key.name for key in dataclasses.fields(section)] for name, sectio
 RUN_KEYS = [spec.name for spec in dataclasses.fields(Recipe) if spec.name not in SECTIONS]  # at the recipe's top level
 OLD_SECTION = "ppo"
 MOST_VALUES = 10_000
-# Settings that may name a file or folder; `reward.function` may too, before its colon.
-PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"), ("reward", "function"))
+# Settings that may name a file or folder; the `function` of one of `reward.functions` may too, before its colon.
+PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"))
 PATH_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py")
 ENVIRONMENT = re.compile(r"\$\{env:(\w+)\}")
 
@@ -95,9 +96,14 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+    def start_of(section: str, key: str) -> Path:
+        return Path.cwd() if (section, key) in typed else path.absolute().parent
+
     for section, key in PATHS:
-        folder = Path.cwd() if (section, key) in typed else path.absolute().parent
-        _locate(getattr(recipe, section), key, f"{section}.{key}", folder)
+        _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))
+    for index, reward in enumerate(recipe.reward.functions):
+        _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))
     return recipe
 
 
@@ -248,6 +254,14 @@ def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":  # our own check of a whole section: its message names the key
         return f"{where}.{problem['ctx']['error']}"
+    known = [spec.name for spec in dataclasses.fields(RewardFunctionConfig)]  # the only keys below those of a section
+    if problem["type"] == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]
+        return f"key {where} is not known; the nearest is {near}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    if problem["type"] == "dataclass_type":
+        return f"{where} is {problem['input']!r}, expected keys and values: {', '.join(known)}"
     expected = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{where} is {problem['input']!r}: {expected.replace('input should be', 'expected')}"
 
@@ -272,34 +286,51 @@ def _locate(section: Any, key: str, name: str, folder: Path) -> None:
         )
 
 
-def resolve_reward(config: RecipeRewardConfig) -> Callable[..., Any]:
-    """The function that `reward.function` names, with `reward.arguments` bound to it, `${env:NAME}` in them replaced by that variable's value.
+def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
+    """The functions that `reward.functions` names, each with its arguments bound to it, `${env:NAME}` in them replaced by that variable's value.
 
-    Raises FileNotFoundError or ValueError when it cannot be imported, is not there, or does not take the arguments.
+    Raises FileNotFoundError or ValueError when one cannot be imported, is not there, or does not take its arguments.
     """
-    module_name, colon, name = config.function.rpartition(":")
+    return [
+        WeightedReward(_resolve(reward, f"reward.functions.{index}"), reward.weight, reward.normalise)
+        for index, reward in enumerate(config.functions)
+    ]
+
+
+def _resolve(config: RewardFunctionConfig, where: str) -> Callable[..., Any]:
+    function = _find_function(config.function, f"{where}.function")
+    if not config.arguments:
+        return function
+    name = f"{where}.arguments"
+    try:
+        inspect.signature(function).bind_partial(**config.arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {config.arguments!r}, but {config.function} {error}") from error
+    bound = functools.partial(function, **_from_environment(config.arguments, name))
+    # Name and text only: `__wrapped__` would show the signature in which the bound arguments are still asked for.
+    functools.update_wrapper(bound, function)
+    del bound.__wrapped__
+    return bound
+
+
+def _find_function(text: str, where: str) -> Callable[..., Any]:
+    module_name, colon, name = text.rpartition(":")
+    if text in READY:
+        return READY[text]
     if not colon or not module_name or not name:
+        near = difflib.get_close_matches(text, READY, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"reward.function is {config.function!r}, expected package.module:function or path/to/file.py:function"
+            f"{where} is {text!r}, expected the name of a ready function (the nearest is {near}), package.module:function or "
+            "path/to/file.py:function"
         )
-    module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
+    module = _load_file(Path(module_name), where) if module_name.endswith(".py") else _import(module_name, where)
     function = getattr(module, name, None)
     if not callable(function):
         offered = [known for known in dir(module) if callable(getattr(module, known)) and not known.startswith("_")]
         near = difflib.get_close_matches(name, offered, n=1)
         hint = f"; the nearest is {near[0]}" if near else ""
-        raise ValueError(f"reward.function is {config.function!r}: {module_name} has no function {name}{hint}")
-    if not config.arguments:
-        return function
-    try:
-        inspect.signature(function).bind_partial(**config.arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reward.arguments is {config.arguments!r}, but {config.function} {error}") from error
-    bound = functools.partial(function, **_from_environment(config.arguments, "reward.arguments"))
-    # Name and text only: `__wrapped__` would show the signature in which the bound arguments are still asked for.
-    functools.update_wrapper(bound, function)
-    del bound.__wrapped__
-    return bound
+        raise ValueError(f"{where} is {text!r}: {module_name} has no function {name}{hint}")
+    return function
 
 
 def _from_environment(value: Any, name: str) -> Any:
@@ -316,26 +347,26 @@ def _from_environment(value: Any, name: str) -> Any:
     return ENVIRONMENT.sub(lambda match: os.environ[match[1]], value)
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever the module does when it is imported
         beside = Path(*name.split(".")).with_suffix(".py")
         hint = f"; for the file here write ./{beside}:function" if beside.is_file() else ""
-        raise ValueError(f"reward.function: module {name} cannot be imported: {_reason(error)}{hint}") from error
+        raise ValueError(f"{where}: module {name} cannot be imported: {_reason(error)}{hint}") from error
 
 
-def _load_file(path: Path) -> ModuleType:
+def _load_file(path: Path, where: str) -> ModuleType:
     """The module in a file, which can import its neighbours, as a script can; but what is installed comes first."""
     if not path.is_file():
-        raise FileNotFoundError(f"reward.function: {path} does not exist")
+        raise FileNotFoundError(f"{where}: {path} does not exist")
     path = path.resolve()
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:
         return _import_anew(path) if _is_importable(path) else _load_under_own_name(path)
     except Exception as error:  # whatever the file does when it is imported
-        raise ValueError(f"reward.function: {path} cannot be imported: {_reason(error)}") from error
+        raise ValueError(f"{where}: {path} cannot be imported: {_reason(error)}") from error
 
 
 def _is_importable(path: Path) -> bool:

@@ -114,13 +114,14 @@ class RunFolder:
         config, given, settings = self.path / CONFIG, _plain(settings), _as_written(settings)
         if settings != given:
             warnings.warn(
-                f"reward.arguments hold what looks like a secret: {CONFIG} names environment variables in its place",
+                f"arguments in reward.functions hold what looks like a secret: {CONFIG} names environment variables in its place",
                 stacklevel=4,
             )
         if config.exists() and not _is_ours(config) and config.stat().st_size:
             config.rename(config.with_suffix(".yaml.damaged"))
-        # The reward's arguments may hold what only their owner should read.
-        mode = PRIVATE if settings.get("reward", {}).get("arguments") else None
+        # The rewards' arguments may hold what only their owner should read.
+        rewards = settings.get("reward", {}).get("functions", [])
+        mode = PRIVATE if any(reward["arguments"] for reward in rewards) else None
         row = {"step": step, "time": datetime.now().astimezone().isoformat(timespec="seconds"), "settings": settings}
         history = self.path / HISTORY
         before = history.read_text(encoding="utf-8", errors="replace") if history.exists() else ""
@@ -284,16 +285,15 @@ def _line(row: Mapping[str, Any]) -> str:
 # Settings as they are written
 
 _SECRET_NAME = re.compile(
-    r"(api|access|secret|private|auth)_?(key|token)|secret|passw|credential|bearer", re.IGNORECASE
+    r"(api|access|secret|private|auth)_?(key|token)|secret|passw|credential|bearer|authorization", re.IGNORECASE
 )
 _SECRET_TEXT = re.compile(r"(sk-|hf_|gh[pousr]_|xox[abp]-|AKIA|eyJ)[\w.-]{8,}")
 
 
 def _as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without tuples, which YAML has not, and without what looks like a secret among the reward's arguments."""
+    """Without tuples, which YAML has not, and without what looks like a secret among the rewards' arguments."""
     settings = _plain(settings)
-    reward = settings.get("reward", {})
-    if "arguments" in reward:
+    for reward in settings.get("reward", {}).get("functions", []):
         reward["arguments"] = _without_secrets(reward["arguments"])
     return settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config, require_writable, write_model
 from fastppo.plot import plot_run
 from fastppo.rewards import RewardResult, RewardRunner
+from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
@@ -44,7 +45,8 @@ class PPOTrainer:
 
     Args:
         model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place.
-        reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (their sum is maximised).
+        reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (the sum of those that apply is
+            maximised); `fastppo.rewards.WeightedReward` gives one a weight, or normalises it.
         prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name; or, where `DataConfig` has settings for
             them, what `fastppo.data.load_prompts(source, tokenizer, DataConfig(...))` makes of these.
         config: every setting; see `PPOConfig`.
@@ -64,7 +66,7 @@ class PPOTrainer:
         self,
         model: str | os.PathLike | PreTrainedModel,
         *,
-        reward: Callable | Sequence[Callable],
+        reward: Reward | Sequence[Reward],
         prompts: Any,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -156,7 +158,7 @@ class PPOTrainer:
         rollout = self.engine.generate(
             [row["prompt_ids"] for row in rows], sampling, on_tokens=self._interruption.check
         )
-        result, _ = self._call_rewards(rollout, rows)
+        result, _ = self._call_rewards(rollout, rows, normalise=False)
         self._note_errors(result)
         if result.failures:
             count = rollout.num_sequences
@@ -262,14 +264,16 @@ class PPOTrainer:
         penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
         return kept, penalised, reward_metrics(scores)
 
-    def _call_rewards(self, rollout: Rollout, rows: list[Row]) -> tuple[RewardResult, list[str]]:
+    def _call_rewards(
+        self, rollout: Rollout, rows: list[Row], *, normalise: bool = True
+    ) -> tuple[RewardResult, list[str]]:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
         owners = [rows[index] for index in rollout.prompt_index.tolist()]
         completion_ids = rollout.completions()
         texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         with self._interruption.at_once():
-            result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids=completion_ids)
+            result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids, normalise)
         return result, texts
 
     def _note_errors(self, result: RewardResult) -> None:

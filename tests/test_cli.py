@@ -29,11 +29,11 @@ total_steps: 1
 output_dir: '{run}'
 model: {{name: {model}}}
 data: {{path: {data}}}
-reward: {{function: '{reward}'}}
+reward: {{functions: [{{function: '{reward}'}}]}}
 """
 
 
-def write_recipe(tmp_path, model="", data="", reward="fastppo.rewards:exact_answer"):
+def write_recipe(tmp_path, model="", data="", reward="exact_answer"):
     path = tmp_path / "recipe.yaml"
     values = {
         "model": model or "./no-model",
@@ -131,7 +131,9 @@ def test_the_recipe_reaches_the_trainer(tmp_path, fake_trainer, capsys):
         "float32",
     )
     assert (seen["prompts"], seen["eval_prompts"], seen["resume"]) == ("train", "held out", True)
-    assert seen["config"].optimizer.lr == seen["recipe"]["optimizer"]["lr"] == 0.5 and callable(seen["reward"])
+    assert seen["config"].optimizer.lr == seen["recipe"]["optimizer"]["lr"] == 0.5 and callable(
+        seen["reward"][0].function
+    )
     assert "done: reward 0.500" in capsys.readouterr().out
 
 
@@ -194,7 +196,7 @@ def tiny_run(tmp_path, monkeypatch) -> list[str]:
     make_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text('{"prompt": "ab"}\n' * 8)
     (tmp_path / "r.py").write_text("def f(prompts, completions):\n    return list(map(len, completions))\n")
-    text = "device: cpu\nmodel: {name: model}\ndata: {path: data.jsonl}\nreward: {function: 'r.py:f'}\n"
+    text = "device: cpu\nmodel: {name: model}\ndata: {path: data.jsonl}\nreward: {functions: [{function: 'r.py:f'}]}\n"
     text += "rollout: {prompts_per_step: 4, max_new_tokens: 4}\ntotal_steps: 100000\ncheckpoint: {every: 0}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     return [sys.executable, "-m", "fastppo", "train", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'run'}"]

@@ -63,7 +63,7 @@ def test_every_other_line_runs_in_the_order_shown(
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()
 
 
-@pytest.mark.parametrize("extra", ["peft", "bleu", "tensorboard", "wandb"])
+@pytest.mark.parametrize("extra", ["peft", "tensorboard", "wandb"])
 def test_no_extra_is_offered_that_nothing_uses(extra):
     project = (ROOT / "pyproject.toml").read_text() + (ROOT / "README.md").read_text()
     assert extra not in cli.EXTRAS and not re.search(rf"\b{extra}\b", project)

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.config import Recipe, RecipeRewardConfig
-from fastppo.recipe import load_recipe, resolve_reward
+from fastppo.config import Recipe, RecipeRewardConfig, RewardFunctionConfig
+from fastppo.recipe import load_recipe, resolve_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-MINIMAL = "total_steps: 5\nmodel: {name: m}\ndata: {path: p}\nreward: {function: 'math:sqrt'}\noptimizer: {lr: 1e-5}\n"
+MINIMAL = "total_steps: 5\nmodel: {name: m}\ndata: {path: p}\nreward: {functions: [{function: 'math:sqrt'}]}\noptimizer: {lr: 1e-5}\n"
+
+
+def resolve(function, arguments=None):
+    """What a recipe with this one reward function calls."""
+    config = RewardFunctionConfig(function=function, arguments=arguments or {})
+    return resolve_rewards(RecipeRewardConfig(functions=[config]))[0].function
 
 
 def write(tmp_path, text=MINIMAL) -> Path:
@@ -27,7 +33,7 @@ def write(tmp_path, text=MINIMAL) -> Path:
 def test_our_recipes_are_valid(path):
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
-    assert callable(resolve_reward(recipe.reward))
+    assert all(callable(reward.function) for reward in resolve_rewards(recipe.reward))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -152,28 +158,29 @@ def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "reward.py").write_text(
         "def score(prompts, completions, scale=1, **_):\n    return [scale] * len(completions)\n"
     )
-    text = "model: {name: model}\ndata: {path: hub/data}\nreward: {function: 'reward.py:score', arguments: {scale: 3}}"
+    text = "model: {name: model}\ndata: {path: hub/data}\nreward: {functions: [{function: 'reward.py:score', arguments: {scale: 3}}]}"
     monkeypatch.chdir("/")
     recipe = load_recipe(write(tmp_path, text))
     assert recipe.model.name == str(tmp_path / "model")
     assert recipe.data.path == "hub/data", "a name that is no file stays a hub name"
-    reward = resolve_reward(recipe.reward)
+    reward = resolve_rewards(recipe.reward)[0].function
     assert reward(["a"], ["b"]) == [3] and reward.__name__ == "score"
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("", "expected package.module:function"),
-        ("math", "expected package.module:function"),
+        ("", "expected the name of a ready function"),
+        ("math", r"'math', expected the name of a ready function \(the nearest is maths\), package.module:function"),
+        ("gsm8", "the nearest is gsm8k"),
         ("no_such_module_here:f", "module no_such_module_here cannot be imported"),
         ("math:sqr", "has no function sqr; the nearest is sqrt"),
         ("math:pi", "has no function pi"),
     ],
 )
 def test_wrong_reward_names(function, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_reward(RecipeRewardConfig(function=function))
+    with pytest.raises(ValueError, match=f"^reward.functions.0.function.*{message}"):
+        resolve(function)
 
 
 def test_the_written_config_is_a_recipe_again(tmp_path):
@@ -194,7 +201,8 @@ def test_the_written_config_is_a_recipe_again(tmp_path):
         ("optimizer.lr=true", "optimizer.lr is True: expected no true or false"),
         ("total_steps=yes", "total_steps is True"),
         ("model.lr=1", "key model.lr is not known; critic.lr and optimizer.lr are"),
-        ("reward.arguments=on", "reward.arguments is True"),
+        ("reward.functions=on", "reward.functions is True"),
+        ("reward.functions=[{function: bleu, weight: yes}]", "reward.functions.0.weight is True"),
     ],
 )
 def test_slips_that_would_pass_for_a_number_or_hide_in_another_section(tmp_path, override, message):
@@ -212,7 +220,7 @@ def test_a_yaml_error_is_one_line(tmp_path, text):
 def reward(tmp_path, code, **arguments):
     path = tmp_path / "my_reward.py"
     path.write_text(code)
-    return resolve_reward(RecipeRewardConfig(function=f"{path}:f", arguments=arguments))
+    return resolve(f"{path}:f", arguments)
 
 
 def test_a_bound_argument_that_the_function_requires_is_not_asked_for_again(tmp_path):
@@ -224,7 +232,9 @@ def test_a_bound_argument_that_the_function_requires_is_not_asked_for_again(tmp_
 
 
 def test_a_misspelt_argument_is_found_before_the_run(tmp_path):
-    with pytest.raises(ValueError, match="reward.arguments is {'sclae': 3}.*unexpected keyword argument 'sclae'"):
+    with pytest.raises(
+        ValueError, match="reward.functions.0.arguments is {'sclae': 3}.*unexpected keyword argument 'sclae'"
+    ):
         reward(tmp_path, "def f(prompts, completions, scale=1):\n    return []\n", sclae=3)
 
 
@@ -248,7 +258,7 @@ def test_a_file_named_as_a_module_gets_a_hint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     with pytest.raises(ValueError, match=r"write \./score_xyz.py:function"):
-        resolve_reward(RecipeRewardConfig(function="score_xyz:f"))
+        resolve("score_xyz:f")
 
 
 TEXTS = [
@@ -284,8 +294,8 @@ PATHS = {
     "model.tokenizer": ("model", "tokenizer"),
     "data.path": ("data", "path"),
     "data.eval_path": ("data", "eval_path"),
-    "reward.function": ("reward", "function"),
 }
+REWARD = "reward.functions.0.function"
 
 
 @pytest.fixture
@@ -299,41 +309,51 @@ def two_folders(tmp_path, monkeypatch):
     return tmp_path / "beside", tmp_path / "here"
 
 
-@pytest.mark.parametrize("key", PATHS)
+def setting(key, value, override=False):
+    """`key` with a value, as a recipe or an override has it."""
+    if key == REWARD:
+        return f"reward{'.' if override else ': {'}functions{'=' if override else ': '}[{{function: '{value}:f'}}]{'' if override else '}'}"
+    return f"{key}={value}" if override else "{}: {{{}: '{}'}}".format(*PATHS[key], value)
+
+
+@pytest.mark.parametrize("key", [*PATHS, REWARD])
 def test_a_path_starts_where_it_was_written(two_folders, key):
     beside, here = two_folders
-    section, name = PATHS[key]
-    file, function = ("r.py", ":f") if key == "reward.function" else ("x", "")
-    in_recipe = f"{section}: {{{name}: '{file}{function}'}}"
+    file = "r.py" if key == REWARD else "x"
+    in_recipe = setting(key, file)
     for text, overrides, expected in (
         (in_recipe, [], beside),
-        ("{}", [f"{key}={file}{function}"], here),
-        ("{}", [f"{key}=./{file}{function}"], here),
-        ("{}", [f"{key}=~/{file}{function}"], here),
-        (in_recipe, [f"{key}={file}{function}"], here),
-        (in_recipe.replace(file, f"~/{file}"), [], here),
-        (in_recipe.replace(file, f"../here/{file}"), [], here),
+        ("{}", [setting(key, file, override=True)], here),
+        ("{}", [setting(key, f"./{file}", override=True)], here),
+        ("{}", [setting(key, f"~/{file}", override=True)], here),
+        (in_recipe, [setting(key, file, override=True)], here),
+        (setting(key, f"~/{file}"), [], here),
+        (setting(key, f"../here/{file}"), [], here),
     ):
         recipe = load_recipe(write(beside, text), overrides)
-        assert getattr(getattr(recipe, section), name) == f"{expected / file}{function}", (text, overrides)
+        if key == REWARD:
+            found = recipe.reward.functions[0].function.removesuffix(":f")
+        else:
+            section, name = PATHS[key]
+            found = getattr(getattr(recipe, section), name)
+        assert found == str(expected / file), (text, overrides)
 
 
-@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("key", [*PATHS, REWARD])
 def test_a_path_that_stands_in_the_wrong_place_is_not_taken_silently(two_folders, key):
     beside, here = two_folders
-    section, name = PATHS[key]
     (here / "only-here.py").mkdir()
-    function = ":f" if key == "reward.function" else ""
     with pytest.raises(
         ValueError, match=f"{key} is 'only-here.py', which is not beside the recipe .*{beside}/only-here.py"
     ):
-        load_recipe(write(beside, f"{section}: {{{name}: 'only-here.py{function}'}}"))
+        load_recipe(write(beside, setting(key, "only-here.py")))
 
 
 def test_what_is_no_path_stays(two_folders):
-    text = "model: {name: gpt2}\ndata: {path: openai/gsm8k:main}\nreward: {function: math:sqrt}"
+    text = "model: {name: gpt2}\ndata: {path: openai/gsm8k:main}\nreward: {functions: [{function: math:sqrt}]}"
     recipe = load_recipe(write(two_folders[0], text))
-    assert (recipe.model.name, recipe.data.path, recipe.reward.function) == ("gpt2", "openai/gsm8k:main", "math:sqrt")
+    names = recipe.model.name, recipe.data.path, recipe.reward.functions[0].function
+    assert names == ("gpt2", "openai/gsm8k:main", "math:sqrt")
 
 
 def bomb(levels: int, merge: str = "") -> str:
@@ -341,13 +361,13 @@ def bomb(levels: int, merge: str = "") -> str:
     for i in range(levels):
         value = f"{{<<: [*a{i}, *a{i}]}}" if merge else f"[*a{i}, *a{i}]"
         lines.append(f"a{i + 1}: &a{i + 1} {value}")
-    return "reward:\n  arguments:\n" + "".join(f"    {line}\n" for line in lines)
+    return "data:\n  task_arguments:\n" + "".join(f"    {line}\n" for line in lines)
 
 
 BOMBS = {
     "lists": bomb(40),
     "merges": bomb(40, merge="<<"),
-    "a loop": "reward: {arguments: &a {b: *a}}",
+    "a loop": "data: {task_arguments: &a {b: *a}}",
     "deep": "[" * 5000,
 }
 
@@ -360,15 +380,15 @@ def test_aliases_that_multiply_are_refused(tmp_path, text):
 
 
 def test_plain_aliases_are_welcome(tmp_path):
-    recipe = load_recipe(write(tmp_path, "reward: {arguments: {a: &x [1, 2], b: *x}}"))
-    assert recipe.reward.arguments == {"a": [1, 2], "b": [1, 2]}
+    recipe = load_recipe(write(tmp_path, "data: {task_arguments: {a: &x [1, 2], b: *x}}"))
+    assert recipe.data.task_arguments == {"a": [1, 2], "b": [1, 2]}
 
 
 def test_arguments_may_name_the_environment(tmp_path, monkeypatch):
     """Resolved where they are used: no record of the run holds the value."""
     code = "def f(prompts, completions, key, nested):\n    return [key, nested]\n"
     arguments = {"key": "Bearer ${env:MY_KEY}", "nested": {"a": ["${env:MY_KEY}", 3]}}
-    with pytest.raises(ValueError, match="reward.arguments.key is .*MY_KEY is not set"):
+    with pytest.raises(ValueError, match="reward.functions.0.arguments.key is .*MY_KEY is not set"):
         reward(tmp_path, code, **arguments)
     monkeypatch.setenv("MY_KEY", "s3cret")
     assert reward(tmp_path, code, **arguments)([], []) == ["Bearer s3cret", {"a": ["s3cret", 3]}]
@@ -387,3 +407,42 @@ def test_a_recipe_in_another_encoding_is_named(tmp_path):
 def test_a_temperature_that_the_sampler_would_refuse_ends_no_run_at_its_first_draw(tmp_path, key, value):
     with pytest.raises(ValueError, match=f"^{key} is"):
         load_recipe(write(tmp_path), [f"{key}={value}"])
+
+
+SEVERAL = """
+reward:
+  functions:
+    - function: bleu
+      weight: 0.7
+    - {function: repetition, normalise: true, arguments: {n: 2}}
+"""
+
+
+def test_several_rewards_with_weights(tmp_path):
+    bleu, repetition = resolve_rewards(load_recipe(write(tmp_path, SEVERAL)).reward)
+    assert (bleu.function.__name__, bleu.weight, bleu.normalise) == ("bleu", 0.7, False)
+    assert (repetition.function.__name__, repetition.weight, repetition.normalise) == ("repetition", 1.0, True)
+    assert repetition.function(["a b a b a b"]) == [2 / 5 - 1]
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ("gsm8k", "reward.functions is 'gsm8k': expected a valid list"),
+        ("[gsm8k]", "reward.functions.0 is 'gsm8k', expected keys and values: function, weight"),
+        ("[{function: bleu, wieght: 2}]", "key reward.functions.0.wieght is not known; the nearest is weight"),
+        ("[{function: bleu}, {function: chrf, weight: 0}]", "reward.functions.1.weight is 0, expected another number"),
+        ("[{function: bleu, weight: .nan}]", "reward.functions.0.weight is nan"),
+        ("[{function: bleu, weight: '2'}]", "reward.functions.0.weight is '2'"),
+        ("[{weight: 2}]", "reward.functions.0.function is missing"),
+    ],
+)
+def test_wrong_lists_of_rewards(tmp_path, functions, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(write(tmp_path, f"reward: {{functions: {functions}}}"))
+    assert "pydantic" not in str(error.value) and "Config" not in str(error.value)
+
+
+def test_the_key_of_before_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="key reward.function is not known; the nearest is functions"):
+        load_recipe(write(tmp_path, "reward: {function: gsm8k}"))

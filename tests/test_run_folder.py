@@ -265,13 +265,14 @@ def test_the_history_knows_which_settings_held_from_when(tmp_path):
         ({"judge": {"password": "abc"}}, {"judge": {"password": "${env:PASSWORD}"}}),
         ({"keys": ["sk-0123456789abcdef"]}, {"keys": ["${env:KEYS}"]}),
         ({"api_key": "${env:MINE}"}, {"api_key": "${env:MINE}"}),
+        ({"headers": {"Authorization": "Bearer abc"}}, {"headers": {"Authorization": "${env:AUTHORIZATION}"}}),
         ({"token": "####", "key": "answer"}, {"token": "####", "key": "answer"}),
     ],
 )
 def test_what_looks_like_a_secret_is_not_written(tmp_path, arguments, written):
     with nullcontext() if written == arguments else pytest.warns(UserWarning, match="looks like a secret"):
-        path = make_folder(tmp_path / "run", {"reward": {"arguments": arguments}}).path
-    assert run_folder.read_settings(path)["reward"]["arguments"] == written
+        path = make_folder(tmp_path / "run", {"reward": {"functions": [{"arguments": arguments}]}}).path
+    assert run_folder.read_settings(path)["reward"]["functions"] == [{"arguments": written}]
     for name in ("config.yaml", "history.jsonl"):
         assert (path / name).stat().st_mode & 0o077 == 0, "for its owner alone"
         assert "abc" not in (path / name).read_text()

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import DataConfig
-from fastppo.data.sources import Row, check_rows, rows_of
+from fastppo.data.sources import Row, check_rows, is_task, rows_of
 from fastppo.data.writer import PromptWriter
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids")
@@ -122,14 +122,15 @@ def load_prompts(source: Any, tokenizer: PreTrainedTokenizerBase, config: DataCo
 
     Args:
         source: list of texts or conversations; list of dicts; a `datasets.Dataset`; path of a JSON Lines, JSON, CSV or TSV (these also
-            gzipped) or Parquet file; hub name of a data set, with `:config` where it has several (`config.split` is read).
+            gzipped) or Parquet file; hub name of a data set, with `:config` where it has several (`config.split` is read);
+            `reasoning_gym:TASK` (`config.task_arguments` are read).
         tokenizer, config: as `PromptDataset` takes them; `config.columns` are turned into what they are declared as.
 
     Values of JSON, CSV and TSV files stay as they stand there: CSV has texts, JSON what JSON says. The others are read by `datasets`.
 
     Raises:
         ValueError, TypeError: as `PromptDataset`; a file that is missing or cannot be read, named with the line.
-        ImportError: a Parquet file or hub name needs the `datasets` package.
+        ImportError: a Parquet file or hub name needs the `datasets` package, a task `reasoning-gym`.
     """
     config = config or DataConfig()
     return PromptDataset(rows_of(source, config), tokenizer, config)
@@ -147,6 +148,11 @@ def load_train_and_eval(
     """
     if not config.path:
         raise ValueError("path is empty, expected a data file or a hub name")
+    if (is_task(config.path) and (config.eval_path or config.eval_split)) or is_task(config.eval_path):
+        raise ValueError(
+            f"eval_path is {config.eval_path!r} and eval_split {config.eval_split!r}, expected neither with a task: the last eval_size of its "
+            "problems, which differ from all others, are held out"
+        )
     rows = rows_of(config.path, config)
     if not config.eval_size:
         return PromptDataset(rows, tokenizer, config), None

@@ -1,4 +1,4 @@
-"""Rows of a list, a file, a `datasets.Dataset` or a data set of the hub, as they stand there but for the columns that are declared."""
+"""Rows of a list, a file, a `datasets.Dataset`, the hub or a task of reasoning-gym, as they stand there but for the columns that are declared."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastppo.config import DataConfig
 from fastppo.data.columns import check_declared, declared
 from fastppo.data.files import Placed, read_csv, read_json, read_json_lines
 from fastppo.rewards.function import OWN_ARGUMENTS
+from fastppo.rewards.reasoning_gym import PREFIX, task_rows
 
 Row = dict[str, Any]
 
@@ -33,9 +34,8 @@ def rows_of(source: Any, config: DataConfig, split: str | None = None) -> list[R
 
     Raises ValueError, TypeError: as `load_prompts`.
     """
-    rows = [
-        declared(_as_row(item, where), config.columns, where) for where, item in _items(source, split or config.split)
-    ]
+    items = _items(source, split or config.split, config.task_arguments)
+    rows = [declared(_as_row(item, where), config.columns, where) for where, item in items]
     if rows:
         check_declared(config.columns, {name for row in rows for name in row})
     return rows
@@ -68,7 +68,16 @@ def _check_row(row: Any, where: str) -> Row:
     return row
 
 
-def _items(source: Any, split: str) -> Placed:
+def is_task(source: Any) -> bool:
+    """Whether it names a task of reasoning-gym: `reasoning_gym:TASK`."""
+    return isinstance(source, str) and source.startswith(PREFIX)
+
+
+def _items(source: Any, split: str, task_arguments: Mapping[str, Any]) -> Placed:
+    if is_task(source):
+        return _numbered(task_rows(source.removeprefix(PREFIX), task_arguments))
+    if task_arguments:
+        raise ValueError(f"task_arguments is set, but the prompts are not those of a task, {PREFIX}TASK")
     if isinstance(source, str | Path):
         return _read(str(source), split)
     datasets = sys.modules.get("datasets")

@@ -21,11 +21,11 @@ def exact_answer(completions: list, answer: list, **columns: Any) -> list[float 
 def _score(text: str, gold: Any) -> float | None:
     if gold is None:
         return None
-    found, expected = final_answer(text), _as_text(gold)
+    found, expected = final_answer(text), as_text(gold)
     return float(found is not None and normalise(found) == normalise(final_answer(expected) or expected))
 
 
-def _as_text(gold: Any) -> str:
+def as_text(gold: Any) -> str:
     if not isinstance(gold, str | int | float):
         raise TypeError(f"answer has a {type(gold).__name__}, expected a text or a number")
     whole = isinstance(gold, float) and gold.is_integer()  # how tables store a column of integers that has gaps

@@ -23,6 +23,9 @@ Scores = list[float | None]
 
 _UNORDERED_OR_TEXT = str | bytes | bytearray | memoryview | Mapping | Set
 
+OURS = "fastppo.rewards."
+"""Where the module of a ready-made function stands: its options are keyword-only, and no column of the data is taken for one."""
+
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """What every reward function is offered; the data's columns have other names."""
 
@@ -37,27 +40,47 @@ class RewardFunction:
     """A function that follows TRL's convention, `fn(prompts, completions, **columns) -> list[float | None]`, sync or async."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
-        """Raises TypeError for anything that is no function to be called with keywords, ValueError for one whose signature does not fit."""
+        """Raises TypeError for anything that is no function to be called with keywords, ValueError for one whose signature does not fit; for
+        a function of ours also what it raises of options that do not fit, or of a package that is missing."""
         _refuse_what_is_no_function(function)
         self.name = name
         self._function = function
         self._parameters = _keyword_parameters(function, name)
         kinds = {parameter.kind for parameter in self._parameters.values()}
         self._takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        self._options = set(function.keywords) if isinstance(function, functools.partial) else set()
+        if str(getattr(unbound(function), "__module__", "")).startswith(OURS):
+            self._try_options()
 
     def select(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `arguments` that the signature names, or all where it has **kwargs.
+        """Those of `arguments` that the signature names, or all where it has **kwargs; none in place of what is bound.
 
         Raises ValueError naming the first parameter that nothing was given for.
         """
         for name, parameter in self._parameters.items():
-            required = parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIADIC
-            if required and name not in arguments:
+            if _is_required(parameter) and name not in arguments:
                 raise ValueError(
                     f"reward {self.name!r} asks for {name!r}, expected one of {', '.join(map(repr, arguments))}"
                     + _did_you_mean(name, arguments)
                 )
-        return {name: value for name, value in arguments.items() if self._takes_all or name in self._parameters}
+        asked = {name: value for name, value in arguments.items() if self._takes_all or name in self._parameters}
+        return {name: value for name, value in asked.items() if name not in self._options}
+
+    def _try_options(self) -> None:
+        """Call a function of ours for no completions, so that what is wrong with its options is said before the run."""
+        for name, parameter in self._parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                self._options.add(name)
+                if _is_required(parameter):
+                    raise ValueError(
+                        f"reward {self.name!r} needs {name}: bind it with functools.partial, or under `arguments` in a recipe"
+                    )
+        columns = [name for name, parameter in self._parameters.items() if _is_required(parameter)]
+        try:
+            self._function(**{name: [] for name in columns})
+        except (TypeError, ValueError) as error:
+            error.args = (f"reward {self.name!r}: {error}",)
+            raise
 
     def answer(self, keywords: Mapping[str, Any], expected: int) -> dict[str, Any]:
         """Call the function once: {"scores": [float or None] * expected} or {"error": text}; both survive a trip through JSON.
@@ -121,8 +144,17 @@ def _own_copy(value: Any) -> Any:
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in _VARIADIC
+
+
+def unbound(function: Any) -> Any:
+    """The function itself, where arguments are bound to it."""
+    return function.func if isinstance(function, functools.partial) else function
+
+
 def _refuse_what_is_no_function(function: Any) -> None:
-    inner = function.func if isinstance(function, functools.partial) else function
+    inner = unbound(function)
     if isinstance(inner, torch.nn.Module):
         raise TypeError(
             f"reward function is a model, {type(inner).__name__}, expected a function that asks it: "

@@ -1,11 +1,13 @@
-"""What the reward functions said of a batch: their sum and each one's own scores, with the invalid ones marked and explained."""
+"""What the reward functions said of a batch: their weighted sum and each one's own scores, with the invalid ones marked and explained."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastppo.rewards.function import Scores
+from fastppo.rewards.weighted import WeightedReward, normalised
 
 LARGEST_SCORE = 1e12
 """Larger ones, of either sign, are invalid: their squares (a variance, the critic's loss), summed over a batch, may leave fp32."""
@@ -18,7 +20,7 @@ class RewardResult:
     """What the reward functions said about B completions. NaN is the only mark of an invalid score."""
 
     scores: list[float]
-    """[B] sum over the functions; NaN where one of them failed or gave NaN, infinity or more than `LARGEST_SCORE`, or where none applies."""
+    """[B] weighted sum of those that apply; NaN where one failed or gave NaN, infinity or more than `LARGEST_SCORE`, or where none applies."""
     by_name: dict[str, list[float]]
     """Each function's own [B] scores; NaN where it is invalid or does not apply."""
     failures: int
@@ -27,18 +29,33 @@ class RewardResult:
     """One text for each failed attempt (also those that a retry made good) and each function with invalid entries."""
 
 
-def combine(answers: dict[str, Scores | None], errors: list[str], count: int) -> RewardResult:
-    """answers: each function's [count] scores, None where it failed. errors: of the attempts; those of single scores come after them."""
+def combine(
+    answers: dict[str, Scores | None],
+    errors: list[str],
+    count: int,
+    terms: Mapping[str, WeightedReward],
+    normalise: bool,
+) -> RewardResult:
+    """The weighted sum of what the functions answered.
+
+    Args:
+        answers: each function's [count] scores, None where it failed.
+        errors: of the attempts; those of single scores come after them.
+        terms: each function's weight, and whether it is normalised.
+        normalise: False leaves the normalisation out.
+    """
     totals, applies = [0.0] * count, [False] * count
     by_name: dict[str, list[float]] = {}
     for name, scores in answers.items():
         values = [math.nan] * count if scores is None else scores
         errors += _complaints(f"reward {name!r} gave", [] if scores is None else scores)
         by_name[name] = [math.nan if value is None or not _usable(value) else value for value in values]
+        term = terms[name]
+        addends = normalised(by_name[name]) if normalise and term.normalise else by_name[name]
         for index, value in enumerate(values):
             if value is not None:
                 applies[index] = True
-                totals[index] += by_name[name][index]
+                totals[index] += term.weight * addends[index]
     errors += _complaint("no reward applies (each gave None)", [i for i, used in enumerate(applies) if not used], count)
     large = [index for index, total in enumerate(totals) if _too_large(total)]
     errors += _complaint(f"the rewards' sum is {_TOO_LARGE}", large, count)

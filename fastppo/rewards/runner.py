@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastppo.rewards import process
-from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, describe, to_scores
+from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, describe, to_scores, unbound
 from fastppo.rewards.keeper import ProcessFailure
 from fastppo.rewards.process import KillableProcess
 from fastppo.rewards.result import RewardResult, combine
+from fastppo.rewards.weighted import WeightedReward
 
 Conversation = list[dict[str, Any]]
+Reward = Callable[..., Any] | WeightedReward
 
 
 class RewardRunner:
@@ -32,7 +34,7 @@ class RewardRunner:
     share no memory with them. They cannot use a GPU that this process uses. All functions work at the same time.
 
     Args:
-        functions: one function or several; their scores are added.
+        functions: one function or several; their scores are added. `WeightedReward` gives one a weight, or normalises it.
         timeout: seconds one call may take before the function's process group is killed. None calls the functions in this process
             one after another, where nothing can stop them.
         retries: further attempts after a function raised, was killed, or returned something other than one number or None for each
@@ -42,13 +44,12 @@ class RewardRunner:
         TypeError, ValueError: an argument is not as above; a function has no readable signature.
     """
 
-    def __init__(
-        self, functions: Callable[..., Any] | Sequence[Callable[..., Any]], *, timeout: float | None, retries: int = 1
-    ) -> None:
+    def __init__(self, functions: Reward | Sequence[Reward], *, timeout: float | None, retries: int = 1) -> None:
         _check_timeout(timeout)
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ValueError(f"retries is {retries!r}, expected an integer >= 0")
-        self._functions = _name_functions(functions)
+        self._terms = _named_terms(functions)
+        self._functions = [RewardFunction(term.function, name) for name, term in self._terms.items()]
         self._attempts = retries + 1
         if timeout is not None and not process.supported():
             _say_no_fork()
@@ -62,12 +63,15 @@ class RewardRunner:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        normalise: bool = True,
     ) -> RewardResult:
         """Scores of B completions.
 
         Args:
             prompts: [B] texts or conversations. completions: [B] texts. columns: name -> [B] values.
             completion_ids: [B] token ids, for functions that ask for them.
+            normalise: False leaves out the normalisation that a `WeightedReward` asks for, which makes scores of different batches
+                comparable (an evaluation's).
 
         Raises:
             ValueError, TypeError: lengths or types that do not fit; a function asks for a column that is not there. A function that
@@ -79,7 +83,7 @@ class RewardRunner:
             return RewardResult([], {name: [] for name in requests}, 0, [])
         with self._lock:
             answers, errors = self._run(requests, len(completions))
-        return combine(answers, errors, len(completions))
+        return combine(answers, errors, len(completions), self._terms, normalise)
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Raises ValueError naming the first argument that a function asks for and data with these columns will not have."""
@@ -195,22 +199,22 @@ def _check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout is {timeout!r}, expected a finite number of seconds > 0, or None")
 
 
-def _name_functions(functions: Callable[..., Any] | Sequence[Callable[..., Any]]) -> list[RewardFunction]:
+def _named_terms(functions: Reward | Sequence[Reward]) -> dict[str, WeightedReward]:
     """Under the functions' own names; the second `f` is `f_2`."""
-    several = [functions] if callable(functions) else functions
+    several = [functions] if callable(functions) or isinstance(functions, WeightedReward) else functions
     if not isinstance(several, list | tuple):
         hint = " (a reward model is asked by a function: docs/rewards.md)" if isinstance(functions, str) else ""
         raise TypeError(f"functions is {type(functions).__name__}, expected a callable or a list of callables{hint}")
     if not several:
         raise ValueError("functions is empty, expected at least one reward function")
-    named: dict[str, RewardFunction] = {}
-    for function in several:
-        inner = function.func if isinstance(function, functools.partial) else function
+    terms: dict[str, WeightedReward] = {}
+    for reward in several:
+        term = reward if isinstance(reward, WeightedReward) else WeightedReward(reward)
+        inner = unbound(term.function)
         plain = getattr(inner, "__name__", type(inner).__name__)
         names = itertools.chain([plain], (f"{plain}_{count}" for count in itertools.count(2)))
-        name = next(name for name in names if name not in named)
-        named[name] = RewardFunction(function, name)
-    return list(named.values())
+        terms[next(name for name in names if name not in terms)] = term
+    return terms
 
 
 def _arguments(

@@ -106,7 +106,7 @@ def test_partials_objects_and_namesakes(make, timeout):
 
     runner = make([partial(power, exponent=3), Bonus(), length, length], timeout)
     assert list(score(runner).by_name) == ["power", "Bonus", "length", "length_2"]
-    assert score(runner).scores == [15, 19, 19]
+    assert score(runner, exponent=[1, 2, 3]).scores == [15, 19, 19], "no column replaces what is bound"
 
 
 # What functions return

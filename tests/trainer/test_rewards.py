@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fastppo import PPOTrainer
 from fastppo.console import SHOWN_NOTES, Reporter
+from fastppo.rewards import WeightedReward, soft_overlong
 from fastppo.run_folder import read_metrics
 from fastppo.trainer import TrainingError
 from tests.tiny import make_model, make_tokenizer
@@ -213,3 +214,26 @@ def test_a_reward_that_changes_the_directory_in_the_trainers_process_moves_no_re
     make_trainer(moves, output_dir="own", total_steps=2, checkpoint__every=1).train()
     assert not list((tmp_path / "elsewhere").iterdir())
     assert len(read_metrics(tmp_path / "own")) == 2 and (tmp_path / "own" / "model").is_dir()
+
+
+def test_weights_and_normalisation_reach_the_run_and_metrics_stay_raw(run):
+    """Of a normalised reward a step's mean is 0; an evaluation, whose scores are compared over steps, has the plain weighted sum."""
+
+    def halves(prompts, completions):
+        return [float(index % 2) for index in range(len(completions))]
+
+    reward = [
+        WeightedReward(halves, weight=3.0, normalise=True),
+        WeightedReward(lambda completions: [1.0] * len(completions), 2.0),
+    ]
+    rows, _ = run(reward, eval_prompts=HELD_OUT, total_steps=1)
+    after = rows[-1]
+    assert (after["objective/scores"], after["objective/scores_std"]) == (2.0, 3.0)
+    assert (after["rewards/halves/mean"], after["rewards/halves/std"]) == (0.5, 0.5)
+    assert [row["eval/scores"] for row in rows] == [3 * 0.5 + 2] * 2
+
+
+def test_options_that_do_not_fit_are_refused_at_construction(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="reward: reward 'soft_overlong' needs max_completion_len"):
+        make_trainer(soft_overlong)
+    assert not (tmp_path / "run").exists()
