@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import types
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from fastppo.config import RewardConfig
-from fastppo.recipe import load_recipe, resolve_reward
-from fastppo.rewards import RewardRunner
+from fastppo.data.sources import is_task
+from fastppo.recipe import load_recipe, resolve_rewards
+from fastppo.rewards import READY, RewardRunner, http
 from fastppo.rewards.result import LARGEST_SCORE
 from tests.tiny import make_tokenizer
 
@@ -27,13 +29,17 @@ def blocks(language):
 def shown():
     """All names that the Python blocks define, run from top to bottom."""
     module = types.ModuleType("rewards_of_the_docs")
-    for block in blocks("python"):
+    for block in (block for block in blocks("python") if not block.startswith(">>>")):
         exec(compile(block, "docs/rewards.md", "exec"), module.__dict__)
     return module
 
 
 def test_a_reward_is_tried_as_shown(shown):
     assert shown.result.scores == [1 - 0.001, -0.007] and shown.result.errors == []
+
+
+def test_a_weighted_sum_prefers_the_plain_sentence(shown):
+    assert shown.nice.errors == [] and shown.nice.scores[0] > 0 > shown.nice.scores[1]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +69,40 @@ def test_a_model_is_asked_as_shown(shown):
 
 
 def test_the_recipe_is_one(tmp_path):
-    (recipe,) = blocks("yaml")
+    recipe = blocks("yaml")[0]
     code = next(block for block in blocks("python") if "def close_to" in block)
     (tmp_path / "my_rewards.py").write_text(code)
     (tmp_path / "recipe.yaml").write_text(recipe)
-    reward = resolve_reward(load_recipe(tmp_path / "recipe.yaml").reward)
+    reward = resolve_rewards(load_recipe(tmp_path / "recipe.yaml").reward)
     with RewardRunner(reward, timeout=None) as runner:
-        assert runner(["p", "q"], ["x" * 30, "x" * 40], {}).scores == [-0.1, 0]
+        assert runner(["p", "q"], ["x" * 30, "y " * 20], {}).scores == [-0.1, 0.5 * -17 / 18]
+
+
+def test_the_other_recipes_are_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    _, server, task = blocks("yaml")
+    (tmp_path / "server.yaml").write_text(server)
+    (reward,) = resolve_rewards(load_recipe(tmp_path / "server.yaml").reward)
+    RewardRunner(reward, timeout=None)
+    assert reward.function.func is http and reward.function.keywords["headers"] == {"Authorization": "Bearer s3cret"}
+    (tmp_path / "task.yaml").write_text(task)
+    recipe = load_recipe(tmp_path / "task.yaml")
+    (reward,) = resolve_rewards(recipe.reward)
+    assert reward.function is READY["reasoning_gym"] and is_task(recipe.data.path)
+
+
+def test_ready_rewards_score_as_shown():
+    failed = []
+    shown = [block for block in blocks("python") if block.startswith(">>>")]
+    for number, block in enumerate(shown):
+        test = doctest.DocTestParser().get_doctest(block, {}, f"example {number}", "docs/rewards.md", 0)
+        doctest.DocTestRunner().run(test, out=failed.append)
+    assert shown and not failed, "".join(failed)
+
+
+def test_every_ready_reward_is_in_the_table():
+    rows = re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(READY)
 
 
 def test_its_figures_are_the_defaults():

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
-from fastppo.config import RecipeRewardConfig
-from fastppo.recipe import resolve_reward
+from fastppo.config import RecipeRewardConfig, RewardFunctionConfig
+from fastppo.recipe import resolve_rewards
 from fastppo.rewards import RewardRunner
 
 
@@ -27,7 +27,8 @@ def scores(folder, files, function="f", file="file_reward.py", timeout=20.0):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(textwrap.dedent(text))
-    reward = resolve_reward(RecipeRewardConfig(function=f"{folder / file}:{function}"))
+    config = RecipeRewardConfig(functions=[RewardFunctionConfig(function=f"{folder / file}:{function}")])
+    reward = resolve_rewards(config)[0]
     with RewardRunner(reward, timeout=timeout, retries=0) as runner:
         result = runner(["p", "q"], ["one", "three"], {})
     assert result.errors == []
