@@ -33,12 +33,14 @@ def make_inputs(device: str, seed: int = 0) -> Inputs:
         "labels": torch.randint(VOCABULARY, (TOKENS,), generator=generator),
         "mask": torch.rand(TOKENS, generator=generator) < KEPT_SHARE,
         "cu_seqlens": torch.tensor([0, 40, 41, TOKENS], dtype=torch.int32),
+        "prompts": torch.tensor([-1, 0, 0], dtype=torch.int32),
         "q": noise(4, 6, 32),
         "pages": noise(2, 9, 64, 2, 32),
         "block_table": torch.randperm(8, generator=generator).view(4, 2).int(),
         "context_lens": torch.tensor([1, 64, 100, 128], dtype=torch.int32),
         "slots": torch.randperm(9 * 64, generator=generator)[:TOKENS],
         "tables": noise(2, 50, 24),
+        "keys": noise(TOKENS, 2, 2, 16),
         "positions": torch.randint(50, (TOKENS,), generator=generator),
     }
     return {name: x.to(device) for name, x in inputs.items()}
@@ -119,6 +121,14 @@ def sample_tokens(x: Inputs) -> tuple[Tensor, ...]:
     return tuple(ops.sample_tokens(x["logits"], temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, **numbers))
 
 
+def packed_attention(x: Inputs, **options: int) -> tuple[Tensor, ...]:
+    """Four query heads of two key heads."""
+    wanted = leaves(x, "hidden", "keys")
+    q, k, v = wanted[0].view(TOKENS, 4, 16), *wanted[1].unbind(1)
+    out = ops.packed_attention(q, k, v, x["cu_seqlens"], prompts=x["prompts"], **options)
+    return with_gradients((out,), x["advantages"][:, None, None], wanted)
+
+
 def write_kv(x: Inputs) -> tuple[Tensor, ...]:
     k_pages, v_pages = x["pages"].clone()
     k, v = x["hidden"].view(TOKENS, 2, 32), x["weight"][:TOKENS].view(TOKENS, 2, 32)
@@ -168,6 +178,8 @@ CALLS: dict[str, Call] = {
         ops.decode_attention(x["q"], *x["pages"], x["block_table"], x["context_lens"], softcap=5.0),
     ),
     "decode_attention: write_kv": write_kv,
+    "packed_attention": packed_attention,
+    "packed_attention: window": lambda x: packed_attention(x, window=20),
     "batch_invariant_linear": lambda x: (ops.batch_invariant_linear(x["hidden"], x["weight"]),),
     "batch_invariant_linear: splits": lambda x: (ops.batch_invariant_linear(x["logits"], x["wide"]),),
     "rms_norm": rms_norm,
@@ -269,6 +281,23 @@ def large_cache(elements: int, device: str) -> None:
     assert_equal(*results)
 
 
+def large_attention(elements: int, device: str) -> None:
+    """The last sequence follows a prompt of one token; the others are short, so that there are few pairs."""
+    x = two_last_rows(elements, device, 4096).view(-1, 16, 256)
+    bounds = torch.tensor([*range(0, len(x) - 3, 64), len(x) - 3, len(x) - 2, len(x)], device=device)
+    prompts = torch.full((len(bounds) - 1,), -1, device=device)
+    prompts[-1] = len(prompts) - 2
+    results = []
+    for part, offsets, follows in (
+        (x, bounds, prompts),
+        (x[-3:].clone(), bounds[-3:] - bounds[-3], prompts[-2:].clamp(max=0)),
+    ):
+        leaf = part.requires_grad_()
+        out = ops.packed_attention(leaf, leaf, leaf, offsets, prompts=follows)
+        results.append([out[-3:].detach(), torch.autograd.grad(out, leaf, part.detach())[0][-3:]])
+    assert_equal(*results)
+
+
 def large_weight(elements: int, device: str) -> None:
     weight, x = two_last_rows(elements, device, 256), torch.randn(3, 256, device=device).bfloat16()
     assert_equal([ops.batch_invariant_linear(x, weight)[:, -2:]], [ops.batch_invariant_linear(x, weight[-2:])])
@@ -314,6 +343,7 @@ LARGE = {
     "approx_kl": Large(large_kl, 10),
     "masked_whiten": Large(large_whitening, 12),
     "decode_attention": Large(large_cache, 5),
+    "packed_attention": Large(large_attention, 18),
     "batch_invariant_linear": Large(large_weight, 3),
     "rms_norm": Large(large_norm, 7),
     "rotary_embedding": Large(large_heads, 7),
@@ -357,6 +387,17 @@ def bad_inputs(device: str) -> None:
     table[2, 0] = 1 << 30
     out = ops.decode_attention(x["q"], *x["pages"], table, x["context_lens"])
     assert out[2].isnan().all() and out[[0, 1, 3]].isfinite().all()
+    heads = x["hidden"].view(TOKENS, 4, 16)
+    for offsets, prompts, bad in (
+        ([0, 40, 41, TOKENS], [-1, 2, 0], [40]),
+        ([0, 10**6, 41, TOKENS], [-1, 0, 0], [*range(TOKENS)]),
+    ):
+        tables = (torch.tensor(table, dtype=torch.int32, device=device) for table in (offsets, prompts))
+        offsets, prompts = tables
+        out = ops.packed_attention(heads, heads, heads, offsets, prompts=prompts)
+        assert out.isnan().flatten(1).all(1).nonzero().flatten().tolist() == bad and int(out.isnan().sum()) == 64 * len(
+            bad
+        )
     pages, ones = x["pages"].clone(), torch.ones(4, 2, 32, device=device)
     ops.write_kv(ones, ones, *pages, torch.tensor([10**12, 5, -1, 9 * 64], device=device))
     assert int((pages != x["pages"]).any(-1).any(-1).sum()) == 2

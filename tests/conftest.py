@@ -42,6 +42,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_interpreter
 
     triton_interpreter.multiply_bfloat16()
+    triton_interpreter.call_functions_without_delay()
 
 
 @pytest.fixture(params=["reference", "cpu"])

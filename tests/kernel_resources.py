@@ -123,6 +123,43 @@ def decode_attention_launches():
         yield "_write_kv_kernel", tensors | numbers, constants, module.NUM_WARPS
 
 
+def packed_attention_launches():
+    """The same of kernels/packed_attention.py, whose heads are padded to these sizes."""
+    module = importlib.import_module("fastppo.kernels.packed_attention")
+    for offsets in ("*i32", "*i64"):
+        tensors = {
+            "cu_seqlens_ptr": offsets,
+            "prompts_ptr": offsets,
+            "table_ptr": "*i32",
+            "count": "i32",
+            "tokens": "i32",
+        }
+        yield "_layout_kernel", tensors, {"HAS_PROMPTS": True, "BLOCK": module.LAYOUT_BLOCK}, 4
+    for dtype, size in [
+        *((dtype, size) for dtype in ("bfloat16", "float32") for size in (32, 64, 128, 256)),
+        ("float16", 256),
+    ]:
+        pointer, itemsize = POINTERS[dtype] + ":16", 4 if dtype == "float32" else 2
+        operands = {"q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer, "table_ptr": "*i32"}
+        gradients = {"lse_ptr": "*fp32", "d_out_ptr": pointer, "delta_ptr": "*fp32"}
+        numbers = {"rows": "i32", "heads": "i32", "kv_heads": "i32", "group": "i32"}
+        numbers |= {f"stride_{name}": "i32:16" for name in ("q_t", "q_h", "k_t", "k_h", "v_t", "v_h")}
+        numbers |= {"scale": "fp32", "window": "i32"}
+        without_kv_heads, without_heads = (
+            {name: kind for name, kind in numbers.items() if name != left_out} for left_out in ("kv_heads", "heads")
+        )
+        for name, signature in {
+            "forward": operands | {"out_ptr": pointer, "lse_ptr": "*fp32"} | without_kv_heads,
+            "d_q": operands | gradients | {"d_q_ptr": pointer} | without_kv_heads,
+            "d_kv": operands | gradients | {"d_k_ptr": pointer, "d_v_ptr": pointer} | without_heads,
+        }.items():
+            blocks, launch = module.tile(name, size, itemsize)
+            yield f"_packed_attention_{name}_kernel", signature, blocks, launch["num_warps"], launch["num_stages"]
+        tensors = {"out_ptr": pointer, "d_out_ptr": pointer, "delta_ptr": "*fp32", "count": "i64"}
+        constants = {"D": size, "BLOCK_ROWS": module.DELTA_ROWS}
+        yield "_delta_kernel", tensors, constants, 4
+
+
 def batch_invariant_linear_launches():
     """The same of kernels/batch_invariant_linear.py."""
     module = importlib.import_module("fastppo.kernels.batch_invariant_linear")
@@ -211,6 +248,7 @@ TRITON_LAUNCHES = [
     *(("token_logprobs", *launch) for launch in token_logprobs_launches()),
     *(("token_logprobs", *launch) for launch in linear_head_launches()),
     *(("decode_attention", *launch) for launch in decode_attention_launches()),
+    *(("packed_attention", *launch) for launch in packed_attention_launches()),
 ]
 
 

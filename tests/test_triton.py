@@ -18,8 +18,11 @@ from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast]
 TESTED += ["ops/test_certain_tokens", "rollout/test_fused_decoder"]
-# What is left out of an op's tests: sizes of chunks that say little more than others, at six seconds each.
-INTERPRETED = {"ops/test_linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70"}
+# What is left out of an op's tests: sizes that say little more than others, and are slow.
+INTERPRETED = {
+    "ops/test_linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70",
+    "ops/test_packed_attention": "not (head_sizes and (16 or 64) or windows and (cpu-2] or 1000) or nan_stays and cpu-1 or float64)",
+}
 
 
 @pytest.mark.slow

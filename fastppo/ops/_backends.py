@@ -33,7 +33,7 @@ FAST_BACKENDS: dict[str, tuple[str, ...]] = {
     "ppo_loss": ("cpu", "cuda"),
     "sample_tokens": ("cpu", "cuda"),
     "decode_attention": ("cpu", "triton"),
-    "packed_attention": ("cpu",),
+    "packed_attention": ("cpu", "triton"),
     "batch_invariant_linear": ("cpu", "triton"),
     "rms_norm": ("cpu", "triton"),
     "rotary_embedding": ("cpu", "triton"),

@@ -27,9 +27,10 @@ def packed_attention(
     """softmax(scale * q k^T) v of each token over its sequence up to itself, and over the prompt that stands before it (FlashAttention,
     arXiv:2205.14135).
 
-    Samples of one prompt need it but once: as a sequence of its own, that each of them names as what it follows. On the CPU in fp32 a
-    token has the bits that `decode_attention` gives it, whatever else is packed beside it, for every number of threads; float16 and
-    bfloat16 are computed in fp32 and rounded once. There is no GPU kernel yet: there it runs in plain PyTorch.
+    Samples of one prompt need it but once: as a sequence of its own, that each of them names as what it follows. Its bits, and those of its
+    gradients, depend neither on what else is packed nor on threads. On the CPU in fp32 a token has the bits that `decode_attention` gives it;
+    float16 and bfloat16 are computed in fp32 and rounded once. On a GPU sums are fp32, and what is multiplied has q's type: probabilities and
+    the gradients of scores are rounded to it.
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16 (float64, and heads of more than 256, run in the reference): queries of T packed tokens.
@@ -42,10 +43,11 @@ def packed_attention(
 
     Returns:
         [T, Hq, D] in q's dtype; differentiable by q, k and v, where a prompt's k and v get the sum over all that follow it. NaN reaches
-        no token that does not see it.
+        no token that does not see it; on a GPU no sequence that does not.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, wrong offsets or a wrong prompt.
+        TypeError, ValueError: wrong type, shape or device, or (on the CPU) wrong offsets or a wrong prompt; on a GPU, where the host does not
+            wait, the first make all results NaN, the second those of the sequence that has it.
     """
     _check_packed_attention(q, k, v, cu_seqlens, prompts)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
@@ -57,7 +59,7 @@ def packed_attention(
             _checks.offsets_in_order("cu_seqlens", cu_seqlens, len(q))
             _check_prompts_stand_before(prompts)
         return reference.packed_attention(q, k, v, cu_seqlens, scale=scale, window=window, prompts=prompts)
-    return _packed_attention(q, k, v, cu_seqlens, prompts, scale, window or 0)[0]
+    return _packed_attention(q, k, v, cu_seqlens, prompts, scale, window or 0, backend)[0]
 
 
 def _check_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prompts: Tensor | None) -> None:
@@ -132,14 +134,19 @@ def _packed_attention(
     prompts: Tensor | None,
     scale: float,
     window: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from fastppo.kernels.packed_attention import packed_attention_forward as kernel
+
+        return kernel(q, k, v, cu_seqlens, prompts, scale, window)
     layout = _layout(cu_seqlens, prompts, len(q))
     out, lse = native.packed_attention(*map(_with_packed_heads, (q, k, v)), layout, scale, window)
     return out.to(q.dtype), lse
 
 
 @torch.library.register_fake("fastppo::packed_attention")
-def _(q, k, v, cu_seqlens, prompts, scale, window):
+def _(q, k, v, cu_seqlens, prompts, scale, window, backend):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -155,7 +162,12 @@ def _packed_attention_backward(
     lse: Tensor,
     scale: float,
     window: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from fastppo.kernels.packed_attention import packed_attention_backward as kernel
+
+        return kernel(d_out, q, k, v, cu_seqlens, prompts, out, lse, scale, window)
     layout, upstream = _layout(cu_seqlens, prompts, len(q)), d_out.float().contiguous()
     operands = *map(_with_packed_heads, (q, k, v)), layout, out.float(), lse
     d_q, d_k, d_v = native.packed_attention_backward(upstream, *operands, scale, window)
@@ -163,14 +175,14 @@ def _packed_attention_backward(
 
 
 @torch.library.register_fake("fastppo::packed_attention_backward")
-def _(d_out, q, k, v, cu_seqlens, prompts, out, lse, scale, window):
+def _(d_out, q, k, v, cu_seqlens, prompts, out, lse, scale, window, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, outputs) -> None:
     out, lse = outputs
     ctx.save_for_backward(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens, inputs.prompts, out, lse)
-    ctx.options = inputs.scale, inputs.window
+    ctx.options = inputs.scale, inputs.window, inputs.backend
     ctx.mark_non_differentiable(lse)
 
 
