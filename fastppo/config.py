@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -98,18 +98,50 @@ class RewardConfig:
     """Divide the shaped rewards by their standard deviation (the mean is kept)."""
 
 
+GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo")
+"""Their baseline is made of the scores of the other samples of a prompt."""
+WHITENED_ESTIMATORS = ("gae", "reinforce++")
+DISCOUNTED_ESTIMATORS = ("gae", "reinforce++", "remax")
+
+
 @dataclass(config=STRICT)
 class AdvantageConfig:
     """From rewards and values to advantages."""
 
+    estimator: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "remax", "opo"] = "gae"
+    """`gae` has a critic. The others have none: `grpo`, `dr_grpo`, `rloo` and `opo` compare the samples of a prompt with each other
+    (`rollout.samples_per_prompt` of at least 2), `remax` with its greedy completion, `reinforce++` all of a step. docs/algorithms.md has the
+    formulas."""
     gamma: Share = 1.0
-    """Discount factor."""
+    """Discount factor; 1 with the estimators that compare whole completions."""
     gae_lambda: Share = 0.95
-    """GAE's λ for the policy's advantages."""
+    """GAE's λ for the policy's advantages, and for the critic's returns where `critic_gae_lambda` is not set."""
+    critic_gae_lambda: Share | None = None
+    """GAE's λ for the returns that the critic learns (VAPO, arXiv:2504.05118, "decoupled GAE": 1); `None` is `gae_lambda`."""
+    length_adaptive_alpha: Positive | None = None
+    """The policy's λ is 1 - 1 / (α length) for a completion of `length` tokens, and 0 up to 1/α tokens, instead of `gae_lambda` (VAPO,
+    arXiv:2504.05118, "length-adaptive GAE": 0.05); `None` is off."""
     bootstrap_truncated: bool = False
     """Bootstrap a truncated completion with the critic's value of its last state (instead of 0)."""
-    whiten: bool = True
-    """Normalise the advantages to mean 0, variance 1 over the whole batch."""
+    whiten: bool | None = None
+    """Normalise the advantages to mean 0, variance 1 over the whole batch; by default with `gae` and `reinforce++`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> AdvantageConfig:
+        if self.whiten is None:
+            self.whiten = self.estimator in WHITENED_ESTIMATORS
+        if self.estimator == "gae":
+            return self
+        for name, off in (("critic_gae_lambda", None), ("length_adaptive_alpha", None), ("bootstrap_truncated", False)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected {off} with estimator {self.estimator}, which has no critic"
+                )
+        if self.gamma != 1 and self.estimator not in DISCOUNTED_ESTIMATORS:
+            raise ValueError(
+                f"gamma is {self.gamma}, expected 1 with estimator {self.estimator}, which compares whole completions"
+            )
+        return self
 
 
 @dataclass(config=STRICT)
@@ -132,8 +164,9 @@ class LossConfig:
 class CriticConfig:
     """The critic and its loss."""
 
-    kind: Literal["separate", "shared"] = "separate"
-    """A critic with its own trunk, or a value head on the policy's trunk."""
+    kind: Literal["separate", "shared", "none"] | None = None
+    """A critic with its own trunk, or a value head on the policy's trunk, or none; by default `separate` with `advantage.estimator` gae, which
+    alone has a critic, and `none` with the others."""
     lr: NonNegative = 5e-6
     """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
     warmup_steps: OptionalCount = 0
@@ -244,6 +277,29 @@ class PPOConfig:
             if key not in {spec.name for spec in fields(cls)} and (target := moved_to(key)):
                 raise ValueError(f"{key} is not known; {target} is")
         return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> PPOConfig:
+        """What depends on settings of more than one section."""
+        estimator, samples = self.advantage.estimator, self.rollout.samples_per_prompt
+        if estimator in GROUP_ESTIMATORS and samples < 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt is {samples}, expected at least 2 with advantage.estimator {estimator}, "
+                f"which compares the samples of a prompt"
+            )
+        kinds = ("separate", "shared") if estimator == "gae" else ("none",)
+        if self.critic.kind is None:
+            self.critic = replace(self.critic, kind=kinds[0])
+        if self.critic.kind not in kinds:
+            raise ValueError(
+                f"critic.kind is {self.critic.kind}, expected {' or '.join(kinds)} with advantage.estimator {estimator}"
+            )
+        if self.critic.kind == "none" and self.critic.warmup_steps:
+            raise ValueError(
+                f"critic.warmup_steps is {self.critic.warmup_steps}, expected 0 with advantage.estimator {estimator}, "
+                f"which has no critic"
+            )
+        return self
 
 
 @dataclass(config=STRICT)

@@ -72,8 +72,8 @@ class Learner:
         """Set the learning rates of `step` (0-based) and return them."""
         self.step = step
         factor = learning_rate_factor(self._schedule, step, self.total_steps)
-        policy, critic = (self.optimizers[name].set_learning_rate(factor) for name in ("policy", "critic"))
-        return {"lr": policy, "critic_lr": critic}
+        names = {"policy": "lr", "critic": "critic_lr"}
+        return {names[name]: optimizer.set_learning_rate(factor) for name, optimizer in self.optimizers.items()}
 
     # Gradients are on, whatever the caller or a reward function has set for its thread.
     @torch.inference_mode(mode=False)

@@ -252,8 +252,8 @@ def _resolve_name(name: str, where: str) -> tuple[str, str]:
 def _explain(problem: dict[str, Any]) -> str:
     """One of pydantic's errors in the project's wording."""
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "value_error":  # our own check of a whole section: its message names the key
-        return f"{where}.{problem['ctx']['error']}"
+    if problem["type"] == "value_error":  # our own check of a section, or of several: its message names the key
+        return f"{where}.{problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
     known = [spec.name for spec in dataclasses.fields(RewardFunctionConfig)]  # the only keys below those of a section
     if problem["type"] == "unexpected_keyword_argument":
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]

@@ -37,7 +37,7 @@ class Roles(nn.Module):
 
     Args:
         policy: a prepared model, trained in place.
-        critic: "separate", a copy of the policy's trunk with a value head, or "shared", a value head on the policy's trunk.
+        critic: "separate", a copy of the policy's trunk with a value head, "shared", a value head on the policy's trunk, or "none".
         with_reference: keep a frozen copy of the policy as it is now.
         gradient_checkpointing: keep one hidden state a layer for the backward pass and compute the rest again.
     """
@@ -46,7 +46,7 @@ class Roles(nn.Module):
         self,
         policy: PreTrainedModel,
         *,
-        critic: Literal["separate", "shared"] = "separate",
+        critic: Literal["separate", "shared", "none"] = "separate",
         with_reference: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -152,7 +152,8 @@ class Roles(nn.Module):
 
     def trained(self) -> dict[str, nn.Module]:
         """What learns, each with an optimizer and in a checkpoint's file of its own."""
-        return {"policy": self.policy, "critic": self.critic if self.critic is not None else self.value_head}
+        trained = {"policy": self.policy, "critic": self.critic if self.critic is not None else self.value_head}
+        return {name: module for name, module in trained.items() if module is not None}
 
     @cached_property
     def reference_sha256(self) -> str | None:

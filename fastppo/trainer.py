@@ -207,10 +207,14 @@ class PPOTrainer:
             rollout, rows = self._collect(seed)
         sampled_tokens = rollout.num_actions
         metrics |= engine_metrics(self.engine.stats)
+        greedy = None
+        if "greedy_scores" in self.algorithm.needs:
+            with clock("time/baseline"):
+                greedy = self._greedy_scores(rows)
         if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
             self.reporter.note(warning)
         with clock("time/reward"):
-            rollout, scores, reward = self._score(rollout, rows, folder)
+            rollout, scores, reward = self._score(rollout, rows, folder, greedy)
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
             recompute = self.config.rollout.recompute_logprobs
@@ -252,12 +256,32 @@ class PPOTrainer:
         stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
         self.reporter.phase("update", done, total, stopping)
 
-    def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder) -> tuple[Rollout, Scores, dict[str, float]]:
-        """The samples that have a valid reward, their scores, and what the rewards said of all of them."""
+    def _greedy_scores(self, rows: list[Row]) -> Tensor:
+        """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid."""
+        greedy = dataclasses.replace(self.config.rollout.sampling(0), n=1, temperature=0.0)
+        prompts, heard = [row["prompt_ids"] for row in rows], {"on_tokens": self._interruption.check}
+        rollout = self.engine.generate(prompts, greedy, **heard)
+        result, _ = self._call_rewards(rollout, rows)
+        self._note_errors(result)
+        return (
+            Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
+        )
+
+    def _score(
+        self, rollout: Rollout, rows: list[Row], folder: RunFolder, greedy: Tensor | None = None
+    ) -> tuple[Rollout, Scores, dict[str, float]]:
+        """The samples that have a valid reward, their scores, and what the rewards said of all of them.
+
+        greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
+        """
         self.reporter.phase("reward", 0, 1)
         result, texts = self._call_rewards(rollout, rows)
         self._log_samples(folder, rollout, rows, texts, result)
         scores = Scores.of(result, rollout.tokens.device)
+        if greedy is not None:
+            baselines = greedy[rollout.prompt_index]
+            values = torch.where(baselines.isnan(), torch.nan, scores.values)
+            scores = dataclasses.replace(scores, values=values, baselines=baselines)
         valid = self._valid(rollout, scores, result.errors)
         self._note_errors(result)
         kept = rollout.select(valid)

@@ -15,7 +15,8 @@ from fastppo.targets import Targets
 
 class Algorithm(Protocol):
     needs: frozenset[str]
-    """Of "logprobs", "values" and "reference": what `Roles.evaluate` is asked for."""
+    """Of "logprobs", "values", "final_values" and "reference", what `Roles.evaluate` is asked for; and "greedy_scores", which
+    `Scores.baselines` are then."""
 
     def credit(self, rollout: Rollout, evaluation: Evaluation, scores: Scores) -> Targets:
         """From scores to what each action is to learn."""

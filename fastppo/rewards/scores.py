@@ -21,6 +21,8 @@ class Scores:
     """fp32 [B], what is maximised."""
     parts: Mapping[str, Tensor]
     """fp32 [B] of each reward function, by its name."""
+    baselines: Tensor | None = None
+    """fp32 [B], the score of the prompt's greedy completion, where the algorithm asked for it."""
 
     @classmethod
     def of(cls, result: RewardResult, device: torch.device) -> Scores:
@@ -35,4 +37,5 @@ class Scores:
     def select(self, indices: Sequence[int]) -> Scores:
         """The sequences at `indices`, in that order."""
         chosen = on_device(list(indices), self.values.device)
-        return Scores(self.values[chosen], {name: part[chosen] for name, part in self.parts.items()})
+        baselines = None if self.baselines is None else self.baselines[chosen]
+        return Scores(self.values[chosen], {name: part[chosen] for name, part in self.parts.items()}, baselines)

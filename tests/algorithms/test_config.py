@@ -1,0 +1,38 @@
+"""Settings that need each other are checked together, and what follows from others is filled in."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastppo.recipe import load_recipe
+from tests.tiny import ppo_config
+
+
+def test_what_follows_from_the_estimator():
+    assert (ppo_config().critic.kind, ppo_config().advantage.whiten) == ("separate", True)
+    for estimator, whitened in (("grpo", False), ("rloo", False), ("reinforce++", True)):
+        config = ppo_config(advantage__estimator=estimator, rollout__samples_per_prompt=2)
+        assert (config.critic.kind, config.advantage.whiten) == ("none", whitened)
+
+
+WRONG = {
+    "rollout.samples_per_prompt is 1, expected at least 2": {"advantage__estimator": "rloo"},
+    "critic.kind is shared, expected none": {"advantage__estimator": "reinforce++", "critic__kind": "shared"},
+    "critic.kind is none, expected separate or shared": {"critic__kind": "none"},
+    "critic.warmup_steps is 3, expected 0": {"advantage__estimator": "remax", "critic__warmup_steps": 3},
+    "critic_gae_lambda is 1.0, expected None": {"advantage__estimator": "opo", "advantage__critic_gae_lambda": 1.0},
+    "bootstrap_truncated is True": {"advantage__estimator": "remax", "advantage__bootstrap_truncated": True},
+    "gamma is 0.9, expected 1": {"advantage__estimator": "grpo", "advantage__gamma": 0.9},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_together_is_refused(message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ppo_config(**WRONG[message])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("total_steps: 1\n")
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in WRONG[message].items()]
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(recipe, overrides)
+    assert not str(error.value).startswith(".") and "pydantic" not in str(error.value)
