@@ -32,6 +32,12 @@ PathText = Annotated[str, BeforeValidator(_path_text)]
 STRICT = ConfigDict(extra="forbid")
 
 
+def _check_kl_target(section: RewardConfig | LossConfig) -> None:
+    """Only a coefficient above 0 can grow."""
+    if section.kl_target is not None and section.kl_coef == 0:
+        raise ValueError(f"kl_coef is 0, expected a first value above 0 with kl_target {section.kl_target}")
+
+
 @dataclass(config=STRICT)
 class RolloutConfig:
     """How completions are sampled."""
@@ -94,8 +100,17 @@ class RewardConfig:
     """Coefficient of the KL penalty to the frozen reference inside the reward; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Per-token KL estimator of the penalty (Schulman, "Approximating KL divergence")."""
+    kl_target: Positive | None = None
+    """Move `kl_coef` after each step so that the KL of a completion, in nats, comes to this (Ziegler et al. 2019); `None` keeps it fixed."""
+    kl_horizon: Count = 10_000
+    """Completions in which the coefficient may grow or fall by a fifth."""
     whiten: bool = False
     """Divide the shaped rewards by their standard deviation (the mean is kept)."""
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> RewardConfig:
+        _check_kl_target(self)
+        return self
 
 
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo")
@@ -146,18 +161,62 @@ class AdvantageConfig:
 
 @dataclass(config=STRICT)
 class LossConfig:
-    """The policy's loss."""
+    """The policy's loss. docs/algorithms.md has the formulas."""
 
-    clip_low: Share = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """`clip` is PPO's; `cispo` (MiniMax-M1, arXiv:2506.13585) weighs the gradient of every log-prob by the clipped ratio."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """The ratio of each token, or of its whole completion (GSPO-token, arXiv:2507.18071)."""
+    clip_low: NonNegative = 0.2
+    """The ratio is clipped below at 1 - clip_low; 1 or more never clips."""
     clip_high: NonNegative = 0.2
     """The ratio is clipped above at 1 + clip_high ("clip-higher": a larger value than `clip_low`)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound c > 1 on the loss of a negative advantage (Ye et al. 2020); `None` is off."""
+    kl_coef: NonNegative = 0.0
+    """Coefficient of the KL to the frozen reference as a term of the loss; 0 is off. `reward.kl_coef` puts it into the reward instead."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+"] = "k3"
+    """Per-token estimator of that term; `k1+` and `k3+` have the gradient of k2, which is in expectation that of the KL (`k3`'s is not)."""
+    kl_target: Positive | None = None
+    """Move `kl_coef` after each step so that the KL of a completion, in nats, comes to this (Ziegler et al. 2019); `None` keeps it fixed."""
+    kl_horizon: Count = 10_000
+    """Completions in which the coefficient may grow or fall by a fifth."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
-    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
-    """How token losses become one number; denominators are those of the whole minibatch."""
+    entropy_target: Positive | None = None
+    """Raise `entropy_coef` by `entropy_coef_step` after a step whose entropy, in nats a token, was below this, and lower it after others, in
+    which there is no bonus (Skywork-OR1, arXiv:2505.22312); `None` keeps it fixed."""
+    entropy_coef_step: Positive = 1e-4
+    """By how much `entropy_coef` moves in a step."""
+    rollout_correction: Literal["truncate", "mask"] | None = None
+    """Weigh the policy's loss by the ratio w of training's probability (before the update) to that of sampling, which top-k, top-p, min-p and
+    `rollout.min_new_tokens` change, and other kernels round otherwise: `truncate` cuts w at the upper of `rollout_bounds`, `mask` drops what is
+    outside of them."""
+    rollout_correction_level: Literal["token", "sequence", "geometric"] = "token"
+    """w of each token, of the whole completion (the product of its tokens'), or the geometric mean over the completion's tokens."""
+    rollout_bounds: tuple[NonNegative, Positive] = (0.5, 2.0)
+    """(lower, upper) bound of w; `truncate` has the upper one only."""
+    positive_nll_coef: NonNegative = 0.0
+    """Weight of the mean negative log-likelihood of the tokens of good completions (VAPO, arXiv:2504.05118: 0.1); 0 is off."""
+    positive_nll_threshold: float = 0.0
+    """A completion is good when its score is above this."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from completions that hit the length limit ("overlong filtering", DAPO, arXiv:2503.14476, section 3.4): their scores count
+    for their group's baseline, their tokens for nothing."""
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-denominator"] = "token-mean"
+    """How token losses become one number; denominators are those of the whole minibatch. `fixed-denominator` divides the sum by completions times
+    `rollout.max_new_tokens` (Dr. GRPO, arXiv:2503.20783)."""
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> LossConfig:
+        _check_kl_target(self)
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"dual_clip is {self.dual_clip}, expected none with objective cispo, whose weight is clipped already"
+            )
+        if self.rollout_bounds[0] > self.rollout_bounds[1]:
+            raise ValueError(f"rollout_bounds is {list(self.rollout_bounds)}, expected the lower bound first")
+        return self
 
 
 @dataclass(config=STRICT)
@@ -301,6 +360,18 @@ class PPOConfig:
             )
         return self
 
+    def sampling_warning(self) -> str | None:
+        """A sentence where completions are drawn from another distribution than the one that is trained, and nothing corrects for it."""
+        rollout = self.rollout
+        off = {"top_k": 0, "top_p": 1, "min_p": 0, "min_new_tokens": 0}
+        changed = [f"rollout.{name}" for name, value in off.items() if getattr(rollout, name) != value]
+        if not changed or self.loss.rollout_correction is not None:
+            return None
+        return (
+            f"{', '.join(changed)}: completions are drawn from another distribution than the one that is trained, and nothing "
+            f"weighs them for it; loss.rollout_correction=truncate does"
+        )
+
 
 @dataclass(config=STRICT)
 class ModelConfig:
@@ -392,6 +463,8 @@ MOVED = {
     "reward_timeout": "reward.timeout",
     "reward_retries": "reward.retries",
     "max_reward_failure_rate": "reward.max_failure_rate",
+    "kl_coef": "reward.kl_coef",
+    "kl_estimator": "reward.kl_estimator",
     "whiten_rewards": "reward.whiten",
     "whiten_advantages": "advantage.whiten",
     "loss_aggregation": "loss.aggregation",

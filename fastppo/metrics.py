@@ -25,9 +25,9 @@ OUT_OF_BAND = 1e-3
 
 
 def rollout_metrics(
-    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: PPOConfig
+    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: PPOConfig, kl_coef: float
 ) -> dict[str, float]:
-    """What the rollout says about policy, critic and reward before the update."""
+    """What the rollout says about policy, critic and reward before the update. kl_coef: the coefficient of the KL in the reward."""
     log_ratio = evaluation.logprobs - rollout.logprobs
     difference, ratio = log_ratio.abs(), log_ratio.exp()
     clipped = (ratio < 1 - config.loss.clip_low) | (ratio > 1 + config.loss.clip_high)
@@ -50,7 +50,7 @@ def rollout_metrics(
         kl = approx_kl(evaluation.logprobs, evaluation.ref_logprobs, kind=config.reward.kl_estimator)
         kl_sum = kl.sum().item() / sequences
         metrics["objective/kl"] = kl_sum
-    metrics["objective/rlhf_reward"] = metrics["objective/scores"] - config.reward.kl_coef * kl_sum
+    metrics["objective/rlhf_reward"] = metrics["objective/scores"] - kl_coef * kl_sum
     return metrics
 
 

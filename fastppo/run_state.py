@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from fastppo.algorithms import Algorithm
 from fastppo.checkpoint import Checkpoint, load_latest_checkpoint, save_checkpoint
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, PromptSampler
@@ -27,12 +28,18 @@ class RunState:
     """Counts the steps of a run, saves them and goes back to them.
 
     Args:
-        learner, sampler: whose states a checkpoint holds.
+        learner, algorithm, sampler: whose states a checkpoint holds.
         identity: what a checkpoint is bound to, as `identity` gives it.
     """
 
-    def __init__(self, learner: Learner, sampler: PromptSampler, identity: Callable[[], dict[str, Any]]) -> None:
-        self._learner, self._sampler, self._make_identity = learner, sampler, identity
+    def __init__(
+        self,
+        learner: Learner,
+        algorithm: Algorithm,
+        sampler: PromptSampler,
+        identity: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._learner, self._algorithm, self._sampler, self._make_identity = learner, algorithm, sampler, identity
         self.step = 0
         self.unrecorded: dict[str, float] | None = None
         """Metrics of the step that is done, while they wait for an evaluation."""
@@ -81,6 +88,7 @@ class RunState:
         _require_same(saved, self._identity, path)
         self.whole = False
         self._learner.load_state_dict(tensors, state)
+        self._algorithm.load_state_dict(state["algorithm"])
         self._sampler.load_state_dict(state["sampler"])
         self.step = self._saved = step
         self._next_prompts, self.unrecorded, self.whole = state["sampler"], state["unrecorded"], True
@@ -90,6 +98,7 @@ class RunState:
     def save(self, folder: RunFolder, *, keep: int) -> None:
         tensors, state = self._learner.state_dict()
         state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
+        state["algorithm"] = self._algorithm.state_dict()
         save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep)
         self._saved = self.step
 
@@ -119,7 +128,8 @@ def identity(
         "model": {key: value for key, value in model_config.items() if not _IRRELEVANT.fullmatch(key)},
         "model.dtype": str(model.dtype).removeprefix("torch."),
         "critic.kind": config.critic.kind,
-        "reward.kl_coef": "0" if reference_sha256 is None else "above 0",
+        "reward.kl_coef": "above 0" if config.reward.kl_coef else "0",
+        "loss.kl_coef": "above 0" if config.loss.kl_coef else "0",
         "seed": config.seed,
         "number of prompts": len(prompts),
         _PROMPTS: _sha256(row["prompt_ids"] for row in prompts),

@@ -17,3 +17,11 @@ class Targets(ActionRecord):
     """fp32 [N]"""
     returns: Tensor | None = None
     """fp32 [N], what the critic is to say."""
+    rollout_logprobs: Tensor | None = None
+    """fp32 [N]: exp(old log-prob - this) is the weight of an action that corrects for how it was sampled; None: no correction."""
+    kept: Tensor | None = None
+    """bool [B], whose actions are learned from; None: all."""
+    positive: Tensor | None = None
+    """bool [B], whose actions are to become likelier whatever their advantages; None: nobody's."""
+
+    PER_SEQUENCE = ("kept", "positive")

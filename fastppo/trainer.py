@@ -111,7 +111,7 @@ class PPOTrainer:
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed)
-        self.state = RunState(self.learner, self.sampler, self._identity)
+        self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity)
         self._interruption = Interruption()
 
     # Public
@@ -220,7 +220,8 @@ class PPOTrainer:
             recompute = self.config.rollout.recompute_logprobs
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
-            metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config)
+            kl_coef = self.algorithm.reward_kl.coef
+            metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
         self._interruption.check()
         with clock("time/update"):
             self.state.whole = False
@@ -240,10 +241,12 @@ class PPOTrainer:
         return self.engine.generate(prompts, sampling, **heard, value_head=self.roles.value_head), rows
 
     def _say_what_holds(self) -> None:
-        """What is decided of the model, where it could be otherwise."""
+        """What is decided of the model, where it could be otherwise, and what the settings would want besides."""
         self.reporter.note(f"a completion ends with {describe_stops(*self._stops())}")
         if odd := odd_generation_config(self.model):
             self.reporter.note(f"the generation config will be written as it came; Transformers would refuse to: {odd}")
+        if warning := self.config.sampling_warning():
+            self.reporter.note(warning)
 
     def _stops(self) -> tuple[dict[int, list[str]], PreTrainedTokenizerBase, SamplingParams]:
         sampling = self.config.rollout.sampling(self.config.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from fastppo.evaluation import Evaluation
@@ -33,3 +33,9 @@ class Algorithm(Protocol):
     ) -> dict[str, float]:
         """Change the weights and return metrics; `progress` is told of (minibatches done, all of them)."""
         ...
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold of the algorithm itself."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...

@@ -109,3 +109,20 @@ def group_advantages(totals: Tensor, groups: Tensor, lengths: Tensor, estimator:
     elif estimator == "opo":
         above = rewards - total(lengths * rewards) / total(lengths)
     return torch.where(size > 1, above, 0).to(totals.dtype)
+
+
+def sampling_logprobs(old_logprobs: Tensor, sampled_logprobs: Tensor, cu_seqlens: Tensor, level: str) -> Tensor:
+    """[N]: what makes exp(old_logprobs - it) the importance weight of each action at that `level`, for the mismatch of sampling and training.
+
+        token      exp(old - sampled)
+        sequence   exp(Σ (old - sampled)) over the action's sequence: the completion's probability ratio
+        geometric  exp(mean (old - sampled)): its geometric mean over the actions
+
+    sampled_logprobs: [N], of the distribution that was sampled from.
+    """
+    if level == "token":
+        return sampled_logprobs
+    lengths = cu_seqlens.diff()
+    gap = rewards_to_go(old_logprobs - sampled_logprobs, cu_seqlens)[cu_seqlens[:-1].long()]
+    gap = gap / lengths if level == "geometric" else gap
+    return old_logprobs - gap.repeat_interleave(lengths, output_size=len(old_logprobs))
