@@ -66,6 +66,11 @@ class RolloutConfig:
     """Only `stop_token_ids` and `stop_strings` end a completion."""
     batch_size: Count = 64
     """Sequences that are decoded side by side."""
+    dynamic_sampling: bool = False
+    """Leave out the prompts whose samples all have the same score, and sample for others until there are `prompts_per_step` without them (DAPO,
+    arXiv:2503.14476, section 3.2)."""
+    max_sampling_rounds: Count = 10
+    """Most rollouts of `prompts_per_step` prompts that a step with `dynamic_sampling` makes; then it learns from what it has."""
     recompute_logprobs: Literal["auto", "always"] = "auto"
     """The log-probabilities that the ratio is taken against: `always` from a forward pass of the policy; `auto` those of sampling, once a step
     has shown that the two have the same bits (a Llama-like model in float32 on a CPU)."""
@@ -75,6 +80,14 @@ class RolloutConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> RolloutConfig:
+        if self.dynamic_sampling and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt is {self.samples_per_prompt}, expected at least 2 with dynamic_sampling, which compares them"
             )
         return self
 

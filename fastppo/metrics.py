@@ -93,7 +93,7 @@ def engine_metrics(stats: GenerationStats) -> dict[str, float]:
 
 
 class Clock:
-    """Wall-clock seconds of the parts of one step. On a GPU a part ends when its kernels have."""
+    """Wall-clock seconds of the parts of one step, each of which may come more than once. On a GPU a part ends when its kernels have."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,7 +105,7 @@ class Clock:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self, sampled_tokens: int) -> dict[str, float]:
         """Times, sampled tokens per second of the whole step, peak memory in GB (of the process on a CPU)."""

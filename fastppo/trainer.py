@@ -19,6 +19,7 @@ from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.errors import TrainingError
+from fastppo.experience import Experience, sample_with_signal
 from fastppo.interruption import Interrupted, Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
@@ -36,6 +37,7 @@ from fastppo.run_folder import MODEL, RunFolder
 from fastppo.run_state import RunState, identity
 
 EVALUATION_SEED_OFFSET = 0x5EED
+ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
 SEEDS = 2**63  # of the sampler
 KEPT_CACHE = 0.1  # of a GPU's memory, at most, that the sampler keeps during updates, so that its CUDA graphs serve the next step too
 
@@ -203,25 +205,16 @@ class PPOTrainer:
     def _train_step(self, folder: RunFolder) -> None:
         clock, seed = Clock(self.model.device), _mix(self.config.seed, self.step)
         metrics = self.learner.start_step(self.step)
-        with clock("time/rollout"):
-            rollout, rows = self._collect(seed)
-        sampled_tokens = rollout.num_actions
-        metrics |= engine_metrics(self.engine.stats)
-        greedy = None
-        if "greedy_scores" in self.algorithm.needs:
-            with clock("time/baseline"):
-                greedy = self._greedy_scores(rows)
-        if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
-            self.reporter.note(warning)
-        with clock("time/reward"):
-            rollout, scores, reward = self._score(rollout, rows, folder, greedy)
+        experience = self._experience(clock, seed, folder)
+        rollout, scores = experience.rollout, experience.scores
+        metrics |= experience.metrics | reward_metrics(experience.all_scores)
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
             recompute = self.config.rollout.recompute_logprobs
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
             kl_coef = self.algorithm.reward_kl.coef
-            metrics |= reward | rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
+            metrics |= rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
         self._interruption.check()
         with clock("time/update"):
             self.state.whole = False
@@ -231,7 +224,33 @@ class PPOTrainer:
                 where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
                 _dump_batch(where, rollout, evaluation, targets)
                 raise TrainingError(f"{error}; the batch is in {where}") from error
-        self.state.step_done(metrics | clock.metrics(sampled_tokens))
+        self.state.step_done(metrics | clock.metrics(experience.tokens))
+
+    def _experience(self, clock: Clock, seed: int, folder: RunFolder) -> Experience:
+        """Completions to learn from, with their scores."""
+        config = self.config.rollout
+
+        def sample(number: int) -> Experience:
+            return self._sample(clock, (seed + number * ROUND_SEED_OFFSET) % SEEDS, folder if number == 0 else None)
+
+        if not config.dynamic_sampling:
+            return sample(0)
+        return sample_with_signal(sample, groups=config.prompts_per_step, max_rounds=config.max_sampling_rounds)
+
+    def _sample(self, clock: Clock, seed: int, folder: RunFolder | None) -> Experience:
+        """Completions of the next prompts and their scores; some of them are written to the folder."""
+        with clock("time/rollout"):
+            rollout, rows = self._collect(seed)
+        metrics = engine_metrics(self.engine.stats)
+        if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
+            self.reporter.note_once(warning)
+        greedy = None
+        if "greedy_scores" in self.algorithm.needs:
+            with clock("time/baseline"):
+                greedy = self._greedy_scores(rows)
+        with clock("time/reward"):
+            kept, scores, all_scores = self._score(rollout, rows, folder, greedy)
+        return Experience(kept, scores, all_scores, len(rows), rollout.num_actions, metrics)
 
     def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
         """Completions of the next prompts, and the rows that these stand in."""
@@ -271,15 +290,16 @@ class PPOTrainer:
         )
 
     def _score(
-        self, rollout: Rollout, rows: list[Row], folder: RunFolder, greedy: Tensor | None = None
-    ) -> tuple[Rollout, Scores, dict[str, float]]:
-        """The samples that have a valid reward, their scores, and what the rewards said of all of them.
+        self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None
+    ) -> tuple[Rollout, Scores, Scores]:
+        """The samples that have a valid reward, their scores, and those of all of them.
 
         greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
         result, texts = self._call_rewards(rollout, rows)
-        self._log_samples(folder, rollout, rows, texts, result)
+        if folder is not None:
+            self._log_samples(folder, rollout, rows, texts, result)
         scores = Scores.of(result, rollout.tokens.device)
         if greedy is not None:
             baselines = greedy[rollout.prompt_index]
@@ -289,7 +309,7 @@ class PPOTrainer:
         self._note_errors(result)
         kept = rollout.select(valid)
         penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
-        return kept, penalised, reward_metrics(scores)
+        return kept, penalised, scores
 
     def _call_rewards(
         self, rollout: Rollout, rows: list[Row], *, normalise: bool = True

@@ -27,6 +27,7 @@ FLOORS = [
     ("fastppo.model",),
     ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.yaml_numbers", "fastppo.errors"),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
+    + ("fastppo.experience",)
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
     ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo.integrations", "fastppo"),

@@ -29,6 +29,13 @@ class Scores:
         parts = {name: on_device(scores, device, torch.float32) for name, scores in result.by_name.items()}
         return cls(on_device(result.scores, device, torch.float32), parts)
 
+    @classmethod
+    def joined(cls, scores: Sequence[Scores]) -> Scores:
+        """Of all their sequences, one after another."""
+        parts = {name: torch.cat([one.parts[name] for one in scores]) for name in scores[0].parts}
+        baselines = None if scores[0].baselines is None else torch.cat([one.baselines for one in scores])
+        return cls(torch.cat([one.values for one in scores]), parts, baselines)
+
     def penalised(self, rollout: Rollout, penalty: float) -> Scores:
         """Less `penalty` for every completion that was cut off; decided by the finish reason, not by its length."""
         cut_off = rollout.finish_reasons == FinishReason.LENGTH

@@ -191,6 +191,17 @@ class Rollout:
         )
         return part
 
+    @classmethod
+    def joined(cls, rollouts: Sequence[Rollout], prompts: Sequence[int]) -> Rollout:
+        """The sequences of rollouts with the same settings, one after another; `prompts`, how many each was made of, number on."""
+        names = [*TOKEN, *ACTION, *SEQUENCE] + ([] if rollouts[0].values is None else ["values"])
+        tensors = {name: torch.cat([getattr(rollout, name) for rollout in rollouts]) for name in names}
+        firsts = zip(bounds_of(prompts), rollouts, strict=False)
+        tensors["prompt_index"] = torch.cat([rollout.prompt_index + first for first, rollout in firsts])
+        bounds = bounds_of(length for rollout in rollouts for length in rollout.lengths)
+        cu_seqlens = on_device(bounds, tensors["tokens"].device, torch.int32)
+        return cls(cu_seqlens=cu_seqlens, temperature=rollouts[0].temperature, **tensors)
+
     def _token_lists(self) -> list[tuple[list[int], int]]:
         tokens, bounds = self.tokens.tolist(), self.bounds
         return [(tokens[bounds[i] : bounds[i + 1]], prompt) for i, prompt in enumerate(self.prompt_lengths)]
