@@ -233,6 +233,22 @@ class LossConfig:
 
 
 @dataclass(config=STRICT)
+class TRPOConfig:
+    """`algorithm: trpo`. One policy step a rollout; `learner.epochs`, `learner.num_minibatches` and the optimizer are the critic's alone."""
+
+    max_kl: Positive = 0.01
+    """Most KL of the policy before a step to that after it, in nats, the mean over the states of the rollout."""
+    cg_iterations: Count = 10
+    """Most conjugate-gradient iterations; each costs three forward passes and one backward pass over the rollout."""
+    cg_damping: NonNegative = 0.1
+    """Added to the diagonal of the Fisher matrix."""
+    line_search_steps: Count = 10
+    """Most lengths of the step that are tried; the policy stays as it is where none will do."""
+    line_search_factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Each is this times the one before."""
+
+
+@dataclass(config=STRICT)
 class CriticConfig:
     """The critic and its loss."""
 
@@ -325,6 +341,8 @@ class PPOConfig:
     """Folder that receives config, metrics, samples, curve and checkpoints."""
     total_steps: Count = 100
     """Number of rollout-and-update steps."""
+    algorithm: Literal["ppo", "trpo"] = "ppo"
+    """How the policy moves: by PPO's loss, or by steps within a KL limit (Schulman et al. 2015, arXiv:1502.05477)."""
     seed: OptionalCount = 0
     """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
     device: str = "auto"
@@ -335,6 +353,7 @@ class PPOConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -370,6 +389,13 @@ class PPOConfig:
             raise ValueError(
                 f"critic.warmup_steps is {self.critic.warmup_steps}, expected 0 with advantage.estimator {estimator}, "
                 f"which has no critic"
+            )
+        if self.algorithm == "trpo" and self.loss != LossConfig():
+            default = LossConfig()
+            names = [spec.name for spec in fields(default)]
+            changed = [name for name in names if getattr(self.loss, name) != getattr(default, name)]
+            raise ValueError(
+                f"loss.{changed[0]} is set, expected no setting of loss with algorithm trpo, which has none"
             )
         return self
 

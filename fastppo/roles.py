@@ -94,6 +94,11 @@ class Roles(nn.Module):
         return self.critic.head(_hidden(self.critic.trunk, rollout))
 
     @torch.no_grad()
+    def action_states(self, rollout: Rollout) -> Tensor:
+        """[N, H]: the policy's hidden states that score the actions."""
+        return _hidden(self.policy, rollout)[_rows(rollout, rollout.actions - 1)]
+
+    @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """fp32 [N]: the reference's log-probabilities of the actions, at the sampling temperature."""
         return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.algorithms.ppo import PPO
+from fastppo.algorithms.trpo import TRPO, require_float32
 from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
@@ -96,7 +97,9 @@ class PPOTrainer:
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
-        self.algorithm = PPO(config)
+        if config.algorithm == "trpo":
+            require_float32(self.model)
+        self.algorithm = {"ppo": PPO, "trpo": TRPO}[config.algorithm](config)
         self.roles = Roles(
             self.model,
             critic=config.critic.kind,

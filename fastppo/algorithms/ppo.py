@@ -135,13 +135,26 @@ class PPO:
     ) -> dict[str, float]:
         """An optimizer step for each minibatch of the plan; in the critic's warm-up the policy's weights stay as they are."""
         train_policy = learner.step >= self.config.critic.warmup_steps
+        records = rollout, evaluation, targets
+        metrics = self._minimise(learner, *records, plan, progress, train_policy=train_policy)
+        return metrics | self._move_coefficients(rollout, evaluation, metrics, train_policy)
 
+    def _minimise(
+        self,
+        learner: Learner,
+        rollout: Rollout,
+        evaluation: Evaluation,
+        targets: Targets,
+        plan: Plan,
+        progress: Callable[[int, int], None] | None,
+        *,
+        train_policy: bool,
+    ) -> dict[str, float]:
         def losses(roles: Roles, minibatch: Minibatch) -> Losses:
             return self.losses(roles, rollout, evaluation, targets, minibatch, train_policy=train_policy)
 
         learned = learner.optimizers.keys() if train_policy else {"critic"}
-        metrics = learner.minimise(losses, plan, learned=learned, progress=progress)
-        return metrics | self._move_coefficients(rollout, evaluation, metrics, train_policy)
+        return learner.minimise(losses, plan, learned=learned, progress=progress)
 
     def _move_coefficients(
         self, rollout: Rollout, evaluation: Evaluation, metrics: Mapping[str, float], train_policy: bool

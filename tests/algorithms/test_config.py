@@ -25,6 +25,7 @@ WRONG = {
     "gamma is 0.9, expected 1": {"advantage__estimator": "grpo", "advantage__gamma": 0.9},
     "loss.kl_coef is 0, expected a first value above 0": {"loss__kl_target": 1.0},
     "reward.kl_coef is 0, expected a first value above 0": {"reward__kl_target": 1.0},
+    "loss.clip_high is set, expected no setting of loss": {"algorithm": "trpo", "loss__clip_high": 0.3},
     "dual_clip is 3.0, expected none with objective cispo": {"loss__objective": "cispo", "loss__dual_clip": 3.0},
     r"rollout_bounds is \[3.0, 2.0\], expected the lower bound first": {"loss__rollout_bounds": [3.0, 2.0]},
 }

@@ -1,0 +1,243 @@
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477), over the actions of packed rollouts.
+
+One policy step a rollout: the natural gradient by conjugate gradients, as long as the KL limit lets it be, cut back until the KL that is measured
+keeps within the limit and the surrogate has grown (appendix C). The critic learns as PPO's does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastppo.algorithms.ppo import PPO
+from fastppo.config import PPOConfig
+from fastppo.evaluation import Evaluation
+from fastppo.learner import Learner, NonFiniteUpdates
+from fastppo.model import LMHead, lm_head
+from fastppo.plan import Microbatch, Plan, first_epoch
+from fastppo.roles import Roles
+from fastppo.rollout.record import on_device, places_in
+from fastppo.rollout.rollout import Rollout
+from fastppo.targets import Targets
+
+CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg", "grad_norm/critic")
+DIFFERENCE_TRIES = 4
+CHUNK = 2**22  # logits at a time, when whole distributions are compared
+
+
+class TRPO(PPO):
+    """PPO's advantages and critic, and a policy that moves once a rollout by at most `trpo.max_kl`."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        super().__init__(config)
+        self.skipped_in_a_row = 0
+
+    def update(
+        self,
+        learner: Learner,
+        rollout: Rollout,
+        evaluation: Evaluation,
+        targets: Targets,
+        plan: Plan,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """The policy's step, then the critic's over the minibatches of the plan; in the critic's warm-up that alone."""
+        metrics: dict[str, float] = {}
+        if train_policy := learner.step >= self.config.critic.warmup_steps:
+            parameters = list(learner.optimizers["policy"].parameters.values())
+            metrics = self._policy_step(PolicyStep(learner.roles, parameters, rollout, first_epoch(plan)), targets)
+            if self.skipped_in_a_row >= learner.config.max_skipped_updates:
+                raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row were not finite")
+        if self.has_critic:
+            records = rollout, evaluation, targets
+            found = self._minimise(learner, *records, plan, progress, train_policy=False)
+            skipped = metrics.get("update/skipped", 0.0) + found["update/skipped"]
+            metrics |= {name: found[name] for name in CRITIC_METRICS if name in found} | {"update/skipped": skipped}
+        return metrics | self._move_coefficients(rollout, evaluation, metrics, train_policy)
+
+    def _policy_step(self, step: PolicyStep, targets: Targets) -> dict[str, float]:
+        """Move the policy, or leave it as it is where nothing on the line keeps the limit and gains."""
+        config = self.config.trpo
+        gradient = step.gradient(targets.advantages)
+        norm = gradient.norm().item()
+        if not math.isfinite(norm):
+            self.skipped_in_a_row += 1
+            return {"update/skipped": 1.0}
+        self.skipped_in_a_row = 0
+        direction, curvature = natural_gradient(
+            step.fisher_vector, gradient, iterations=config.cg_iterations, damping=config.cg_damping
+        )
+        full = direction * math.sqrt(2 * config.max_kl / curvature) if curvature > 0 else torch.zeros_like(direction)
+        old, before, share = step.distributions(), targets.advantages.mean().item(), 1.0
+        for _ in range(config.line_search_steps if norm > 0 and curvature > 0 else 0):
+            step.move_to(share * full)
+            found = step.compare(old, targets.advantages)
+            if found.kl <= config.max_kl and found.surrogate > before:
+                break
+            share *= config.line_search_factor
+        else:
+            step.move_to(torch.zeros_like(full))
+            found, share = step.compare(old, targets.advantages), 0.0
+        return {
+            "loss/policy_avg": -found.surrogate,
+            "policy/kl": found.kl,
+            "policy/entropy_avg": found.old_entropy,
+            "policy/step_share": share,
+            "policy/surrogate_gain": found.surrogate - before,
+            "grad_norm/policy": norm,
+            "update/skipped": 0.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"trpo": {"skipped_in_a_row": self.skipped_in_a_row}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        super().load_state_dict(state)
+        self.skipped_in_a_row = int(state.get("trpo", {"skipped_in_a_row": 0})["skipped_in_a_row"])
+
+
+class Distributions(NamedTuple):
+    """Of the next token before each of N actions."""
+
+    states: Tensor  # [N, H]
+    head: LMHead
+
+
+class Comparison(NamedTuple):
+    kl: float
+    """KL(old || new), the mean over the states, of whole distributions."""
+    surrogate: float
+    """The mean of ratio times advantage over the actions."""
+    old_entropy: float
+
+
+class PolicyStep:
+    """A policy at its weights θ and around them, on one rollout.
+
+    `parameters` are moved in place; `micro_batches` are the sequences that run together.
+    """
+
+    def __init__(
+        self, roles: Roles, parameters: list[nn.Parameter], rollout: Rollout, micro_batches: list[Microbatch]
+    ) -> None:
+        self.roles, self.parameters, self.rollout = roles, parameters, rollout
+        device = rollout.tokens.device
+        self.batches = [
+            (rollout.select(indices), on_device(places_in(rollout.action_bounds, indices), device))
+            for indices in micro_batches
+        ]
+        self.theta = _flat([parameter.detach() for parameter in parameters])
+        self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
+        """How far the weights were moved for the last difference."""
+
+    @torch.no_grad()
+    def move_to(self, step: Tensor) -> None:
+        """The weights become θ + step."""
+        parts = (self.theta + step).split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """[P]: the gradient of the mean of weights [N] times log-probs: J^T weights / N, where J [N, P] is that of the log-probs."""
+        for batch, places in self.batches:
+            logprobs = self.roles(batch, values=False, entropy=False).logprobs
+            (logprobs @ weights[places].to(logprobs.dtype) / self.rollout.num_actions).backward()
+        gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradient
+
+    def fisher_vector(self, v: Tensor) -> Tensor:
+        """[P]: F v of the Fisher matrix F = J^T J / N of the sampled actions, an unbiased estimate of the Hessian of the mean KL at θ.
+
+        J v is the central difference of the log-probs along v; J^T is the log-probs' own backward pass. Nothing is differentiated twice.
+        v is 0 where parameters have no gradient.
+        """
+        along = self._directional_derivative(v)
+        self.move_to(torch.zeros_like(v))
+        return self.gradient(along)
+
+    def _directional_derivative(self, v: Tensor) -> Tensor:
+        """[N]: J v, from log-probs that a step along v changes by about eps^(1/3): rounding and curvature then weigh the same.
+
+        How far that is depends on the direction; the last one's is a good first guess.
+        """
+        wanted, length = torch.finfo(v.dtype).eps ** (1 / 3), v.norm().item()
+        for _ in range(DIFFERENCE_TRIES):
+            step = self.reach / length
+            change = (self._logprobs(step * v) - self._logprobs(-step * v)) / 2
+            found = change.square().mean().sqrt().item()
+            if not found > 0 or wanted / 4 <= found <= 4 * wanted:
+                break
+            self.reach *= min(max(wanted / found, 1e-3), 1e3)
+        return change / step
+
+    @torch.no_grad()
+    def _logprobs(self, step: Tensor) -> Tensor:
+        """[N] at θ + step."""
+        self.move_to(step)
+        found = step.new_empty(self.rollout.num_actions)
+        for batch, places in self.batches:
+            found[places] = self.roles(batch, values=False, entropy=False).logprobs
+        return found
+
+    @torch.no_grad()
+    def distributions(self) -> Distributions:
+        """The policy's as it is now, whatever becomes of its weights."""
+        head = lm_head(self.roles.policy)
+        bias = None if head.bias is None else head.bias.clone()
+        return Distributions(self._states(), head._replace(weight=head.weight.clone(), bias=bias))
+
+    def _states(self) -> Tensor:
+        found = [(self.roles.action_states(batch), places) for batch, places in self.batches]
+        states = found[0][0].new_empty(self.rollout.num_actions, found[0][0].shape[1])
+        for of_batch, places in found:
+            states[places] = of_batch
+        return states
+
+    @torch.no_grad()
+    def compare(self, old: Distributions, advantages: Tensor) -> Comparison:
+        """The policy as it is now with the old one. A few states at a time: whole distributions are as wide as the vocabulary."""
+        new, count = Distributions(self._states(), lm_head(self.roles.policy)), self.rollout.num_actions
+        actions, temperature = self.rollout.tokens[self.rollout.actions], self.rollout.temperature
+        sums = torch.zeros(3, dtype=torch.float64, device=actions.device)
+        for rows in torch.arange(count, device=actions.device).split(max(1, CHUNK // old.head.weight.shape[0])):
+            p, q = ((x.head.logits(x.states[rows]) / temperature).log_softmax(-1) for x in (old, new))
+            kl, entropy = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1)
+            ratio = (q - p).gather(-1, actions[rows, None]).squeeze(-1).exp()
+            sums += torch.stack([x.double().sum() for x in (kl, ratio * advantages[rows], entropy)])
+        return Comparison(*(sums / count).tolist())
+
+
+def natural_gradient(
+    fisher_vector: Callable[[Tensor], Tensor], gradient: Tensor, *, iterations: int, damping: float
+) -> tuple[Tensor, float]:
+    """(x, x^T F x) with x near (F + damping I)^-1 gradient, by at most `iterations` conjugate gradients (Hestenes and Stiefel 1952)."""
+    x, residual = torch.zeros_like(gradient), gradient.clone()
+    p, squared = residual, residual.dot(residual)
+    enough = squared * torch.finfo(gradient.dtype).eps
+    for _ in range(iterations):
+        if not squared > enough:
+            break
+        product = fisher_vector(p) + damping * p
+        along = squared / p.dot(product)
+        x, residual = x + along * p, residual - along * product
+        before, squared = squared, residual.dot(residual)
+        p = residual + squared / before * p
+    curvature = x.dot(gradient - residual) - damping * x.dot(x)
+    return x, curvature.item()
+
+
+def require_float32(model: PreTrainedModel) -> None:
+    """Raises ValueError where differences of log-probs along a direction would drown in the rounding of the weights."""
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model's dtype is {model.dtype}, expected torch.float32 with algorithm trpo")
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
