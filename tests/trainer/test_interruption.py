@@ -93,7 +93,7 @@ MOMENTS = {
     "first rollout": ("fastppo.rollout.generation.sample_tokens", 8, 0),
     "rollout": ("fastppo.rollout.generation.sample_tokens", 14, 1),
     "reward": ("tests.trainer.test_interruption.count_a", 3, 1),
-    "credit": ("fastppo.algorithms.ppo.gae", 2, 1),
+    "credit": ("fastppo.algorithms.advantages.gae", 2, 1),
     "update": ("fastppo.algorithms.ppo.ppo_loss", 6, 2),
     "evaluation": ("tests.trainer.test_interruption.count_a", 4, 2),
     "records": ("fastppo.run_folder._line", 15, 2),
@@ -241,7 +241,7 @@ def test_a_run_that_cannot_go_on_keeps_its_steps(make, tmp_path, uninterrupted):
 
 def test_a_failure_to_save_does_not_hide_what_ended_the_run(make, tmp_path, monkeypatch):
     monkeypatch.setattr("fastppo.checkpoint.save_file", interrupt_with_a_full_disk)
-    at_call(monkeypatch, "fastppo.algorithms.ppo.gae", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_call(monkeypatch, "fastppo.algorithms.advantages.gae", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         make().train()
 

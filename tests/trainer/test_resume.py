@@ -66,7 +66,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 KILLS = {
     "middle of the update of step 3": ("fastppo.algorithms.ppo", "ppo_loss", 10),
-    "middle of the rollout scoring of step 2": ("fastppo.algorithms.ppo", "gae", 2),
+    "middle of the rollout scoring of step 2": ("fastppo.algorithms.advantages", "gae", 2),
     "first write of a checkpoint": ("fastppo.checkpoint", "save_file", 1),
     "middle of a later checkpoint": ("fastppo.checkpoint", "save_file", 7),
     "between a checkpoint's rename and the clean-up": ("shutil", "rmtree", 1),
