@@ -128,18 +128,19 @@ class RewardConfig:
 
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo")
 """Their baseline is made of the scores of the other samples of a prompt."""
-WHITENED_ESTIMATORS = ("gae", "reinforce++")
-DISCOUNTED_ESTIMATORS = ("gae", "reinforce++", "remax")
+CRITIC_ESTIMATORS = ("gae", "vtrace")
+WHITENED_ESTIMATORS = ("gae", "vtrace", "reinforce++")
+DISCOUNTED_ESTIMATORS = ("gae", "vtrace", "reinforce++", "remax")
 
 
 @dataclass(config=STRICT)
 class AdvantageConfig:
     """From rewards and values to advantages."""
 
-    estimator: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "remax", "opo"] = "gae"
-    """`gae` has a critic. The others have none: `grpo`, `dr_grpo`, `rloo` and `opo` compare the samples of a prompt with each other
-    (`rollout.samples_per_prompt` of at least 2), `remax` with its greedy completion, `reinforce++` all of a step. docs/algorithms.md has the
-    formulas."""
+    estimator: Literal["gae", "vtrace", "grpo", "dr_grpo", "rloo", "reinforce++", "remax", "opo"] = "gae"
+    """`gae` has a critic, and so has `vtrace`, for completions that were drawn from another distribution. The others have none: `grpo`, `dr_grpo`,
+    `rloo` and `opo` compare the samples of a prompt with each other (`rollout.samples_per_prompt` of at least 2), `remax` with its greedy completion,
+    `reinforce++` all of a step. docs/algorithms.md has the formulas."""
     gamma: Share = 1.0
     """Discount factor; 1 with the estimators that compare whole completions."""
     gae_lambda: Share = 0.95
@@ -149,22 +150,24 @@ class AdvantageConfig:
     length_adaptive_alpha: Positive | None = None
     """The policy's λ is 1 - 1 / (α length) for a completion of `length` tokens, and 0 up to 1/α tokens, instead of `gae_lambda` (VAPO,
     arXiv:2504.05118, "length-adaptive GAE": 0.05); `None` is off."""
+    vtrace_rho_bar: Positive = 1.0
+    """V-trace's bound on the importance weight of a TD error and of an advantage."""
+    vtrace_c_bar: Positive = 1.0
+    """V-trace's bound on the importance weight with which later TD errors count."""
     bootstrap_truncated: bool = False
     """Bootstrap a truncated completion with the critic's value of its last state (instead of 0)."""
     whiten: bool | None = None
-    """Normalise the advantages to mean 0, variance 1 over the whole batch; by default with `gae` and `reinforce++`."""
+    """Normalise the advantages to mean 0, variance 1 over the whole batch; by default with `gae`, `vtrace` and `reinforce++`."""
 
     @model_validator(mode="after")
     def _complete(self) -> AdvantageConfig:
         if self.whiten is None:
             self.whiten = self.estimator in WHITENED_ESTIMATORS
-        if self.estimator == "gae":
-            return self
-        for name, off in (("critic_gae_lambda", None), ("length_adaptive_alpha", None), ("bootstrap_truncated", False)):
+        needs_critic = {"bootstrap_truncated": False} if self.estimator not in CRITIC_ESTIMATORS else {}
+        needs_gae = {"critic_gae_lambda": None, "length_adaptive_alpha": None} if self.estimator != "gae" else {}
+        for name, off in (needs_gae | needs_critic).items():
             if getattr(self, name) != off:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected {off} with estimator {self.estimator}, which has no critic"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {off} with estimator {self.estimator}")
         if self.gamma != 1 and self.estimator not in DISCOUNTED_ESTIMATORS:
             raise ValueError(
                 f"gamma is {self.gamma}, expected 1 with estimator {self.estimator}, which compares whole completions"
@@ -253,8 +256,8 @@ class CriticConfig:
     """The critic and its loss."""
 
     kind: Literal["separate", "shared", "none"] | None = None
-    """A critic with its own trunk, or a value head on the policy's trunk, or none; by default `separate` with `advantage.estimator` gae, which
-    alone has a critic, and `none` with the others."""
+    """A critic with its own trunk, or a value head on the policy's trunk, or none; by default `separate` with the `advantage.estimator`
+    that have a critic, and `none` with the others."""
     lr: NonNegative = 5e-6
     """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
     warmup_steps: OptionalCount = 0
@@ -378,7 +381,7 @@ class PPOConfig:
                 f"rollout.samples_per_prompt is {samples}, expected at least 2 with advantage.estimator {estimator}, "
                 f"which compares the samples of a prompt"
             )
-        kinds = ("separate", "shared") if estimator == "gae" else ("none",)
+        kinds = ("separate", "shared") if estimator in CRITIC_ESTIMATORS else ("none",)
         if self.critic.kind is None:
             self.critic = replace(self.critic, kind=kinds[0])
         if self.critic.kind not in kinds:
@@ -389,6 +392,11 @@ class PPOConfig:
             raise ValueError(
                 f"critic.warmup_steps is {self.critic.warmup_steps}, expected 0 with advantage.estimator {estimator}, "
                 f"which has no critic"
+            )
+        if estimator == "vtrace" and self.loss.rollout_correction is not None:
+            raise ValueError(
+                f"loss.rollout_correction is {self.loss.rollout_correction}, expected none with advantage.estimator vtrace, "
+                f"whose advantages are weighed already"
             )
         if self.algorithm == "trpo" and self.loss != LossConfig():
             default = LossConfig()
@@ -404,7 +412,7 @@ class PPOConfig:
         rollout = self.rollout
         off = {"top_k": 0, "top_p": 1, "min_p": 0, "min_new_tokens": 0}
         changed = [f"rollout.{name}" for name, value in off.items() if getattr(rollout, name) != value]
-        if not changed or self.loss.rollout_correction is not None:
+        if not changed or self.loss.rollout_correction is not None or self.advantage.estimator == "vtrace":
             return None
         return (
             f"{', '.join(changed)}: completions are drawn from another distribution than the one that is trained, and nothing "

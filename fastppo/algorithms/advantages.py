@@ -36,6 +36,51 @@ def generalised(
     return both.advantages, estimate(config.gae_lambda if of_critic is None else of_critic).returns
 
 
+def v_trace(
+    rewards: Tensor,
+    values: Tensor,
+    final_values: Tensor | None,
+    log_weights: Tensor,
+    cu_seqlens: Tensor,
+    config: AdvantageConfig,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) [N] of actions that another policy drew (IMPALA, Espeholt et al. 2018, arXiv:1802.01561, section 4.1 and eq. 1):
+
+        rho_t = min(rho_bar, w_t),  c_t = λ min(c_bar, w_t)
+        v_t = V_t + rho_t (r_t + γ V_{t+1} - V_t) + γ c_t (v_{t+1} - V_{t+1})
+        A_t = rho_t (r_t + γ v_{t+1} - V_t),  return_t = v_t
+
+    where v = V after the last action. With w = 1 the returns are GAE's.
+
+    rewards, values, log_weights: [N], log w of the policy that learns to the one that sampled. final_values: [B], or None for 0.
+    """
+    lengths = cu_seqlens.diff().long()
+    sequences = torch.arange(len(lengths), dtype=torch.int64, device=rewards.device)
+    row = sequences.repeat_interleave(lengths, output_size=len(rewards))
+    column = torch.arange(len(rewards), dtype=torch.int64, device=rewards.device) - cu_seqlens[:-1].long()[row]
+    last = column == lengths[row] - 1
+    ends = torch.zeros_like(rewards) if final_values is None else final_values[row].to(rewards.dtype)
+    following = torch.where(last, ends, values.roll(-1))
+    weights = log_weights.exp()
+    rho = weights.clamp(max=config.vtrace_rho_bar)
+    decays = config.gamma * config.gae_lambda * weights.clamp(max=config.vtrace_c_bar)
+    errors = rho * (rewards + config.gamma * following - values)
+    above = _backwards(errors, decays, (row, column), len(lengths))  # v_t - V_t
+    after = following + torch.where(last, 0, above.roll(-1))
+    return rho * (rewards + config.gamma * after - values), values + above
+
+
+def _backwards(x: Tensor, decays: Tensor, places: tuple[Tensor, Tensor], sequences: int) -> Tensor:
+    """y_t = x_t + decay_t y_{t+1} [N] of each sequence, in as many steps as the longest has actions; `places` (row, column) of each action."""
+    width = int(places[1].max()) + 1
+    padded, factors = (tensor.new_zeros(sequences, width).index_put(places, tensor) for tensor in (x, decays))
+    found, carried = [], x.new_zeros(sequences)
+    for t in reversed(range(width)):
+        carried = padded[:, t] + factors[:, t] * carried
+        found.append(carried)
+    return torch.stack(found[::-1], dim=1)[places]
+
+
 def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
     """fp32 [B]: λ = 1 - 1 / (α length) (VAPO, arXiv:2504.05118, section "length-adaptive GAE"), at least 0.
 

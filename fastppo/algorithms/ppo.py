@@ -108,6 +108,9 @@ class PPO:
         if config.bootstrap_truncated:
             cut_off = rollout.finish_reasons == FinishReason.LENGTH
             final_values = torch.where(cut_off, evaluation.final_values, 0)
+        if config.estimator == "vtrace":
+            log_weights = evaluation.logprobs - rollout.processed_logprobs
+            return estimators.v_trace(rewards, evaluation.values, final_values, log_weights, bounds, config)
         return estimators.generalised(rewards, evaluation.values, final_values, bounds, config)
 
     def shaped_rewards(self, rollout: Rollout, evaluation: Evaluation, scores: Scores) -> Tensor:

@@ -12,6 +12,7 @@ from fastppo.algorithms.advantages import (
     length_adaptive_lambda,
     reinforce_plus_plus,
     remax,
+    v_trace,
 )
 from fastppo.config import AdvantageConfig
 from tests.tolerance import assert_rounds_to, assert_same_in_fp64
@@ -108,6 +109,45 @@ def test_actor_and_critic_have_their_own_lambda(alpha, of_critic, bootstrap):
         expected_returns += [a + value for a, value in zip(of_returns, v.tolist(), strict=True)]
     assert_same_in_fp64(advantages, torch.tensor(expected_advantages, dtype=torch.float64))
     assert_same_in_fp64(returns, torch.tensor(expected_returns, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_v_trace(bootstrap):
+    """Against the sum with the products of c written out (eq. 1)."""
+    gamma, lam, rho_bar, c_bar = 0.97, 0.9, 1.3, 1.1
+    config = AdvantageConfig(
+        estimator="vtrace", gamma=gamma, gae_lambda=lam, vtrace_rho_bar=rho_bar, vtrace_c_bar=c_bar
+    )
+    count = sum(LENGTHS)
+    rewards, values, logs = (random(seed, count) for seed in range(3))
+    final = random(3, len(LENGTHS))
+    advantages, returns = v_trace(rewards, values, final if bootstrap else None, logs, BOUNDS, config)
+    expected_advantages, expected_returns = [], []
+    parts = (x.split(LENGTHS) for x in (rewards, values, logs.exp()))
+    for i, (r, v, w) in enumerate(zip(*map(list, parts), strict=True)):
+        rho, c = w.clamp(max=rho_bar), lam * w.clamp(max=c_bar)
+        states = [*v.tolist(), final[i].item() if bootstrap else 0.0]
+        errors = [rho[t] * (r[t] + gamma * states[t + 1] - states[t]) for t in range(len(r))]
+        traces = [
+            states[t] + sum(gamma ** (k - t) * c[t:k].prod() * errors[k] for k in range(t, len(r)))
+            for t in range(len(r))
+        ]
+        later = [*traces[1:], states[-1]]
+        expected_returns += traces
+        expected_advantages += [rho[t] * (r[t] + gamma * later[t] - states[t]) for t in range(len(r))]
+    assert_same_in_fp64(returns, torch.stack(expected_returns))
+    assert_same_in_fp64(advantages, torch.stack(expected_advantages))
+
+
+def test_v_trace_of_the_policys_own_samples_is_generalised_estimation():
+    config = AdvantageConfig(estimator="vtrace", gamma=0.97, gae_lambda=0.9)
+    rewards, values = (random(seed, sum(LENGTHS)) for seed in range(2))
+    on_policy = torch.zeros_like(rewards)
+    _, returns = v_trace(rewards, values, None, on_policy, BOUNDS, config)
+    assert_same_in_fp64(returns, generalised(rewards, values, None, BOUNDS, config)[1])
+    config.gae_lambda = 1.0
+    advantages, _ = v_trace(rewards, values, None, on_policy, BOUNDS, config)
+    assert_same_in_fp64(advantages, generalised(rewards, values, None, BOUNDS, config)[0])
 
 
 def test_lambda_of_short_completions_is_zero():

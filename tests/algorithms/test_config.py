@@ -22,6 +22,14 @@ WRONG = {
     "critic.warmup_steps is 3, expected 0": {"advantage__estimator": "remax", "critic__warmup_steps": 3},
     "critic_gae_lambda is 1.0, expected None": {"advantage__estimator": "opo", "advantage__critic_gae_lambda": 1.0},
     "bootstrap_truncated is True": {"advantage__estimator": "remax", "advantage__bootstrap_truncated": True},
+    "length_adaptive_alpha is 0.05, expected None": {
+        "advantage__estimator": "vtrace",
+        "advantage__length_adaptive_alpha": 0.05,
+    },
+    "loss.rollout_correction is mask, expected none": {
+        "advantage__estimator": "vtrace",
+        "loss__rollout_correction": "mask",
+    },
     "gamma is 0.9, expected 1": {"advantage__estimator": "grpo", "advantage__gamma": 0.9},
     "loss.kl_coef is 0, expected a first value above 0": {"loss__kl_target": 1.0},
     "reward.kl_coef is 0, expected a first value above 0": {"reward__kl_target": 1.0},

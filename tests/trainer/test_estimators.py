@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastppo.run_folder import read_metrics
+from tests.tolerance import assert_rounds_to
 from tests.trainer.conftest import count_a
 from tests.trainer.test_learning import learn
 
@@ -29,6 +30,27 @@ def test_a_run_without_a_critic(make_trainer, tmp_path, estimator):
     assert not torch.equal(before, trainer.model.model.layers[0].mlp.up_proj.weight)
     files = {path.name for path in next((tmp_path / "run" / "checkpoints").iterdir()).iterdir()}
     assert not any("critic" in name for name in files)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_v_trace_trains(make_trainer, tmp_path, critic):
+    """It learns otherwise than generalised estimation where sampling drops unlikely tokens, and as that does where it does not."""
+    weights = {}
+    for top_p in (0.7, 1.0):
+        for estimator in ("gae", "vtrace"):
+            trainer = make_trainer(
+                output_dir=tmp_path / f"{estimator}{top_p}",
+                advantage__estimator=estimator,
+                advantage__gae_lambda=1.0,
+                critic__kind=critic,
+                rollout__top_p=top_p,
+                total_steps=1,
+            )
+            metrics = trainer.train()
+            assert all(map(math.isfinite, metrics.values())) and "val/explained_var" in metrics
+            weights[estimator, top_p] = trainer.model.lm_head.weight.clone()
+    assert not torch.equal(weights["vtrace", 0.7], weights["gae", 0.7])
+    assert_rounds_to(weights["vtrace", 1.0], weights["gae", 1.0].double())
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "remax"])
