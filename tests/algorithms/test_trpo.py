@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fastppo.algorithms.trpo import PolicyStep, natural_gradient, require_float32
-from tests.tiny import make_model
+from fastppo.algorithms.trpo import TRPO, PolicyStep, natural_gradient, require_float32
+from fastppo.learner import NonFiniteUpdates
+from tests.tiny import make_model, ppo_config
 from tests.tolerance import assert_as_exact_as_native, assert_rounds_to
-from tests.trainer.test_ppo import make_roles, make_rollout
+from tests.trainer.test_ppo import make_learner, make_roles, make_rollout, poisoned
+from tests.trainer.test_ppo import make_step as make_trained_step
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,22 @@ def test_comparison_of_whole_distributions(temperature, monkeypatch):
     assert_rounds_to(torch.tensor(found.kl), (p.exp() * (p - q)).sum(-1).mean())
     assert_rounds_to(torch.tensor(found.surrogate), (ratio * advantages).mean())
     assert_rounds_to(torch.tensor(found.old_entropy), -(p.exp() * p).sum(-1).mean())
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted():
+    """The policy stays, the critic learns; after `learner.max_skipped_updates` of them in a row the run ends."""
+    config = ppo_config(algorithm="trpo", learner__max_skipped_updates=2, critic__lr=0.1)
+    roles = make_roles("separate", dtype=torch.float32)
+    step, learner, algorithm = make_trained_step(roles, config), make_learner(roles, config), TRPO(config)
+    learner.start_step(0)
+    before, head = copy.deepcopy(roles.policy.state_dict()), roles.critic.head.weight.clone()
+    records = step.rollout, step.evaluation, poisoned(step, [3]), step.plan
+    metrics = algorithm.update(learner, *records)
+    assert metrics["update/skipped"] == 1 and "policy/kl" not in metrics
+    assert all(torch.equal(value, before[name]) for name, value in roles.policy.state_dict().items())
+    assert not torch.equal(head, roles.critic.head.weight)
+    with pytest.raises(NonFiniteUpdates, match="2 updates in a row"):
+        algorithm.update(learner, *records)
 
 
 def test_rounded_weights_are_refused():
