@@ -45,7 +45,7 @@ CONFIG = PPOConfig(
     reward={"kl_coef": 0.05},
     optimizer={"lr": 1e-4},
     critic={"lr": 1e-4},
-    learner={"epochs": 1, "num_minibatches": 4, "tokens_per_microbatch": 1024},
+    learner={"epochs": 1, "num_minibatches": 4},
 )
 
 

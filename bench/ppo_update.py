@@ -7,6 +7,7 @@ rests between updates: networks, reference and AdamW's moments exist, gradients 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -35,6 +36,8 @@ from fastppo.rollout.record import bounds_of
 from fastppo.targets import Targets
 
 PARTED = "eager, a prompt at a time"
+# A micro-batch holds one prompt's samples.
+SPARING = replace(CONFIG, learner=replace(CONFIG.learner, tokens_per_microbatch=1024))
 REST_PROMPT = 8  # tokens of the prompt in the update that brings a step to rest
 
 
@@ -42,7 +45,7 @@ class FusedUpdate:
     """`FusedStep`'s."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape, self.step = shape, FusedStep(shape)
+        self.shape, self.step = shape, FusedStep(shape, config=SPARING)
 
     def __call__(self, x: Tensors, chosen: list[list[int]] | None = None) -> Tensors:
         rollout = packed(x, self.shape.samples)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.bench import ppo_step, ppo_update
+from fastppo.bench import ppo_update
 from fastppo.bench.catalog import load_cases
 from fastppo.bench.harness import check_provider, in_fp64, make_inputs
 from fastppo.bench.setting import Setting
@@ -38,11 +38,11 @@ def test_updates_agree_with_fp64(provider):
     "change", [{"loss": {"clip_high": 0.01}}, {"optimizer": {"lr": 1e-2}}, {"critic": {"value_clip": 0.01}}]
 )
 def test_an_update_that_does_something_else_is_wrong(monkeypatch, change):
-    case, config = quick_case(), ppo_step.CONFIG
+    case, config = quick_case(), ppo_update.SPARING
     inputs = make_inputs(case, CPU)
     with monkeypatch.context() as patch:
         changed = {section: replace(getattr(config, section), **fields) for section, fields in change.items()}
-        patch.setattr(ppo_step, "CONFIG", replace(config, **changed))
+        patch.setattr(ppo_update, "SPARING", replace(config, **changed))
         outputs = case.providers["fastppo"](inputs)
     assert checked("fastppo", replace(case, providers={"fastppo": lambda x: outputs})).status == "wrong"
 
