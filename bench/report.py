@@ -385,11 +385,11 @@ def write_between_markers(path: Path, place: str, text: str) -> None:
 
 def write_docs(record: Record, record_name: str, docs: Path, readme: Path, drop_in: Path) -> None:
     """Writes the whole table into `docs` and the summary into `readme`, where the kind of machine has its place, and what a CPU's record
-    says of other packages' functions into `drop_in` and `readme`; ValueError for the record of a quick run."""
+    says of other packages' functions, where it has any, into `drop_in` and `readme`; ValueError for the record of a quick run."""
     if record.quick:
         raise ValueError(f"{record_name} is a quick run: its times mean nothing, run without --quick")
     write_between_markers(docs, record.machine.device, markdown(record, record_name))
     write_between_markers(readme, record.machine.device, summary(record, record_name))
-    if record.machine.device == "cpu":
+    if drop_in_pairs(record):
         write_between_markers(drop_in, DROP_IN, drop_in_markdown(record, record_name))
         write_between_markers(readme, DROP_IN, drop_in_summary(record, record_name))

@@ -284,12 +284,16 @@ void attend(
       if (turns) for_heads<kHeadsInRegisters>(count, [&](auto number, int64_t n) { multiply_turned_keys<kVectors, number>(own + n, turned); });
       else for (int64_t n = 0; n < count; ++n) multiply_keys(own[n], tiles[kv]);
     }
-    for (int64_t kv = 0; kv < kv_heads; ++kv) {
-      const auto weigh = [&](int64_t row, int64_t rows) {
-        for_heads<kHeadsTogether>(rows * group, [&](auto number, int64_t n) { weigh_keys<kVectors, number>(head_of(kv, row) + n, seen(row), a); });
-      };
-      for (int64_t row = first_row; row < whole; ++row) weigh(row, 1);
-      weigh(whole, query.rows - whole);
+    const auto weigh = [&](QueryHead<kVectors>* first_of, int64_t number_of, int count) {
+      for_heads<kHeadsTogether>(number_of, [&](auto number, int64_t n) { weigh_keys<kVectors, number>(first_of + n, count, a); });
+    };
+    if (first_row == 0 && whole == 0) {  // all heads see the same: a decode step's
+      weigh(heads.data(), static_cast<int64_t>(heads.size()), seen(0));
+    } else {
+      for (int64_t kv = 0; kv < kv_heads; ++kv) {
+        for (int64_t row = first_row; row < whole; ++row) weigh(head_of(kv, row), group, seen(row));
+        weigh(head_of(kv, whole), (query.rows - whole) * group, static_cast<int>(to - from));
+      }
     }
     for (int64_t kv = 0; kv < kv_heads; ++kv) {
       const auto add = [&](int64_t row, int64_t rows) {
