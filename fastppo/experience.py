@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastppo.errors import TrainingError
 from fastppo.rewards.scores import Scores
@@ -21,6 +21,10 @@ class Experience(NamedTuple):
     """How many were sampled for."""
     tokens: int
     """How many were sampled, also for what is left out."""
+    samples: list[dict[str, Any]]
+    """Those that are written down."""
+    described: list[dict[str, Any] | None]
+    """Of each sequence of the rollout the one of `samples` that it is."""
     metrics: dict[str, float]
     """What the sampler says of itself; of several rounds, of the last one."""
 
@@ -44,7 +48,9 @@ def sample_with_signal(sample: Callable[[int], Experience], *, groups: int, max_
     kept = [index for group in found[:groups] for index in group]
     metrics = {"rollout/sampling_rounds": float(len(rounds)), "rollout/signal_rate": len(found) / everything.prompts}
     rollout, scores = everything.rollout.select(kept), everything.scores.select(kept)
-    return everything._replace(rollout=rollout, scores=scores, metrics=everything.metrics | metrics)
+    described = [everything.described[index] for index in kept]
+    metrics = everything.metrics | metrics
+    return everything._replace(rollout=rollout, scores=scores, described=described, metrics=metrics)
 
 
 def groups_with_signal(experience: Experience) -> list[list[int]]:
@@ -67,5 +73,7 @@ def joined(rounds: list[Experience]) -> Experience:
         Scores.joined([one.all_scores for one in rounds]),
         sum(prompts),
         sum(one.tokens for one in rounds),
+        [sample for one in rounds for sample in one.samples],
+        [sample for one in rounds for sample in one.described],
         rounds[-1].metrics,
     )

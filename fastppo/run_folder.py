@@ -1,6 +1,6 @@
 """A run's folder: resolved settings, one line of metrics a step, samples, curves, checkpoints.
 
-config.yaml  history.jsonl  metrics.jsonl  samples.jsonl  curve.png  checkpoints/  model/
+config.yaml  history.jsonl  metrics.jsonl  samples.jsonl  tracking.json  curve.png  checkpoints/  model/
 
 `config.yaml` holds the settings of now; `history.jsonl` has a line for each start and resume, with the step from which its settings held.
 `earlier-1/` has the records of a run that had no checkpoint when it was to be resumed.
@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from fastppo.checkpoint import list_checkpoints
 from fastppo.yaml_numbers import NumberDumper
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
-HISTORY, MODEL, LOCK = "history.jsonl", "model", ".lock"
+HISTORY, TRACKING, MODEL, LOCK = "history.jsonl", "tracking.json", "model", ".lock"
 MARK = "# Settings of a fastppo run\n"
 # Half a character, which broken input can hold, becomes \udXXX: in JSON that is its escape, and it comes back as it was.
 LONE_SURROGATES = "backslashreplace"
@@ -57,10 +57,11 @@ class RunFolder:
                 path for number in itertools.count(1) if not (path := self.path / f"earlier-{number}").exists()
             )
             aside.mkdir()
-            for name in (CONFIG, HISTORY, METRICS, SAMPLES):
+            for name in (CONFIG, HISTORY, METRICS, SAMPLES, TRACKING):
                 if (self.path / name).exists():
                     (self.path / name).rename(aside / name)
         self._rewind(-1, -1)  # what a run that ended within its first step has left
+        (self.path / TRACKING).unlink(missing_ok=True)
         _write_whole(self.path / HISTORY, "")
         self._record_settings(0, settings)
         return aside
@@ -75,7 +76,7 @@ class RunFolder:
         if before is not None and not (self.path / HISTORY).exists():
             self._append(HISTORY, {"step": 0, "settings": before})
         self._record_settings(step, settings)
-        return [] if before is None else _differences(before, _as_written(settings))
+        return [] if before is None else differences(before, _as_written(settings))
 
     @property
     def checkpoints(self) -> Path:
@@ -86,14 +87,23 @@ class RunFolder:
         row = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(METRICS, {"step": step, **row})
 
-    def log_sample(self, step: int, prompt: Any, completion: str, score: float) -> None:
-        sample = {
-            "step": step,
-            "prompt": prompt,
-            "completion": completion,
-            "score": score if math.isfinite(score) else None,
-        }
-        self._append(SAMPLES, sample)
+    def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Append a line for each; what they may hold is in `fastppo.samples`."""
+        for sample in samples:
+            self._append(SAMPLES, {"step": step, **sample})
+
+    @property
+    def tracker_runs(self) -> dict[str, str]:
+        """By which name or id each tracker knows this run; empty where it has none, or the file is damaged."""
+        try:
+            known = json.loads((self.path / TRACKING).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    @tracker_runs.setter
+    def tracker_runs(self, known: Mapping[str, str]) -> None:
+        _write_whole(self.path / TRACKING, json.dumps(dict(known), indent=1) + "\n")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8", errors=LONE_SURROGATES) as file:
@@ -144,11 +154,27 @@ class RunFolder:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, in order. Raises FileNotFoundError when `path` is no run folder."""
-    file = Path(path).expanduser() / METRICS
-    if not file.exists():
-        raise FileNotFoundError(f"{path} is no run folder: it has no {METRICS}")
-    return _read_lines(file)
+    """The rows of a run's metrics.jsonl, in order, also of a run that is under way. Raises FileNotFoundError when `path` is no run folder, or
+    that of a run that has finished no step yet."""
+    folder = Path(path).expanduser()
+    if (folder / METRICS).is_file():
+        return _read_lines(folder / METRICS)
+    if _is_ours(folder / CONFIG):
+        raise FileNotFoundError(f"{path} has no {METRICS} yet: the run has finished no step")
+    what = f"it has no {METRICS}" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
+    raise FileNotFoundError(f"{path} is no run folder: {what}")
+
+
+def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's samples.jsonl, in order; none where it has no such file."""
+    file = Path(path).expanduser() / SAMPLES
+    return _read_lines(file) if file.is_file() else []
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """{"step", "time", "settings"} of every start and resume of a run; none where it has no such file."""
+    file = Path(path).expanduser() / HISTORY
+    return _read_lines(file) if file.is_file() else []
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
@@ -200,11 +226,11 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
             f"output_dir is {str(path)!r}, a link to {os.readlink(path)!r}, which does not exist: make that folder first"
         )
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    passing = {_temporary(path / file).name for file in (CONFIG, HISTORY, METRICS, SAMPLES)}
+    passing = {_temporary(path / file).name for file in (CONFIG, HISTORY, METRICS, SAMPLES, TRACKING)}
     is_run = _is_ours(path / CONFIG) or list_checkpoints(path / CHECKPOINTS)  # config.yaml may be damaged
     if content - passing - {LOCK} and not is_run:
         raise ValueError(f"output_dir is {str(path)!r}, which holds other files; choose an empty or new folder")
-    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, CHECKPOINTS, MODEL}:
+    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, TRACKING, CHECKPOINTS, MODEL}:
         is_folder, should_be = (path / entry).is_dir(), entry in (CHECKPOINTS, MODEL)
         if is_folder != should_be:
             kinds = ("a file", "a folder") if should_be else ("a folder", "a file")
@@ -317,13 +343,13 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     return value
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
     """ "section.key old -> new" of every setting that is not the same."""
     found = []
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} {old!r} -> {new!r}")
     return found

@@ -36,6 +36,7 @@ from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
 from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import MODEL, RunFolder
 from fastppo.run_state import RunState, identity
+from fastppo.samples import add_credit, describe_samples
 
 EVALUATION_SEED_OFFSET = 0x5EED
 ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
@@ -216,6 +217,8 @@ class PPOTrainer:
             recompute = self.config.rollout.recompute_logprobs
             evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
+            add_credit(experience.described, evaluation, targets)
+            folder.log_samples(self.step + 1, experience.samples)
             kl_coef = self.algorithm.reward_kl.coef
             metrics |= rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
         self._interruption.check()
@@ -231,14 +234,21 @@ class PPOTrainer:
 
     def _experience(self, clock: Clock, seed: int, folder: RunFolder) -> Experience:
         """Completions to learn from, with their scores."""
-        config = self.config.rollout
+        config, samples = self.config.rollout, []
 
         def sample(number: int) -> Experience:
-            return self._sample(clock, (seed + number * ROUND_SEED_OFFSET) % SEEDS, folder if number == 0 else None)
+            round_seed = (seed + number * ROUND_SEED_OFFSET) % SEEDS
+            experience = self._sample(clock, round_seed, folder if number == 0 else None)
+            samples.extend(experience.samples)
+            return experience
 
         if not config.dynamic_sampling:
             return sample(0)
-        return sample_with_signal(sample, groups=config.prompts_per_step, max_rounds=config.max_sampling_rounds)
+        try:
+            return sample_with_signal(sample, groups=config.prompts_per_step, max_rounds=config.max_sampling_rounds)
+        except TrainingError:
+            folder.log_samples(self.step + 1, samples)
+            raise
 
     def _sample(self, clock: Clock, seed: int, folder: RunFolder | None) -> Experience:
         """Completions of the next prompts and their scores; some of them are written to the folder."""
@@ -252,8 +262,8 @@ class PPOTrainer:
             with clock("time/baseline"):
                 greedy = self._greedy_scores(rows)
         with clock("time/reward"):
-            kept, scores, all_scores = self._score(rollout, rows, folder, greedy)
-        return Experience(kept, scores, all_scores, len(rows), rollout.num_actions, metrics)
+            experience = self._score(rollout, rows, folder, greedy)
+        return experience._replace(metrics=metrics)
 
     def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
         """Completions of the next prompts, and the rows that these stand in."""
@@ -294,25 +304,31 @@ class PPOTrainer:
 
     def _score(
         self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None
-    ) -> tuple[Rollout, Scores, Scores]:
-        """The samples that have a valid reward, their scores, and those of all of them.
+    ) -> Experience:
+        """The samples that have a valid reward, with their scores.
 
-        greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
+        folder: where samples are written; None describes none. greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
         result, texts = self._call_rewards(rollout, rows)
-        if folder is not None:
-            self._log_samples(folder, rollout, rows, texts, result)
+        logged = 0 if folder is None else self.config.num_logged_samples
+        samples = describe_samples(rollout, rows, texts, result, self.tokenizer, logged)
         scores = Scores.of(result, rollout.tokens.device)
         if greedy is not None:
             baselines = greedy[rollout.prompt_index]
             values = torch.where(baselines.isnan(), torch.nan, scores.values)
             scores = dataclasses.replace(scores, values=values, baselines=baselines)
-        valid = self._valid(rollout, scores, result.errors)
+        try:
+            valid = self._valid(rollout, scores, result.errors)
+        except TrainingError:
+            if folder is not None:
+                folder.log_samples(self.step + 1, samples)  # what the rewards failed on
+            raise
         self._note_errors(result)
         kept = rollout.select(valid)
         penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
-        return kept, penalised, scores
+        described = [samples[index] if index < len(samples) else None for index in valid]
+        return Experience(kept, penalised, scores, len(rows), rollout.num_actions, samples, described, {})
 
     def _call_rewards(
         self, rollout: Rollout, rows: list[Row], *, normalise: bool = True
@@ -353,13 +369,6 @@ class PPOTrainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    def _log_samples(
-        self, folder: RunFolder, rollout: Rollout, rows: list[dict], texts: list[str], result: RewardResult
-    ) -> None:
-        prompt_index = rollout.prompt_index.tolist()
-        for i in range(min(self.config.num_logged_samples, len(texts))):
-            folder.log_sample(self.step + 1, rows[prompt_index[i]]["prompt"], texts[i], result.scores[i])
 
     def _write_model(self, folder: RunFolder) -> None:
         try:

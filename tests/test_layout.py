@@ -29,7 +29,8 @@ FLOORS = [
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.experience",)
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
-    + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer"),
+    + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer")
+    + ("fastppo.samples",),
     ("fastppo.recipe", "fastppo.cli", "fastppo.__main__", "fastppo.bench", "fastppo.integrations", "fastppo"),
 ]
 

@@ -38,3 +38,21 @@ def _can_decode(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     except Exception:
         return False
     return True
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """[n] ids -> [n] texts, special tokens included, that make up the text of all when they are joined.
+
+    A character whose bytes are several tokens belongs to the last of them. Each token is decoded after its predecessor, because many
+    tokenizers drop the space of a token that begins a text.
+    """
+    texts: list[str] = []
+    start, shown = 0, ""  # the tokens from `start` to here begin with the text `shown`, which has an owner
+    for place in range(len(ids)):
+        text = decode(tokenizer, ids[start : place + 1], skip_special_tokens=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and place + 1 < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(shown) :])
+        start, shown = place, decode(tokenizer, ids[place : place + 1], skip_special_tokens=False)
+    return texts
