@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from fastppo import run_folder
-from fastppo.console import Reporter, printable
+from fastppo.console import COLUMNS, Reporter, printable
 from fastppo.plot import PANELS, _draw, plot_run
-from fastppo.run_folder import RunFolder, read_metrics
+from fastppo.run_folder import RunFolder, read_metrics, read_samples
 from tests.tiny import make_folder
 
 
@@ -26,9 +26,9 @@ def test_rows_come_back(tmp_path):
     folder = make_folder(tmp_path / "run", {"ppo": {"lr": 0.1}})
     folder.log_metrics(1, {"a": 0.5, "b": math.nan})
     folder.log_metrics(2, {"a": math.inf})
-    folder.log_sample(1, "p", "c\n", math.nan)
+    folder.log_samples(1, [{"prompt": "p", "completion": "c\n"}, {"prompt": "q"}])
     assert read_metrics(folder.path) == [{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": None}]
-    assert json.loads((folder.path / "samples.jsonl").read_text())["completion"] == "c\n"
+    assert read_samples(folder.path) == [{"step": 1, "prompt": "p", "completion": "c\n"}, {"step": 1, "prompt": "q"}]
 
 
 def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
@@ -67,14 +67,14 @@ def test_foreign_and_finished_folders_are_left_alone(tmp_path):
 
 def test_a_run_that_ended_in_its_first_step_starts_afresh(tmp_path):
     folder = make_folder(tmp_path / "run", {})
-    folder.log_sample(1, "p", "c", 0.0)
+    folder.log_samples(1, [{"prompt": "p"}])
     folder = make_folder(tmp_path / "run", {})
     assert (folder.path / "samples.jsonl").read_text() == ""
 
 
 def test_any_text_and_any_kind_of_number_is_recorded(tmp_path):
     folder = make_folder(tmp_path / "run", {"ppo": {"output_dir": "é"}})
-    folder.log_sample(1, "half \ud83d", "中\u2028", 1.0)
+    folder.log_samples(1, [{"prompt": "half \ud83d", "completion": "中\u2028"}])
     folder.log_metrics(1, {"numpy": np.float32(0.5), "tensor": torch.tensor(2.0)})
     folder.resume({}, 1)
     sample = json.loads((folder.path / "samples.jsonl").read_text(encoding="utf-8"))
@@ -152,6 +152,39 @@ def test_plain_lines_where_there_is_no_terminal():
 def test_a_live_table_on_a_terminal():
     text = report(terminal=True)
     assert "reward" in text and "0.750" in text and "rollout" in text
+
+
+WHOLE_STEP = {metric: 0.5 for metric, _ in COLUMNS.values()} | {
+    "time/step": 4.0,
+    "time/rollout": 2.0,
+    "time/reward": 0.0,
+    "time/score": 0.5,
+    "time/update": 1.5,
+}
+
+
+@pytest.mark.parametrize("width", [200, 80, 60, 40, 20])
+def test_a_narrow_terminal_shows_the_columns_that_fit(width):
+    """Whole ones, the reward among them, and where the time went."""
+    output = io.StringIO()
+    reporter = Reporter(9, console=Console(file=output, force_terminal=True, width=width, color_system=None))
+    reporter.rows = [(step, WHOLE_STEP) for step in (1, 2)]
+    reporter.console.print(reporter._view())
+    head, first, *_ = output.getvalue().splitlines()
+    assert head.split()[:2] == ["step", "reward"] and first.split()[:2] == ["1", "0.500"]
+    assert len(head) <= width and "\u2026" not in head + first
+    assert (width < 200) or all(title in head for title in COLUMNS)
+    assert "rollout 50%, reward 0%, score 12%, update 38%" in " ".join(output.getvalue().split())
+
+
+def test_a_log_file_says_where_the_time_went():
+    output = io.StringIO()
+    with Reporter(9, console=Console(file=output, force_terminal=False, width=80)) as reporter:
+        reporter.step(1, WHOLE_STEP)
+        reporter.step(2, {"objective/scores": 1.0, "time/step": 0.0})
+    first, second = output.getvalue().splitlines()
+    assert first.endswith("(rollout 50%, reward 0%, score 12%, update 38%)") and "off band 50.0%" in first
+    assert "rollout" not in second
 
 
 def test_quiet_says_nothing():
