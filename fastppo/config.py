@@ -332,6 +332,24 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
 
 
+def _one_or_more(value: Any) -> Any:
+    """A text as a list of one: `tracking.to=wandb`."""
+    return (value,) if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT)
+class TrackingConfig:
+    """Where metrics go besides `metrics.jsonl`, which is always written. A tracker that fails is said once and never ends the run."""
+
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], BeforeValidator(_one_or_more)] = ()
+    """Trackers, each with the package of its name: `[tensorboard, wandb]`. Servers, keys and modes are the packages' own settings
+    (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...)."""
+    project: Annotated[str, Field(min_length=1)] = "fastppo"
+    """Project, or MLflow's experiment, that the run is filed under."""
+    run_name: str | None = None
+    """What the trackers call the run; by default its folder's name."""
+
+
 @dataclass(config=STRICT)
 class PPOConfig:
     """Settings of one PPO run, by component; a component may be given as a dict: `PPOConfig(optimizer={"lr": 1e-5})`.
@@ -362,6 +380,7 @@ class PPOConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @model_validator(mode="before")
     @classmethod

@@ -52,6 +52,11 @@ class RunState:
     def _identity(self) -> dict[str, Any]:
         return self._make_identity()
 
+    @property
+    def next_record(self) -> int:
+        """The step whose metrics are the next to be recorded."""
+        return self.step + (self.unrecorded is None)
+
     def step_done(self, metrics: dict[str, float]) -> None:
         self.step, self.unrecorded = self.step + 1, metrics
         self._next_prompts, self.whole = self._sampler.state_dict(), True

@@ -37,6 +37,7 @@ from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import MODEL, RunFolder
 from fastppo.run_state import RunState, identity
 from fastppo.samples import add_credit, describe_samples
+from fastppo.tracking import Tracking, check_installed
 
 EVALUATION_SEED_OFFSET = 0x5EED
 ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
@@ -82,6 +83,7 @@ class PPOTrainer:
         self.config = config = config or PPOConfig()
         device = _resolve_device(config.device)
         _refuse_autocast("PPOTrainer is made", device)
+        check_installed(config.tracking)
         named = isinstance(model, str | os.PathLike)
         name = os.path.expanduser(model) if named else getattr(model, "name_or_path", None) or ""
         name = os.path.abspath(name) if os.path.isdir(name) else name
@@ -142,7 +144,9 @@ class PPOTrainer:
         evaluate = self.eval_prompts is not None
         with folder.lock(note):
             self.state.begin(folder, self.recipe, resume=resume, evaluate=evaluate, note=note)
-            with Interruption() as self._interruption, self.reporter, self.rewards:
+            known = {"next_step": self.state.next_record, "resumed": self.step > 0}
+            self.tracking = Tracking(self.config.tracking, folder, **known, note=note)
+            with Interruption() as self._interruption, self.tracking, self.reporter, self.rewards:
                 try:
                     metrics = self._run(folder)
                 except BaseException as error:
@@ -201,6 +205,7 @@ class PPOTrainer:
         if self.eval_prompts is not None and (at_either_end or self._due(self.config.evaluation.every)):
             metrics = metrics | self.evaluate()
         folder.log_metrics(self.step, metrics)
+        self.tracking.log(self.step, metrics)
         self.state.unrecorded = None
         if self.step:
             self.reporter.step(self.step, metrics)
