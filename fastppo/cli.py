@@ -1,4 +1,4 @@
-"""The command line: fastppo train | generate | export | plot | info | bench."""
+"""The command line: fastppo train | generate | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -6,37 +6,18 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import suppress
 
+from fastppo import __version__
 from fastppo.errors import is_users
-
-if TYPE_CHECKING:
-    from transformers import TextStreamer
-
-    from fastppo.ops._backends import OpStatus
-    from fastppo.rollout import Engine
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
-EXTRAS = {
-    "data": "datasets",
-    "math": "math_verify",
-    "bleu": "sacrebleu",
-    "json-schema": "jsonschema",
-    "reasoning-gym": "reasoning_gym",
-    "plot": "matplotlib",
-    "flash-attn": "flash_attn",
-}
-NOT_INSTALLED = "not installed"
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 2 a mistake of the user's (one line says which), 130 interrupted (143 by SIGTERM), 141
-    nobody reads what is printed."""
+    """Run one command and return the exit code: 0 done, 1 `doctor` found something, 2 a mistake of the user's (one line says which), 130
+    interrupted (143 by SIGTERM), 141 nobody reads what is printed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
     try:
@@ -106,7 +87,7 @@ def _settle_stdout(text: str = "") -> None:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """(the whole, each command's own)"""
     parser = argparse.ArgumentParser(prog="fastppo", description="PPO for language models")
-    parser.add_argument("--version", action="version", version=f"fastppo {_version('fastppo')}")
+    parser.add_argument("--version", action="version", version=f"fastppo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -151,9 +132,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         nargs="?",
         help="say of this model instead how large it is and what ends its completions",
     )
-    plot = add("plot", _plot, "Draw the curves of a run.")
-    plot.add_argument("run", metavar="RUN", help="run folder")
-    plot.add_argument("-o", "--out", metavar="FILE", help="picture to write (default: curve.png in the run folder)")
+    plot = add("plot", _plot, "Draw the curves of a run, or of several over each other.")
+    plot.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
+    plot.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="picture to write (default: curve.png in the run folder; of several runs curves.png here)",
+    )
+    report = add(
+        "report", _report, "Write a run as one HTML file: curves, settings, samples with every token's numbers."
+    )
+    report.add_argument("run", metavar="RUN", help="run folder")
+    report.add_argument("-o", "--out", metavar="FILE", help="file to write (default: report.html in the run folder)")
+    doctor = add(
+        "doctor", _doctor, "Say what went wrong in a run, and which setting to try. Exit code 1 if anything did."
+    )
+    doctor.add_argument("run", metavar="RUN", help="run folder")
     commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
     return parser, commands.choices
 
@@ -216,88 +211,6 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
 
 
-def _generate(options: argparse.Namespace) -> int:
-    import torch
-
-    from fastppo.console import printable
-    from fastppo.model import load_model, load_tokenizer
-    from fastppo.model.decoding import decodable, decode
-    from fastppo.rollout import Engine, SamplingParams
-
-    sampling = SamplingParams(
-        n=options.n,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        max_new_tokens=options.max_new_tokens,
-        stop_strings=tuple(options.stop),
-        seed=options.seed,
-    )
-    prompts = options.prompt or [sys.stdin.read() if sys.stdin else ""]
-    tokenizer = load_tokenizer(options.model)
-    if options.chat:
-        prompts = [_as_message(tokenizer, text) for text in prompts]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = Engine(load_model(options.model, dtype=options.dtype, device=device), tokenizer)
-    if len(prompts) * options.n == 1:
-        streamer = _streamer(tokenizer)
-
-        def show(new: list[tuple[int, int]]) -> None:
-            for token in decodable(tokenizer, [token for _, token in new]):
-                streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
-
-        engine.generate(prompts, sampling, on_tokens=show)
-        streamer.end()
-    else:
-        with _rollout_bar(engine) as progress:
-            rollout = engine.generate(prompts, sampling, progress=progress)
-        texts = [decode(tokenizer, ids, skip_special_tokens=True) for ids in rollout.completions()]
-        for index, text in zip(rollout.prompt_index.tolist(), texts, strict=True):
-            print(f"--- prompt {index}\n{printable(text)}")
-    stats = engine.stats
-    print(
-        f"prompt {stats.prefill_tokens} tokens, {stats.prefill_tokens_per_second:,.0f} a second; "
-        f"new {stats.decode_tokens_per_second:,.0f} a second, {stats.decode_bytes_per_second / 1e9:.1f} GB/s",
-        file=sys.stderr,
-    )
-    return 0
-
-
-def _streamer(tokenizer) -> TextStreamer:
-    """Prints completions as they grow, without what could drive the terminal."""
-    from transformers import TextStreamer
-
-    from fastppo.console import printable
-
-    class Printer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(printable(text), stream_end)
-
-    return Printer(tokenizer, skip_special_tokens=True)
-
-
-@contextmanager
-def _rollout_bar(engine: Engine) -> Iterator[Callable[[int, int], None]]:
-    """A bar of finished sequences and new tokens a second on a terminal's standard error; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(
-            task, completed=done, total=total, description=f"{engine.stats.tokens_per_second:,.0f} tok/s"
-        )
-
-
-def _as_message(tokenizer, text: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
-
-
 def _export(options: argparse.Namespace) -> int:
     from fastppo.export import export_run
 
@@ -306,85 +219,38 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from fastppo.plot import plot_run
+    from fastppo.plot import plot_run, plot_runs
 
-    print(plot_run(options.run, options.out))
+    if len(options.runs) == 1:
+        print(plot_run(options.runs[0], options.out))
+    else:
+        print(plot_runs(options.runs, options.out or "curves.png"))
     return 0
 
 
-def _info_model(name: str) -> int:
-    """From its configurations and tokenizer alone: the weights are not read."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _report(options: argparse.Namespace) -> int:
+    from fastppo.report import write_report
 
+    print(write_report(options.run, options.out))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
     from fastppo.console import printable
-    from fastppo.model import context_length, ending_ids, load_outline, load_tokenizer
-    from fastppo.model.decoding import token_text
-    from fastppo.model.parts import why_not_parts
+    from fastppo.doctor import examine_run
 
-    model, tokenizer = load_outline(name), load_tokenizer(name)
-    facts = Table(box=None, show_header=False)
-    facts.add_row("architecture", type(model).__name__)
-    facts.add_row("parameters", f"{model.num_parameters():,}")
-    facts.add_row("context", f"{context_length(model) or 'no limit'}")
-    reason = why_not_parts(model)
-    facts.add_row(
-        "layers", "built as Llama's: our kernels run them" if reason is None else f"its own modules run: {reason}"
-    )
-    facts.add_row("chat template", "yes" if getattr(tokenizer, "chat_template", None) else "no")
-    for token, places in ending_ids(model, tokenizer).items() or {None: []}.items():
-        text = "nothing" if token is None else f"{token_text(tokenizer, token)} ({token}): {', '.join(places)}"
-        facts.add_row("ends with", Text(printable(text)))
-    Console(highlight=False, soft_wrap=True).print(facts)
-    return 0
+    diagnosis = examine_run(options.run)
+    print(printable(diagnosis.text()))
+    return 1 if diagnosis.findings else 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from fastppo.commands import generate
+
+    return generate.run(options)
 
 
 def _info(options: argparse.Namespace) -> int:
-    if options.model is not None:
-        return _info_model(options.model)
-    import platform
+    from fastppo.commands import info
 
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastppo import native
-    from fastppo.integrations import PATCHED
-    from fastppo.ops._backends import describe
-
-    console = Console(highlight=False, soft_wrap=True)
-    facts = Table(box=None, show_header=False)
-    for package in ("fastppo", "torch", "triton", "transformers", "numpy"):
-        facts.add_row(package, _version(package))
-    facts.add_row("python", platform.python_version())
-    facts.add_row(
-        "CPU kernels", native.unavailable_reason or f"built, {native.cpu_isa()}, {torch.get_num_threads()} threads"
-    )
-    facts.add_row("CUDA kernels", native.cuda_unavailable_reason() or "built")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts.add_row("GPUs", ", ".join(gpus) or "none")
-    installed = [name for name, module in EXTRAS.items() if find_spec(module)]
-    facts.add_row("extras", ", ".join(installed) or "none")
-    missing = [name for name in EXTRAS if name not in installed]
-    facts.add_row("not installed", ", ".join(missing) or "none")
-    peers = [f"{name} {found}" for name in PATCHED.values() if (found := _version(name)) != NOT_INSTALLED]
-    facts.add_row("drop-in for", ", ".join(peers) or "none that is installed")
-    console.print(facts)
-    table = Table("op", "on CPU tensors", "on CUDA tensors", title="\nKernels", title_justify="left", box=None)
-    for on_cpu, on_cuda in zip(describe("cpu"), describe("cuda"), strict=True):
-        table.add_row(on_cpu.op, _backend(on_cpu), _backend(on_cuda))
-    console.print(table)
-    return 0
-
-
-def _backend(status: OpStatus) -> str:
-    """Its name, and where plain PyTorch serves the reasons too."""
-    return status.backend if status.backend != "reference" else f"reference ({'; '.join(status.reasons.values())})"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return NOT_INSTALLED
+    return info.run(options)

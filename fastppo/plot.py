@@ -1,7 +1,8 @@
-"""The curves of a run as one picture."""
+"""The curves of a run, or of several over each other, as one picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,18 @@ PANELS = (
     Panel("Policy loss", "loss", {"loss/policy_avg": "policy loss"}),
     Panel("Value loss", "loss", {"loss/value_avg": "value loss"}),
     Panel("Critic", "explained variance", {"val/explained_var": "explained variance"}, limits=(-1.0, 1.05)),
+    Panel(
+        "Sampling against training",
+        "share of the tokens",
+        {"rollout/out_of_band_rate": "log-prob differs", "rollout/out_of_clip_rate": "outside the clip range"},
+    ),
+    Panel(
+        "Time of a step",
+        "seconds",
+        {"time/rollout": "rollout", "time/reward": "reward", "time/score": "score", "time/update": "update"},
+    ),
 )
+STYLES = ("-", "--", ":", "-.")
 
 
 def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
@@ -44,22 +56,74 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
     """
     run = Path(run).expanduser()
     rows = read_metrics(run)
+    figure, panels = _figure([rows], str(run))
+    for axes, panel in panels:
+        _draw(axes, panel, rows)
+    figure.suptitle(_name(run), parse_math=False)  # `$` in a folder's name is a dollar
+    return _save(figure, run / "curve.png" if out is None else out)
+
+
+def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw the metrics of several run folders over each other, a colour each, to `out`, and return that path.
+
+    Metrics that share a panel differ in their line. Raises what `plot_run` does, ValueError where a run is given twice.
+    """
+    runs = [Path(run).expanduser() for run in runs]
+    for run in runs:
+        if sum(other.resolve() == run.resolve() for other in runs) > 1:
+            raise ValueError(f"run {run} is given twice")
+    found = [read_metrics(run) for run in runs]
+    figure, panels = _figure(found, ", ".join(map(str, runs)))
+    for axes, panel in panels:
+        _overlay(axes, panel, found)
+    legend = figure.legend(
+        [_sample_line(color=f"C{number}") for number in range(len(runs))],
+        _names(runs),
+        loc="outside upper center",
+        ncols=min(4, len(runs)),
+        frameon=False,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _save(figure, out)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Of their folders; where two share one, as they were given."""
+    names = [_name(run) for run in runs]
+    return names if len(set(names)) == len(names) else [printable(str(run)) for run in runs]
+
+
+def _name(run: Path) -> str:
+    return printable(run.resolve().name)
+
+
+def _figure(found: Sequence[list[dict[str, Any]]], what: str) -> tuple[Any, list[tuple[Any, Panel]]]:
+    """A figure with axes for each panel that one of the runs has data for."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install fastppo[plot]") from error
+    rows = [row for run in found for row in run]
     panels = [panel for panel in PANELS if any(_points(rows, metric)[0] for metric in panel.lines)]
     if not panels:
-        raise ValueError(f"{run} has no metrics to draw yet")
+        raise ValueError(f"{what} has no metrics to draw yet")
     columns = min(3, len(panels))
     grid = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.1 * grid), layout="constrained")
-    for index, panel in enumerate(panels):
-        _draw(figure.add_subplot(grid, columns, index + 1), panel, rows)
-    figure.suptitle(printable(run.resolve().name), parse_math=False)  # `$` in a folder's name is a dollar
-    out = run / "curve.png" if out is None else Path(out).expanduser()
+    return figure, [(figure.add_subplot(grid, columns, index + 1), panel) for index, panel in enumerate(panels)]
+
+
+def _save(figure: Any, out: str | Path) -> Path:
+    out = Path(out).expanduser()
     figure.savefig(out, dpi=110)
     return out
+
+
+def _sample_line(**style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
 
 
 def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
@@ -71,10 +135,34 @@ def _draw(axes: Any, panel: Panel, rows: list[dict[str, Any]]) -> None:
     for number, (metric, label) in enumerate(panel.lines.items()):
         steps, values = _points(rows, metric)
         if steps:
-            marker = "o" if metric.startswith("eval/") or len(steps) == 1 else None  # one point makes no line
-            axes.plot(steps, values, color=f"C{number}", marker=marker, markersize=4, linewidth=1.5, label=label)
+            axes.plot(steps, values, color=f"C{number}", label=label, **_line_of(metric, steps))
         if metric == "objective/scores":
             _band(axes, rows)
+    _dress(axes, panel)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _overlay(axes: Any, panel: Panel, found: Sequence[list[dict[str, Any]]]) -> None:
+    styles: dict[str, str] = {}
+    for number, (metric, label) in enumerate(panel.lines.items()):
+        for run, rows in enumerate(found):
+            steps, values = _points(rows, metric)
+            if steps:
+                styles[label] = STYLES[number]
+                axes.plot(steps, values, color=f"C{run}", linestyle=styles[label], **_line_of(metric, steps))
+    _dress(axes, panel)
+    if len(styles) > 1:
+        lines = [_sample_line(color="grey", linestyle=style) for style in styles.values()]
+        axes.legend(lines, list(styles), frameon=False, fontsize="small")
+
+
+def _line_of(metric: str, steps: list[int]) -> dict[str, Any]:
+    marker = "o" if metric.startswith("eval/") or len(steps) == 1 else None  # one point makes no line
+    return {"marker": marker, "markersize": 4, "linewidth": 1.5}
+
+
+def _dress(axes: Any, panel: Panel) -> None:
     axes.set_title(panel.title)
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
@@ -83,8 +171,6 @@ def _draw(axes: Any, panel: Panel, rows: list[dict[str, Any]]) -> None:
     if panel.limits is not None and axes.get_ylim()[0] < panel.limits[0]:
         axes.set_ylim(panel.limits)
         axes.set_ylabel(f"{panel.unit}, cut at {panel.limits[0]:g}")
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize="small")
 
 
 def _band(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastppo import cli
+from fastppo.commands.info import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = [
@@ -59,11 +60,13 @@ def test_every_other_line_runs_in_the_order_shown(
             arguments += ["--quick", "--op", "gae"]
         assert cli.main([command, *arguments]) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
         shown.append(command)
-    assert shown == ["train", "train", "train", "generate", "export", "plot", "info", "info", "bench"]
+    expected = ["train", "train", "train", "generate", "export", "plot", "report", "doctor", "info", "info", "bench"]
+    assert shown == expected
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()
+    assert (tmp_path / "runs" / "stories" / "report.html").exists()
 
 
-@pytest.mark.parametrize("extra", ["peft", "tensorboard", "wandb"])
+@pytest.mark.parametrize("extra", ["peft"])
 def test_no_extra_is_offered_that_nothing_uses(extra):
     project = (ROOT / "pyproject.toml").read_text() + (ROOT / "README.md").read_text()
-    assert extra not in cli.EXTRAS and not re.search(rf"\b{extra}\b", project)
+    assert extra not in EXTRAS and not re.search(rf"\b{extra}\b", project)
