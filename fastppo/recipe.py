@@ -1,4 +1,4 @@
-"""Recipe files: YAML that maps one to one on `fastppo.config.Recipe`, with overrides from the command line."""
+"""Recipe files: YAML that maps one to one on a dataclass, `fastppo.config.Recipe` above all, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -12,26 +12,20 @@ import math
 import os
 import re
 import sys
-import types
-import typing
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.config import MOVED, Recipe, RecipeRewardConfig, RewardFunctionConfig, moved_to
+from fastppo.config import Recipe, RecipeRewardConfig, RewardFunctionConfig
+from fastppo.recipe_names import Names
 from fastppo.rewards import READY, WeightedReward
 from fastppo.yaml_numbers import NumberLoader
 
-SECTIONS = {
-    spec.name: spec.default_factory for spec in dataclasses.fields(Recipe) if isinstance(spec.default_factory, type)
-}
-KEYS = {name: [key.name for key in dataclasses.fields(section)] for name, section in SECTIONS.items()}
-RUN_KEYS = [spec.name for spec in dataclasses.fields(Recipe) if spec.name not in SECTIONS]  # at the recipe's top level
-OLD_SECTION = "ppo"
+AnyRecipe = TypeVar("AnyRecipe")
 MOST_VALUES = 10_000
 # Settings that may name a file or folder; the `function` of one of `reward.functions` may too, before its colon.
 PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"))
@@ -79,21 +73,25 @@ def _load_yaml(text: str | bytes) -> Any:
         raise ValueError(f"not valid YAML: {_one_line(error)}") from error
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[AnyRecipe] = Recipe
+) -> AnyRecipe:
     """The recipe at `path` with `overrides`: "optimizer.lr=1e-5", "total_steps=5", or "gamma=0.9" where only one section has the key.
 
     A relative path in the recipe starts beside the recipe, one in an override in the working directory; `output_dir` always there. Raises
     FileNotFoundError, or ValueError that names the key, what it was and what it should be.
+
+    kind: the dataclass that it maps on, with the sections `model` and `data`.
     """
-    path = Path(path).expanduser()
-    settings, typed = _read(path), set()
+    path, names = Path(path).expanduser(), Names(kind)
+    settings, typed = _read(path, names), set()
     for override in overrides:
-        section, key, value = _parse_override(override)
+        section, key, value = _parse_override(override, names)
         (settings.setdefault(section, {}) if section else settings)[key] = value
         typed.add((section, key))
-    _refuse_booleans(settings)
+    names.refuse_booleans(settings)
     try:
-        recipe = TypeAdapter(Recipe).validate_python(settings)
+        recipe = TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
 
@@ -102,12 +100,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     for section, key in PATHS:
         _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))
-    for index, reward in enumerate(recipe.reward.functions):
+    for index, reward in enumerate(recipe.reward.functions if isinstance(recipe, Recipe) else ()):
         _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))
     return recipe
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, names: Names) -> dict[str, Any]:
     """Run key -> value and section -> key -> value, with every name checked."""
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
@@ -116,137 +114,31 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"recipe {path} is {_one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"recipe {path} is {type(settings).__name__}, expected sections: {', '.join(SECTIONS)}")
+        raise ValueError(f"recipe {path} is {type(settings).__name__}, expected sections: {', '.join(names.sections)}")
     for name, values in settings.items():
-        if name in RUN_KEYS:
-            continue
-        if name not in SECTIONS:
-            _refuse_name(str(name), values, f"recipe {path}")
-        if not isinstance(values, dict):
-            raise ValueError(f"recipe {path}: {name} is {values!r}, expected keys and values{_moved_hint(name)}")
-        for key in values:
-            _check_key(name, str(key), f"recipe {path}")
+        if name not in names.run_keys:
+            names.check_section(str(name), values, f"recipe {path}")
     return settings
-
-
-def _refuse_name(name: str, values: Any, where: str) -> NoReturn:
-    """A name at the top level that is neither a section nor a run key: where it belongs, or what is nearest."""
-    if name == OLD_SECTION and isinstance(values, dict) and values:
-        _refuse_old_keys(list(map(str, values)), where)
-    if isinstance(values, dict):
-        near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{where}: section {name} is not known; the nearest is {near}")
-    _refuse_bare_key(name, where)
-
-
-def _refuse_old_keys(keys: list[str], where: str) -> NoReturn:
-    """Keys under `ppo`, the one section that all of PPO's settings used to stand in: where each stands now."""
-    places = {key: key if key in RUN_KEYS else moved_to(key) for key in keys}
-    news = [
-        f"is now {place}" if place else f"is not known; the nearest is {_nearest(key)}" for key, place in places.items()
-    ]
-    raise ValueError(
-        f"{where}: " + "; ".join(f"{OLD_SECTION}.{key} {new}" for key, new in zip(keys, news, strict=True))
-    )
-
-
-def _refuse_bare_key(key: str, where: str) -> NoReturn:
-    """A key without a section that is no run key."""
-    hint = _elsewhere(key) or f"the nearest is {_nearest(key)}"
-    raise ValueError(f"{where}: key {key} is not known; {hint}")
-
-
-def _check_key(section: str, key: str, where: str) -> None:
-    if key not in KEYS[section]:
-        near = difflib.get_close_matches(key, KEYS[section], n=1, cutoff=0.0)[0]
-        raise ValueError(f"{where}: key {section}.{key} is not known; {_elsewhere(key) or f'the nearest is {near}'}")
-
-
-def _elsewhere(key: str) -> str:
-    """Such as "optimizer.lr is", where other places have the key, or had it under this name; "" where none has."""
-    names = [key] if key in RUN_KEYS else _owners(key) or [name for name in [moved_to(key)] if name]
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}" if names else ""
-
-
-def _owners(key: str) -> list[str]:
-    """section.key of every section that has the key."""
-    return [f"{section}.{key}" for section, keys in KEYS.items() if key in keys]
-
-
-def _nearest(key: str) -> str:
-    """The run key, or section.key, whose own name is nearest."""
-    known = {name: name for name in RUN_KEYS}
-    for section, keys in KEYS.items():
-        known |= {name: f"{section}.{name}" for name in keys if name not in known}
-    return known[difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]]
-
-
-def _moved_hint(section: str) -> str:
-    """`critic: shared` was a key before it became a section."""
-    return f" ({section} is now {MOVED[section]})" if section in MOVED else ""
-
-
-def _refuse_booleans(settings: dict[str, Any]) -> None:
-    """`lr: yes` is a slip of the pen, but Python, and so pydantic, takes True for the number 1."""
-    _refuse_booleans_in({key: settings[key] for key in RUN_KEYS if key in settings}, Recipe, "")
-    for section in SECTIONS:
-        _refuse_booleans_in(settings.get(section, {}), SECTIONS[section], f"{section}.")
-
-
-def _refuse_booleans_in(values: dict[str, Any], owner: type, prefix: str) -> None:
-    types = typing.get_type_hints(owner)
-    for key, value in values.items():
-        if isinstance(value, bool) and bool not in (types[key], *typing.get_args(types[key])):
-            raise ValueError(f"{prefix}{key} is {value!r}: expected no true or false")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
+def _parse_override(override: str, names: Names) -> tuple[str, str, Any]:
     """(section or "" for a run key, key, value) of "section.key=value" or "key=value". A setting that is a text gets the text as it was typed,
     but `null` for none where it may have none; all others are YAML."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} has no '=', expected section.key=value, for example optimizer.lr=1e-5")
-    section, key = _resolve_name(name.strip(), f"override {override!r}")
-    kinds = _kinds(SECTIONS[section] if section else Recipe, key)
+    section, key = names.resolve(name.strip(), f"override {override!r}")
+    kinds = names.kinds(section, key)
     if kinds <= {str, type(None)}:
         return section, key, None if text == "null" and type(None) in kinds else text
     try:
         return section, key, _load_yaml(text)
     except ValueError as error:
         raise ValueError(f"override {override!r}: the value is {error}") from error
-
-
-def _kinds(owner: type, key: str) -> set[type]:
-    """The types that a setting may have; a choice of texts is a text."""
-    kind = typing.get_type_hints(owner)[key]
-    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return {type(typing.get_args(m)[0]) if typing.get_origin(m) is typing.Literal else m for m in members}
-
-
-def _resolve_name(name: str, where: str) -> tuple[str, str]:
-    """(section or "", key) of "section.key", of a run key, or of a key that one section alone has."""
-    section, dot, key = name.rpartition(".")
-    if dot:
-        if section == OLD_SECTION:
-            _refuse_old_keys([key], where)
-        if section not in SECTIONS:
-            _refuse_name(section, {}, where)
-        _check_key(section, key, where)
-        return section, key
-    if key in RUN_KEYS:
-        return "", key
-    if key in SECTIONS:
-        raise ValueError(f"{where}: {key} is a section, expected {key}.key=value{_moved_hint(key)}")
-    owners = _owners(key)
-    if not owners:
-        _refuse_bare_key(key, where)
-    if len(owners) > 1:
-        raise ValueError(f"{where}: several sections have {key}; write {' or '.join(owners)}")
-    return owners[0].partition(".")[0], key
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -287,9 +179,10 @@ def _locate(section: Any, key: str, name: str, folder: Path) -> None:
 
 
 def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
-    """The functions that `reward.functions` names, each with its arguments bound to it, `${env:NAME}` in them replaced by that variable's value.
+    """The functions that `reward.functions` names, each with its arguments bound to it, `${env:NAME}` in them replaced by that variable's value;
+    of a class, the object that it makes of them.
 
-    Raises FileNotFoundError or ValueError when one cannot be imported, is not there, or does not take its arguments.
+    Raises FileNotFoundError or ValueError when one cannot be imported, is not there, or does not take its arguments, and what a class raises.
     """
     return [
         WeightedReward(_resolve(reward, f"reward.functions.{index}"), reward.weight, reward.normalise)
@@ -299,18 +192,30 @@ def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
 
 def _resolve(config: RewardFunctionConfig, where: str) -> Callable[..., Any]:
     function = _find_function(config.function, f"{where}.function")
-    if not config.arguments:
+    is_class, name = isinstance(function, type), f"{where}.arguments"
+    if not config.arguments and not is_class:
         return function
-    name = f"{where}.arguments"
     try:
-        inspect.signature(function).bind_partial(**config.arguments)
+        signature = inspect.signature(function)
+        (signature.bind if is_class else signature.bind_partial)(**config.arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {config.arguments!r}, but {config.function} {error}") from error
-    bound = functools.partial(function, **_from_environment(config.arguments, name))
+    arguments = _from_environment(config.arguments, name)
+    if is_class:
+        return _made(function, arguments, name)
+    bound = functools.partial(function, **arguments)
     # Name and text only: `__wrapped__` would show the signature in which the bound arguments are still asked for.
     functools.update_wrapper(bound, function)
     del bound.__wrapped__
     return bound
+
+
+def _made(kind: type, arguments: dict[str, Any], name: str) -> Callable[..., Any]:
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        error.args = (f"{name}: {error}",)
+        raise
 
 
 def _find_function(text: str, where: str) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from fastppo.experience import Experience, sample_with_signal
 from fastppo.interruption import Interrupted, Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
-from fastppo.model import context_length, load_model, load_tokenizer, prepare_model
+from fastppo.model import context_length, load_model, load_tokenizer, prepare_model, resolve_device
 from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config, require_writable, write_model
 from fastppo.plot import plot_run
@@ -81,7 +81,7 @@ class PPOTrainer:
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        device = _resolve_device(config.device)
+        device = resolve_device(config.device)
         _refuse_autocast("PPOTrainer is made", device)
         check_installed(config.tracking)
         named = isinstance(model, str | os.PathLike)
@@ -426,18 +426,6 @@ def _refuse_autocast(what: str, device: torch.device) -> None:
             f"{what} inside torch.autocast({device.type!r}, {kind}), expected outside of it: "
             f"a model computes in its weights' type, which `dtype` sets"
         )
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch sees no CUDA device here")
-    return device
 
 
 def _mix(seed: int, step: int) -> int:

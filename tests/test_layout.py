@@ -31,7 +31,7 @@ FLOORS = [
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer")
     + ("fastppo.samples", "fastppo.tracking", "fastppo.doctor", "fastppo.report"),
-    ("fastppo.recipe", "fastppo.cli", "fastppo.commands", "fastppo.__main__", "fastppo.bench", "fastppo.integrations")
+    ("fastppo.recipe", "fastppo.recipe_names", "fastppo.cli", "fastppo.commands", "fastppo.__main__", "fastppo.bench", "fastppo.integrations")
     + ("fastppo",),
 ]
 

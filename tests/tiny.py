@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from fastppo import PPOConfig
 from fastppo.run_folder import RunFolder
@@ -36,8 +36,7 @@ def make_folder(path, settings=None) -> RunFolder:
     return folder
 
 
-def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def _config(**changes) -> LlamaConfig:
     settings = {
         "vocab_size": len(LETTERS) + 2,
         "hidden_size": 32,
@@ -50,4 +49,17 @@ def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    return LlamaForCausalLM(LlamaConfig(**settings | changes))
+    return LlamaConfig(**settings | changes)
+
+
+def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(_config(**changes))
+
+
+def make_reward_model(seed: int = 0, **changes) -> LlamaForSequenceClassification:
+    """With one label; its head is large enough that scores differ."""
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(_config(**{"num_labels": 1} | changes))
+    torch.nn.init.normal_(model.score.weight)
+    return model

@@ -3,11 +3,11 @@
 from fastppo.model.attention import run_trunk
 from fastppo.model.critic import Critic, ValueHead
 from fastppo.model.endings import ending_ids
-from fastppo.model.loading import load_model, load_outline, load_tokenizer
+from fastppo.model.loading import load_model, load_outline, load_reward_model, load_tokenizer, resolve_device
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden
 from fastppo.model.prepare import prepare_model
 from fastppo.model.shared_prompts import SharedPrompts
-from fastppo.model.tokens import encode_prompt
+from fastppo.model.tokens import encode_answered, encode_prompt
 
 __all__ = [
     "Critic",
@@ -15,14 +15,17 @@ __all__ = [
     "SharedPrompts",
     "ValueHead",
     "context_length",
+    "encode_answered",
     "encode_prompt",
     "ending_ids",
     "evaluating",
     "lm_head",
     "load_model",
     "load_outline",
+    "load_reward_model",
     "load_tokenizer",
     "packed_hidden",
     "prepare_model",
+    "resolve_device",
     "run_trunk",
 ]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -25,25 +26,61 @@ def load_model(name_or_path: str | Path, *, dtype: str | torch.dtype, device: st
     dtype: a torch type or its name; "auto" is float32 on the CPU and bfloat16 on a GPU.
     Raises ValueError where there is no such model, it cannot be read, or it lacks some of its weights.
     """
+    return _load(AutoModelForCausalLM, "model", name_or_path, dtype, device)
+
+
+def load_reward_model(
+    name_or_path: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, new_head: bool = False
+) -> PreTrainedModel:
+    """A sequence-classification model with one label, as `load_model` loads one.
+
+    new_head: for training: where the folder has no head of one label (a language model's has none), a random one is made.
+    Raises ValueError as `load_model`, and without `new_head` for a model that has another number of labels than one.
+    """
+    if new_head:
+        return _load(AutoModelForSequenceClassification, "model", name_or_path, dtype, device, num_labels=1)
+    with _named_errors("reward model", _as_text(name_or_path)):
+        labels = AutoConfig.from_pretrained(_as_text(name_or_path), trust_remote_code=False).num_labels
+    if labels != 1:
+        raise ValueError(
+            f"reward model {_as_text(name_or_path)!r} has num_labels = {labels} (a classifier, or a language model without a reward head), expected "
+            "1: a model that scores (fastppo reward-model trains one)"
+        )
+    return _load(AutoModelForSequenceClassification, "reward model", name_or_path, dtype, device)
+
+
+def _load(
+    auto_class: type,
+    what: str,
+    name_or_path: str | Path,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    num_labels: int | None = None,
+) -> PreTrainedModel:
+    """With `num_labels`, its head is new where it has another."""
     name_or_path = _as_text(name_or_path)
     device = torch.device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected auto or the name of a torch type")
-    with _named_errors("model", name_or_path):
-        model, found = AutoModelForCausalLM.from_pretrained(
+    with _named_errors(what, name_or_path):
+        model, found = auto_class.from_pretrained(
             name_or_path,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused by name below
+            **({} if num_labels is None else {"num_labels": num_labels}),
         )
     # Transformers puts random numbers in their place.
-    if lost := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+    lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    if num_labels is not None:
+        lost = {key for key in lost if key.startswith(f"{model.base_model_prefix}.")}
+    if lost := sorted(lost):
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         raise ValueError(
-            f"model {name_or_path!r} lacks weights, or has them in another shape: {', '.join(lost[:5])}{more}"
+            f"{what} {name_or_path!r} lacks weights, or has them in another shape: {', '.join(lost[:5])}{more}"
         )
     return model.to(device)
 
@@ -68,6 +105,19 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     name_or_path = _as_text(name_or_path)
     with _named_errors("tokenizer", name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a setting: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`; ValueError for anything else, or without a GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no CUDA device here")
+    return device
 
 
 def _as_text(name_or_path: str | Path) -> str:

@@ -10,6 +10,7 @@ from fastppo.rewards.pattern import json_schema, regex
 from fastppo.rewards.reasoning_gym import reasoning_gym
 from fastppo.rewards.repetition import repetition
 from fastppo.rewards.result import RewardResult
+from fastppo.rewards.reward_model import RewardModel
 from fastppo.rewards.runner import RewardRunner
 from fastppo.rewards.stories import happy_ending
 from fastppo.rewards.weighted import WeightedReward
@@ -26,10 +27,11 @@ READY = {
     "reasoning_gym": reasoning_gym,
     "regex": regex,
     "repetition": repetition,
+    "reward_model": RewardModel,
     "soft_overlong": soft_overlong,
     "think_answer_format": think_answer_format,
     "think_format": think_format,
 }
-"""The ready reward functions by their short names."""
+"""The ready reward functions by their short names; a class is made with its arguments first."""
 
-__all__ = [*READY, "READY", "RewardResult", "RewardRunner", "WeightedReward"]
+__all__ = [*(ready.__name__ for ready in READY.values()), "READY", "RewardResult", "RewardRunner", "WeightedReward"]

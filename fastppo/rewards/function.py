@@ -21,6 +21,16 @@ from fastppo.rewards.event_loop import wait_for
 
 Scores = list[float | None]
 
+
+class NoScore(float):
+    """NaN, an invalid score, with the reason why there is none: `NoScore("it is too long")`."""
+
+    def __new__(cls, reason: str) -> NoScore:
+        score = super().__new__(cls, math.nan)
+        score.reason = reason
+        return score
+
+
 _UNORDERED_OR_TEXT = str | bytes | bytearray | memoryview | Mapping | Set
 
 OURS = "fastppo.rewards."
@@ -37,7 +47,10 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 class RewardFunction:
-    """A function that follows TRL's convention, `fn(prompts, completions, **columns) -> list[float | None]`, sync or async."""
+    """A function that follows TRL's convention, `fn(prompts, completions, **columns) -> list[float | None]`, sync or async.
+
+    `in_process` is what its attribute of that name says: it must not leave the process that it was made in.
+    """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         """Raises TypeError for anything that is no function to be called with keywords, ValueError for one whose signature does not fit; for
@@ -48,6 +61,7 @@ class RewardFunction:
         self._parameters = _keyword_parameters(function, name)
         kinds = {parameter.kind for parameter in self._parameters.values()}
         self._takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        self.in_process = bool(getattr(unbound(function), "in_process", False))
         self._options = set(function.keywords) if isinstance(function, functools.partial) else set()
         if str(getattr(unbound(function), "__module__", "")).startswith(OURS):
             self._try_options()
@@ -124,8 +138,8 @@ def to_scores(result: Any, expected: int) -> Scores:
 def _to_score(value: Any, index: int) -> float | None:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-d tensor or a NumPy scalar
         value = value.item()
-    if value is None:
-        return None
+    if value is None or isinstance(value, NoScore):
+        return value
     if not isinstance(value, numbers.Real | Decimal):
         raise BadScores(f"returned {_show(value)} for completion {index}, expected a number or None")
     try:

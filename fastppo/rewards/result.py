@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastppo.rewards.function import Scores
+from fastppo.rewards.function import NoScore, Scores
 from fastppo.rewards.weighted import WeightedReward, normalised
 
 LARGEST_SCORE = 1e12
@@ -73,10 +73,13 @@ def _too_large(score: float) -> bool:
 
 def _complaints(who: str, scores: Scores) -> list[str]:
     given = [(index, score) for index, score in enumerate(scores) if score is not None]
-    odd = [index for index, score in given if not math.isfinite(score)]
-    large = [index for index, score in given if _too_large(score)]
-    count = len(scores)
-    return _complaint(f"{who} NaN or infinity", odd, count) + _complaint(f"{who} {_TOO_LARGE}", large, count)
+    reasons: dict[str, list[int]] = {}
+    for index, score in given:
+        if not math.isfinite(score):
+            what = f"no score ({score.reason})" if isinstance(score, NoScore) else "NaN or infinity"
+            reasons.setdefault(what, []).append(index)
+    reasons[_TOO_LARGE] = [index for index, score in given if _too_large(score)]
+    return [text for what, indices in reasons.items() for text in _complaint(f"{who} {what}", indices, len(scores))]
 
 
 def _complaint(what: str, indices: list[int], count: int) -> list[str]:

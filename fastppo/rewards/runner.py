@@ -31,7 +31,8 @@ class RewardRunner:
     completion is one too: `[{"role": "assistant", "content": text}]`. None means that the function does not apply to a completion.
 
     The processes are forked when the runner is made, or at the next call after `close`: make it before loading models, so that they
-    share no memory with them. They cannot use a GPU that this process uses. All functions work at the same time.
+    share no memory with them. They cannot use a GPU that this process uses. All functions work at the same time. A callable whose attribute
+    `in_process` is true (`RewardModel`) is called in this process, whatever the timeout.
 
     Args:
         functions: one function or several; their scores are added. `WeightedReward` gives one a weight, or normalises it.
@@ -55,7 +56,9 @@ class RewardRunner:
             _say_no_fork()
             timeout = None
         self._lock = threading.Lock()
-        self._callers = {f.name: _InProcess(f) if timeout is None else _Forked(f, timeout) for f in self._functions}
+        self._callers = {
+            f.name: _InProcess(f) if timeout is None or f.in_process else _Forked(f, timeout) for f in self._functions
+        }
 
     def __call__(
         self,

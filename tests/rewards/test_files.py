@@ -23,12 +23,12 @@ def no_trace(monkeypatch):
             del sys.modules[name]
 
 
-def scores(folder, files, function="f", file="file_reward.py", timeout=20.0):
+def scores(folder, files, function="f", file="file_reward.py", timeout=20.0, **arguments):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(textwrap.dedent(text))
-    config = RecipeRewardConfig(functions=[RewardFunctionConfig(function=f"{folder / file}:{function}")])
-    reward = resolve_rewards(config)[0]
+    named = RewardFunctionConfig(function=f"{folder / file}:{function}", arguments=arguments)
+    reward = resolve_rewards(RecipeRewardConfig(functions=[named]))[0]
     with RewardRunner(reward, timeout=timeout, retries=0) as runner:
         result = runner(["p", "q"], ["one", "three"], {})
     assert result.errors == []
@@ -121,8 +121,12 @@ def test_two_folders_may_each_have_a_file_of_one_name(tmp_path):
         assert scores(tmp_path / str(value), {"file_reward.py": code}, timeout=None) == [value, value]
 
 
-def test_a_class_in_a_file_is_refused_with_what_to_do(tmp_path):
-    code = "class Grader:\n    def __call__(self, completions): return [1.0] * len(completions)\ngrader = Grader()\n"
-    assert scores(tmp_path, {"file_reward.py": code}, function="grader") == [1, 1]
-    with pytest.raises(TypeError, match=r"is the class Grader, expected .*Grader\(\.\.\.\)"):
-        scores(tmp_path, {"file_reward.py": code}, function="Grader")
+def test_a_class_in_a_file_is_made_with_its_arguments(tmp_path):
+    code = "class Grader:\n    def __init__(self, mark=1.0): self.mark = mark\n"
+    code += "    def __call__(self, completions): return [self.mark] * len(completions)\n"
+    assert scores(tmp_path, {"file_reward.py": code}, function="Grader") == [1, 1]
+    assert scores(tmp_path, {"file_reward.py": code}, function="Grader", mark=2.0) == [2, 2]
+    with pytest.raises(
+        ValueError, match=r"reward.functions.0.arguments is .*Grader got an unexpected keyword argument 'marks'"
+    ):
+        scores(tmp_path, {"file_reward.py": code}, function="Grader", marks=2.0)
