@@ -1,4 +1,4 @@
-"""The command line: fastppo train | generate | export | plot | report | doctor | info | bench."""
+"""The command line: fastppo train | reward-model | generate | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -101,6 +101,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. optimizer.lr=1e-5"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    reward_model = add("reward-model", _reward_model, "Train a reward model on chosen and rejected answers.")
+    reward_model.add_argument("recipe", metavar="RECIPE", help="YAML file; see fastppo/reward_model_config.py")
+    reward_model.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
     generate = add("generate", _generate, "Sample from a model, streaming to the terminal.")
     generate.add_argument("model", metavar="MODEL", help="folder in Transformers' format, or hub name")
     generate.add_argument(
@@ -209,6 +212,16 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
         return "no step is done, so there is no checkpoint yet"
     command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+
+
+def _reward_model(options: argparse.Namespace) -> int:
+    from fastppo.recipe import load_recipe
+    from fastppo.reward_model_config import RewardModelRecipe
+    from fastppo.reward_model_training import report, train_reward_model
+
+    recipe = load_recipe(options.recipe, options.overrides, RewardModelRecipe)
+    _settle_stdout(report(train_reward_model(recipe), recipe.output_dir))
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

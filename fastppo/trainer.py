@@ -307,9 +307,7 @@ class PPOTrainer:
             Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
         )
 
-    def _score(
-        self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None
-    ) -> Experience:
+    def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None) -> Experience:
         """The samples that have a valid reward, with their scores.
 
         folder: where samples are written; None describes none. greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.

@@ -25,13 +25,36 @@ FLOORS = [
     ("fastppo._C", "fastppo.kernels"),
     ("fastppo.native", "fastppo.reference", "fastppo.ops"),
     ("fastppo.model",),
-    ("fastppo.rollout", "fastppo.rewards", "fastppo.config", "fastppo.data", "fastppo.yaml_numbers", "fastppo.errors"),
+    (
+        "fastppo.rollout",
+        "fastppo.rewards",
+        "fastppo.config",
+        "fastppo.reward_model_config",
+        "fastppo.data",
+        "fastppo.yaml_numbers",
+        "fastppo.errors",
+    ),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.experience",)
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer")
-    + ("fastppo.samples", "fastppo.tracking", "fastppo.doctor", "fastppo.report"),
-    ("fastppo.recipe", "fastppo.recipe_names", "fastppo.cli", "fastppo.commands", "fastppo.__main__", "fastppo.bench", "fastppo.integrations")
+    + (
+        "fastppo.calibration",
+        "fastppo.reward_model_training",
+        "fastppo.samples",
+        "fastppo.tracking",
+        "fastppo.doctor",
+        "fastppo.report",
+    ),
+    (
+        "fastppo.recipe",
+        "fastppo.recipe_names",
+        "fastppo.cli",
+        "fastppo.commands",
+        "fastppo.__main__",
+        "fastppo.bench",
+        "fastppo.integrations",
+    )
     + ("fastppo",),
 ]
 

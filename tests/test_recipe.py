@@ -13,7 +13,7 @@ from fastppo.config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe import load_recipe, resolve_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "reward_model.yaml"})  # not of a PPO run
 MINIMAL = "total_steps: 5\nmodel: {name: m}\ndata: {path: p}\nreward: {functions: [{function: 'math:sqrt'}]}\noptimizer: {lr: 1e-5}\n"
 
 

@@ -26,6 +26,7 @@ EXTRAS = {
     "bleu": "sacrebleu",
     "json-schema": "jsonschema",
     "reasoning-gym": "reasoning_gym",
+    "reward-model": "trl",
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "wandb": "wandb",

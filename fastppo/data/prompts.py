@@ -156,12 +156,12 @@ def load_train_and_eval(
     rows = rows_of(config.path, config)
     if not config.eval_size:
         return PromptDataset(rows, tokenizer, config), None
-    train_rows, eval_rows, first = _hold_out(rows, config)
+    train_rows, eval_rows, first = hold_out(rows, config)
     train = PromptDataset(train_rows, tokenizer, config)
     return train, PromptDataset(eval_rows, tokenizer, config, first_row=first)
 
 
-def _hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:
+def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:
     """Rows to train on, held-out rows, the number of the first of these in its source."""
     size = config.eval_size
     if config.eval_path is not None or config.eval_split is not None:

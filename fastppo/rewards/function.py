@@ -171,9 +171,8 @@ def _refuse_what_is_no_function(function: Any) -> None:
     inner = unbound(function)
     if isinstance(inner, torch.nn.Module):
         raise TypeError(
-            f"reward function is a model, {type(inner).__name__}, expected a function that asks it: "
-            "def reward(prompts, completions, **columns), which tokenises them, runs the model under torch.no_grad() and "
-            "returns a list of numbers, one for each completion (docs/rewards.md has one)"
+            f"reward function is a model, {type(inner).__name__}, expected a function that asks it: fastppo.rewards.RewardModel(model, tokenizer) "
+            "where it has one label, else one of yours, which returns a list of numbers, one for each completion (docs/rewards.md)"
         )
     if isinstance(inner, type):
         raise TypeError(

@@ -28,6 +28,12 @@ Text = str | list[dict[str, Any]]
 Model = str | os.PathLike | PreTrainedModel
 
 
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text that a reward model reads. Some families, RoBERTa's above all, have fewer positions to give than their configuration says:
+    their tokenizers know."""
+    return min(context_length(model) or NO_LIMIT, tokenizer.model_max_length)
+
+
 class RewardModel:
     """The score of a sequence-classification model with one label: `PPOTrainer(..., reward=RewardModel("runs/reward_model/model"))`.
 
@@ -96,8 +102,7 @@ class _Member:
         self._model, self._tokenizer, self._tokens_per_batch = model, tokenizer, tokens_per_batch
         self._name = getattr(model, "name_or_path", None) or type(model).__name__
         self._known = model.get_input_embeddings().weight.shape[0]
-        # Some families, RoBERTa's above all, have fewer positions to give than their configuration says.
-        self._most_tokens = min(context_length(model) or NO_LIMIT, tokenizer.model_max_length)
+        self._most_tokens = most_tokens(model, tokenizer)
         if model.config.num_labels != 1:
             raise ValueError(f"reward model {self._name!r} has num_labels = {model.config.num_labels}, expected 1")
         if tokenizer.vocab_size > self._known:

@@ -206,7 +206,7 @@ def _named_terms(functions: Reward | Sequence[Reward]) -> dict[str, WeightedRewa
     """Under the functions' own names; the second `f` is `f_2`."""
     several = [functions] if callable(functions) or isinstance(functions, WeightedReward) else functions
     if not isinstance(several, list | tuple):
-        hint = " (a reward model is asked by a function: docs/rewards.md)" if isinstance(functions, str) else ""
+        hint = f" (a reward model is RewardModel({functions!r}): docs/rewards.md)" if isinstance(functions, str) else ""
         raise TypeError(f"functions is {type(functions).__name__}, expected a callable or a list of callables{hint}")
     if not several:
         raise ValueError("functions is empty, expected at least one reward function")

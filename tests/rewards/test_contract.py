@@ -116,7 +116,7 @@ class Judge(torch.nn.Module):
         ([length, Judge()], "is a model, Judge"),
         (Counter, r"is the class Counter, expected .* Counter\(\.\.\.\)"),
         (functools.partial(Counter), "is the class Counter"),
-        ("org/reward-model", "functions is str.*a reward model is asked by a function"),
+        ("org/reward-model", r"functions is str.*a reward model is RewardModel\('org/reward-model'\)"),
         (None, "functions is NoneType"),
         ([None], "expected a callable"),
     ],
