@@ -310,7 +310,8 @@ class PPOTrainer:
     def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None) -> Experience:
         """The samples that have a valid reward, with their scores.
 
-        folder: where samples are written; None describes none. greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
+        folder: where samples are written; None describes none.
+        greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
         result, texts = self._call_rewards(rollout, rows)
