@@ -150,6 +150,13 @@ ABlock a_block(const Matmul& m, int64_t row, int64_t rows, int64_t k, int64_t co
   return {memory.data(), count, 1};
 }
 
+// Rows [first, last) of a block on their way to L2, while the ones before them are multiplied: the first panel meets them in memory. (L1 is the panel's.)
+FASTPPO_INLINE void fetch_rows(const ABlock& a, int64_t first, int64_t last, int64_t count) {
+  constexpr int kToL2 = 2;
+  for (int64_t row = first; row < last; ++row)
+    for (int64_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(a.data + row * a.row + i, 0, kToL2);
+}
+
 template <class Storage>
 void add_products(const Matmul& m, const Range& range, const Sums& sums) {
   alignas(64) float panel[kInnerBlock * kPanelColumns];
@@ -165,6 +172,7 @@ void add_products(const Matmul& m, const Range& range, const Sums& sums) {
         else transpose_columns<Storage>(m, k, count, column, width, panel);
         float* corner = sums.data + (row - range.first_row) * sums.stride + column - range.first_column;
         for_strips(rows, [&](auto height, int64_t first) {
+          if (column == range.first_column) fetch_rows(a, first + height, std::min(first + 2 * height, rows), count);
           const Sums strip{corner + first * sums.stride, sums.stride};
           for (int64_t i = 0; i < count; i += kChain)
             multiply_strip<height>(a.data + first * a.row + i * a.inner, a.row, a.inner, panel + i * kPanelColumns, std::min(kChain, count - i),
@@ -272,6 +280,50 @@ void multiply_few(const Matmul& m, const Range& range) {
 }
 #endif
 
+// Some rows of a, and columns of b that lie one after another, as those of a layer's weight do: the transposed product. Its panels are made of the
+// rows of a, and b is read where it lies. An output is the same sum of the same products.
+constexpr int64_t kMostSwappedRows = 128;
+
+FASTPPO_INLINE bool pays_swapped(const Matmul& m, int64_t rows) {
+  const int64_t lanes = (rows + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+  return m.b_inner == 1 && m.a_inner == 1 && m.inner > 0 && !m.accumulate && rows <= kMostSwappedRows && 4 * rows >= 3 * lanes;
+}
+
+// from [columns, rows] -> to [rows, columns]
+void turn(const float* from, int64_t columns, int64_t rows, float* to) {
+  int64_t column = 0;
+#if defined(__AVX2__)
+  const int64_t eights = rows / 8 * 8;
+  for (; column + 8 <= columns; column += 8) {
+    for (int64_t row = 0; row < eights; row += 8) {
+      __m256 lines[8];
+      transpose_eight<F32>(from + column * rows + row, rows, lines);
+      for (int n = 0; n < 8; ++n) _mm256_storeu_ps(to + (row + n) * columns + column, lines[n]);
+    }
+    for (int64_t row = eights; row < rows; ++row)
+      for (int n = 0; n < 8; ++n) to[row * columns + column + n] = from[(column + n) * rows + row];
+  }
+#endif
+  for (; column < columns; ++column)
+    for (int64_t row = 0; row < rows; ++row) to[row * columns + column] = from[column * rows + row];
+}
+
+template <class Storage>
+void multiply_swapped(const Matmul& m, const Range& range) {
+  Matmul swapped = m;
+  swapped.a = m.b, swapped.a_row = m.b_column, swapped.a_inner = 1;
+  swapped.b = m.a, swapped.b_column = m.a_row, swapped.b_inner = 1;
+  const int64_t rows = range.last_row - range.first_row;
+  std::vector<float> sums(kRowBlock * rows), turned(kRowBlock * rows);
+  for (int64_t column = range.first_column; column < range.last_column; column += kRowBlock) {
+    const Range part{range.first_row, range.last_row, column, std::min(column + kRowBlock, range.last_column)};
+    const int64_t columns = part.last_column - column;
+    add_products<Storage>(swapped, {column, part.last_column, range.first_row, range.last_row}, {sums.data(), rows});
+    turn(sums.data(), columns, rows, turned.data());
+    finish<Storage>(m, part, {turned.data(), columns});
+  }
+}
+
 template <class Storage>
 void multiply_range(const Matmul& m, const Range& range) {
 #if defined(__AVX2__)
@@ -283,7 +335,8 @@ void multiply_range(const Matmul& m, const Range& range) {
     return multiply_few<Storage, 4>(m, range);
   }
 #endif
-  multiply<Storage>(m, range);
+  if (pays_swapped(m, range.last_row - range.first_row)) multiply_swapped<Storage>(m, range);
+  else multiply<Storage>(m, range);
 }
 
 }  // namespace
