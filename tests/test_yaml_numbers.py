@@ -72,29 +72,29 @@ def recipe(tmp_path, text):
 
 @pytest.mark.parametrize("text", [text for text in MEANINGS if text != "-"])
 def test_a_scalar(tmp_path, text):
-    value = recipe(tmp_path, f"reward: {{arguments: {{x: {text}}}}}").reward.arguments["x"]
+    value = recipe(tmp_path, f"data: {{task_arguments: {{x: {text}}}}}").data.task_arguments["x"]
     assert value == MEANINGS[text] and type(value) is type(MEANINGS[text])
 
 
 def test_everywhere_in_a_recipe(tmp_path):
     found = recipe(
-        tmp_path, "optimizer: {lr: 1e-5}\nseed: 010\nreward:\n  arguments: {list: [1e2, {1e1: 1e3}], text: '1e4'}\n"
+        tmp_path, "optimizer: {lr: 1e-5}\nseed: 010\ndata:\n  task_arguments: {list: [1e2, {1e1: 1e3}], text: '1e4'}\n"
     )
     assert (found.optimizer.lr, found.seed) == (1e-5, 10)
-    assert found.reward.arguments == {"list": [100.0, {10.0: 1000.0}], "text": "1e4"}
+    assert found.data.task_arguments == {"list": [100.0, {10.0: 1000.0}], "text": "1e4"}
 
 
 def test_not_a_number_is_read(tmp_path):
-    assert math.isnan(recipe(tmp_path, "reward: {arguments: {x: .nan}}").reward.arguments["x"])
+    assert math.isnan(recipe(tmp_path, "data: {task_arguments: {x: .nan}}").data.task_arguments["x"])
 
 
 @pytest.mark.parametrize("value", [value for value in MEANINGS.values()] + list(MEANINGS))
 def test_what_is_written_reads_back_the_same(tmp_path, value):
     """Texts that look like numbers above all: in ours and, for other programs, in YAML 1.1's eyes."""
     folder = RunFolder(tmp_path / "run")
-    folder.start({"reward": {"arguments": {"x": value}}})
+    folder.start({"data": {"task_arguments": {"x": value}}})
     path = folder.path / "config.yaml"
-    back = load_recipe(path).reward.arguments["x"]
+    back = load_recipe(path).data.task_arguments["x"]
     assert back == value and type(back) is type(value)
     if isinstance(value, str):
-        assert yaml.safe_load(path.read_text())["reward"]["arguments"]["x"] == value
+        assert yaml.safe_load(path.read_text())["data"]["task_arguments"]["x"] == value

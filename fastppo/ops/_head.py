@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.native import cpu_isa
 from fastppo.native import token_logprobs as native
 from fastppo.native.matmul import matmul
 from fastppo.ops import _checks
@@ -205,15 +204,6 @@ class Head:
             out.copy_(self.bias[block])
         multiply(inputs, weight.T, out, accumulate=self.bias is not None)
 
-    def add_product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-        """out = a @ b or, to `accumulate`, out += a @ b, of a gradient."""
-        if (
-            self.backend == "cpu" and cpu_isa() != "plain"
-        ):  # whose instructions do not fuse: the library's are faster there
-            matmul(a, b, out, accumulate=accumulate)
-        else:
-            multiply(a, b, out, accumulate)
-
     def pitch(self, columns: int) -> int:
         """From one row of logits to the next, in elements."""
         return columns if self.backend == "cpu" else -(-columns // ALIGNMENT) * ALIGNMENT
@@ -352,11 +342,8 @@ class _Sums:
     products contain, or None. round_in_product: a sum of one product may be written by it.
     """
 
-    def __init__(
-        self, head: Head, out: Tensor, rows: Tensor | None, lift: Tensor | None, round_in_product: bool
-    ) -> None:
-        self._head, self.out, self._rows = head, out, rows
-        self._lift, self._round_in_product = lift, round_in_product
+    def __init__(self, out: Tensor, rows: Tensor | None, lift: Tensor | None, round_in_product: bool) -> None:
+        self.out, self._rows, self._lift, self._round_in_product = out, rows, lift, round_in_product
         self._open: dict[int, Tensor] = {}  # by where their part begins
 
     def add(self, part: slice, a: Tensor, b: Tensor, first: bool, last: bool) -> None:
@@ -366,7 +353,7 @@ class _Sums:
             shape = part.stop - part.start, self.out.shape[1]
             self._open[part.start] = self.out[part] if in_place else self.out.new_empty(shape, dtype=torch.float32)
         total = self._open[part.start]
-        self._head.add_product(a, b, total, accumulate=not first)
+        multiply(a, b, total, accumulate=not first)
         if last:
             del self._open[part.start]
             if self._lift is not None:
@@ -395,8 +382,7 @@ class HeadGradients:
         if dtype is None:
             return None
         make = torch.zeros if zero else torch.empty
-        out = make(shape, dtype=dtype, device=self._head.weight.device)
-        return _Sums(self._head, out, rows, self._lift, round_in_product)
+        return _Sums(make(shape, dtype=dtype, device=self._head.weight.device), rows, self._lift, round_in_product)
 
     def add(self, places: slice, block: slice, weight: Tensor, inputs: Tensor, d_logits: Tensor) -> None:
         if self._hidden is not None:

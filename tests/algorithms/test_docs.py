@@ -8,8 +8,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from fastppo.config import AdvantageConfig
-from fastppo.recipe import KEYS, load_recipe
+from fastppo.config import AdvantageConfig, Recipe
+from fastppo.recipe import load_recipe
+from fastppo.recipe_names import Names
+
+KEYS = Names(Recipe).keys
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "algorithms.md").read_text()
 SETTINGS = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)

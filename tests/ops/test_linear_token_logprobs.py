@@ -221,8 +221,7 @@ def isa_outputs() -> list[torch.Tensor]:
 
 
 def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
-    """But for `plain`, where gradients are products of PyTorch's library."""
-    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path, but="plain")
+    assert_same_bits_on_every_isa("tests.ops.test_linear_token_logprobs", tmp_path)
 
 
 @pytest.mark.parametrize("bias", [False, True])
