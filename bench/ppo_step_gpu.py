@@ -26,6 +26,7 @@ from fastppo.bench.ppo_step import (
     make_prompts,
     make_roles,
 )
+from fastppo.bench.rollout_gpu import TINY, UNSTOPPED
 from fastppo.bench.setting import DTYPES, Setting, suffix
 
 GPU_CONFIG = replace(
@@ -38,7 +39,6 @@ GPU_CONFIG = replace(
 ALLOWED_ERROR = {"bf16": 0.15, "fp16": 0.03}
 CHECKED_SEQUENCES = 2
 ROUNDS = 1  # of a call of seconds, beside the one that is checked, one that rehearses and one for the peak of memory
-# Qwen2.5-0.5B, and a model of the same build for quick cases.
 QWEN = Qwen2Config(
     vocab_size=151936,
     hidden_size=896,
@@ -47,24 +47,10 @@ QWEN = Qwen2Config(
     num_attention_heads=14,
     num_key_value_heads=2,
     tie_word_embeddings=True,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
-TINY = Qwen2Config(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
+    **UNSTOPPED,
 )
 SMALL, QUICKSTART = Shape(896, 24, 64, 64, 64, 64), Shape(896, 24, 256, 105, 105, 239)
-QUICK = Shape(32, 2, 8, 6, 6, 8)
+QUICK = Shape(64, 2, 8, 6, 6, 8)  # of the rollouts' tiny model
 
 
 def make_model(config: Qwen2Config, dtype: str, device: str) -> PreTrainedModel:

@@ -96,7 +96,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return sub
 
     train = add("train", _train, "Train as a recipe file says.")
-    train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/config.py")
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/recipe_config.py")
     train.add_argument(
         "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. optimizer.lr=1e-5"
     )

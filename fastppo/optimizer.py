@@ -37,9 +37,8 @@ class LossScale:
 
     def __init__(self, value: float) -> None:
         self.value, self._fits = value, 0
-        self._before: float | None = (
-            None  # what it was when the gradients in hand were first made, if it has fallen since
-        )
+        # What it was when the gradients in hand were first made, if it has fallen since.
+        self._before: float | None = None
 
     @classmethod
     def for_parameters(cls, parameters: Iterable[nn.Parameter]) -> LossScale:

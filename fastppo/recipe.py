@@ -1,4 +1,4 @@
-"""Recipe files: YAML that maps one to one on a dataclass, `fastppo.config.Recipe` above all, with overrides from the command line."""
+"""Recipe files: YAML that maps one to one on a dataclass, `fastppo.recipe_config.Recipe` above all, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.config import Recipe, RecipeRewardConfig, RewardFunctionConfig
+from fastppo.recipe_config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe_names import Names
 from fastppo.rewards import READY, WeightedReward
 from fastppo.yaml_numbers import NumberLoader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def report(metrics: dict[str, float], output_dir: str) -> str:
 
 def _require_trl() -> None:
     try:
-        import trl  # noqa: F401
+        importlib.import_module("trl")
     except ImportError as error:
         raise ImportError(f"training a reward model needs trl ({error}): pip install fastppo[reward-model]") from error
 

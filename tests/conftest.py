@@ -112,3 +112,14 @@ def gsm8k_train() -> Path:
 def gsm8k_test() -> Path:
     """GSM8K's test split, in the same format."""
     return _shared("data/gsm8k_test.jsonl.gz")
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """make_trainer(reward=count_a, *, model=..., prompts=..., eval_prompts=..., output_dir=..., **config changes) -> PPOTrainer"""
+    from tests.tiny_trainer import build_trainer, count_a  # the kernels' processes need no trainer
+
+    def make(reward=count_a, *, output_dir=tmp_path / "run", **arguments):
+        return build_trainer(output_dir, reward=reward, **arguments)
+
+    return make

@@ -12,7 +12,7 @@ from fastppo.model.decoding import decodable, decode
 from fastppo.rollout import Engine, SamplingParams
 from tests.rollout.tiny import make_chain
 from tests.tiny import make_tokenizer
-from tests.trainer.conftest import tiny_config
+from tests.tiny_trainer import tiny_config
 
 A, B, EOS = 100, 101, 1  # of ByT5: bytes begin at 3, and 384 is the first id without a token
 BEYOND = 390

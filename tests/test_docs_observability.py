@@ -12,7 +12,6 @@ from fastppo import cli
 from fastppo.config import TrackingConfig
 from fastppo.console import COLUMNS
 from fastppo.doctor import RULES
-from tests.trainer.conftest import make_trainer  # noqa: F401  a fixture
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "observability.md").read_text()
 
@@ -21,7 +20,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_its_code_and_commands_run(make_trainer, tmp_path, monkeypatch):  # noqa: F811
+def test_its_code_and_commands_run(make_trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("short", "longer"):
         make_trainer(output_dir=tmp_path / "runs" / name).train()

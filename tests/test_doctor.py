@@ -11,7 +11,6 @@ from fastppo import cli
 from fastppo.doctor import CRITIC_STEPS, RULES, examine, examine_run
 from fastppo.run_folder import MARK
 from tests.tiny import make_folder
-from tests.trainer.conftest import make_trainer  # noqa: F401  a fixture
 
 HEALTHY = {
     "objective/scores": 0.3,
@@ -207,21 +206,21 @@ def constant(prompts, completions, **_):
     return [0.5] * len(completions)
 
 
-def diagnose(make_trainer, tmp_path, reward, **changes):  # noqa: F811
+def diagnose(make_trainer, tmp_path, reward, **changes):
     make_trainer(reward, prompts=["a", "b"] * 8, **BANDIT | changes).train()
     return examine_run(tmp_path / "run")
 
 
-def test_a_real_run_that_learns(make_trainer, tmp_path):  # noqa: F811
+def test_a_real_run_that_learns(make_trainer, tmp_path):
     diagnosis = diagnose(make_trainer, tmp_path, copies, total_steps=24)
     assert diagnosis.steps == 24 and not diagnosis.findings and not diagnosis.unjudged, diagnosis.text()
 
 
-def test_a_real_run_whose_rewards_are_equal(make_trainer, tmp_path):  # noqa: F811
+def test_a_real_run_whose_rewards_are_equal(make_trainer, tmp_path):
     found = diagnose(make_trainer, tmp_path, constant).findings
     assert "all rewards equal" in [finding.name for finding in found]
 
 
-def test_a_real_run_whose_learning_rate_is_too_high(make_trainer, tmp_path):  # noqa: F811
+def test_a_real_run_whose_learning_rate_is_too_high(make_trainer, tmp_path):
     found = diagnose(make_trainer, tmp_path, copies, optimizer__lr=0.3)
     assert {"entropy collapse", "KL blow-up"} & {finding.name for finding in found.findings}, found.text()

@@ -13,7 +13,7 @@ from fastppo.model.endings import ending_ids, find_turn_end
 from fastppo.rollout import Engine, FinishReason, SamplingParams
 from tests.rollout.tiny import make_chain, make_model
 from tests.tiny import LETTERS, make_tokenizer
-from tests.trainer.conftest import count_a, tiny_config
+from tests.tiny_trainer import count_a, tiny_config
 
 EOS, END, OTHER = 1, 18, 19  # <eos>, <|im_end|>, <|other|> of the tokenizer below
 VOCAB_SIZE = 20

@@ -29,6 +29,7 @@ FLOORS = [
         "fastppo.rollout",
         "fastppo.rewards",
         "fastppo.config",
+        "fastppo.recipe_config",
         "fastppo.reward_model_config",
         "fastppo.data",
         "fastppo.yaml_numbers",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe import load_recipe, resolve_rewards
+from fastppo.recipe_config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "reward_model.yaml"})  # not of a PPO run

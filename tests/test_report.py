@@ -15,7 +15,6 @@ from fastppo import cli
 from fastppo.report import collect, render, thin_out, write_report
 from fastppo.run_folder import read_samples
 from tests.tiny import make_folder, make_tokenizer
-from tests.trainer.conftest import make_trainer  # noqa: F401  a fixture
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- &amp; \u2028 \ud83d"
 
@@ -125,7 +124,7 @@ def test_a_browser_shows_it(tmp_path):
     assert "cut at -1" in page and "&lt;/script&gt;" in page
 
 
-def test_a_real_run_logs_every_token_with_its_numbers(make_trainer, tmp_path):  # noqa: F811
+def test_a_real_run_logs_every_token_with_its_numbers(make_trainer, tmp_path):
     """Also the samples that are not learned from, without what only those have that are."""
 
     def fails_on_the_second(prompts, completions, **_):
@@ -144,7 +143,7 @@ def test_a_real_run_logs_every_token_with_its_numbers(make_trainer, tmp_path):  
         assert not learned or len(sample["advantages"]) == len(sample["values"]) == count
 
 
-def test_samples_are_logged_when_their_rewards_end_the_run(make_trainer, tmp_path):  # noqa: F811
+def test_samples_are_logged_when_their_rewards_end_the_run(make_trainer, tmp_path):
     from fastppo.trainer import TrainingError
 
     with pytest.raises(TrainingError):

@@ -23,9 +23,7 @@ import torch
 import fastppo
 from fastppo import Engine, PPOConfig, PPOTrainer, SamplingParams
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import PROMPTS, count_a, make_trainer, tiny_config
-
-__all__ = ["make_trainer"]  # a fixture
+from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 
 SAMPLING = SamplingParams(n=2, max_new_tokens=6)
 
@@ -307,7 +305,7 @@ import sys
 from pathlib import Path
 from fastppo import PPOTrainer
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import PROMPTS, count_a, tiny_config
+from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 config = tiny_config(Path(sys.argv[1]), reward__timeout=30.0, total_steps=1)
 trainer = PPOTrainer(make_model(), reward=count_a, prompts=PROMPTS, config=config, tokenizer=make_tokenizer())
 trainer.train()

@@ -18,7 +18,6 @@ from fastppo.config import TrackingConfig
 from fastppo.run_folder import RunFolder, read_metrics
 from fastppo.tracking import TRACKERS, Tracking
 from tests.tiny import make_folder, ppo_config
-from tests.trainer.conftest import make_trainer  # noqa: F401  a fixture
 
 SETTINGS = {"seed": 3, "optimizer": {"lr": 1e-3}, "reward": {"functions": [{"arguments": {}}]}}
 
@@ -66,7 +65,7 @@ def test_tensorboard(tmp_path):
     assert [step for step, _ in found["objective/scores"]] == [1, 2, 3, 4] and "objective/kl" not in found
 
 
-def test_a_run_of_the_trainer_in_tensorboard(make_trainer, tmp_path):  # noqa: F811
+def test_a_run_of_the_trainer_in_tensorboard(make_trainer, tmp_path):
     """Every finite number of metrics.jsonl, also after a resume."""
     need("tensorboard")
     changes = {"tracking__to": ("tensorboard",), "eval_prompts": ["ab"]}
@@ -248,7 +247,7 @@ class Stubborn:
         ("closing", "tensorboard could not be closed: gone"),
     ],
 )
-def test_a_tracker_that_fails_is_said_once_and_ends_no_run(make_trainer, tmp_path, monkeypatch, fails, note):  # noqa: F811
+def test_a_tracker_that_fails_is_said_once_and_ends_no_run(make_trainer, tmp_path, monkeypatch, fails, note):
     monkeypatch.setitem(TRACKERS, "tensorboard", Stubborn)
     monkeypatch.setattr(tracking, "check_installed", lambda config: None)
     monkeypatch.setattr("fastppo.trainer.check_installed", lambda config: None)
@@ -260,7 +259,7 @@ def test_a_tracker_that_fails_is_said_once_and_ends_no_run(make_trainer, tmp_pat
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_a_package_that_is_missing_is_named_before_the_run(make_trainer, tmp_path, monkeypatch):  # noqa: F811
+def test_a_package_that_is_missing_is_named_before_the_run(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"tracking.to has 'wandb', .* pip install fastppo\[wandb\]"):
         make_trainer(tracking__to=("wandb",))

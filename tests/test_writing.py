@@ -16,7 +16,7 @@ from fastppo.model.writing import require_writable, write_model
 from tests.rollout.tiny import FAMILIES
 from tests.rollout.tiny import make_model as make_family
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import count_a, tiny_config
+from tests.tiny_trainer import count_a, tiny_config
 
 # What hub models have in generation_config.json, which Transformers reads with a warning and refuses to write.
 ODD = {

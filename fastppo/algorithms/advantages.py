@@ -13,9 +13,8 @@ from torch import Tensor
 from fastppo.config import AdvantageConfig
 from fastppo.ops import gae
 
-GRPO_EPSILON = (
-    1e-6  # beside the standard deviation, as in verl: scores that differ by rounding alone must not become signal
-)
+# Beside the standard deviation, as in verl: scores that differ by rounding alone must not become signal.
+GRPO_EPSILON = 1e-6
 
 
 def generalised(

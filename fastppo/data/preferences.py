@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import DataConfig
 from fastppo.data.prompts import hold_out
 from fastppo.data.sources import Row, rows_of
 from fastppo.model import encode_answered
+from fastppo.recipe_config import DataConfig
 from fastppo.reward_model_config import PreferencesConfig
 
 Text = str | list[Row]

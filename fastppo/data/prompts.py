@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import DataConfig
 from fastppo.data.sources import Row, check_rows, is_task, rows_of
 from fastppo.data.writer import PromptWriter
+from fastppo.recipe_config import DataConfig
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids")
 """What a row gets here: not among the columns that reward functions are given."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import DataConfig
 from fastppo.data.columns import check_declared, declared
 from fastppo.data.files import Placed, read_csv, read_json, read_json_lines
+from fastppo.recipe_config import DataConfig
 from fastppo.rewards.function import OWN_ARGUMENTS
 from fastppo.rewards.reasoning_gym import PREFIX, task_rows
 

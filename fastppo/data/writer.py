@@ -6,11 +6,11 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import DataConfig
 from fastppo.data.chat import TEMPLATE_COLUMNS, ChatTemplate, check_messages, template_column
 from fastppo.data.sources import Row
 from fastppo.data.template import PromptTemplate
 from fastppo.model import encode_prompt
+from fastppo.recipe_config import DataConfig
 
 logger = logging.getLogger(__name__)
 

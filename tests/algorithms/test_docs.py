@@ -8,8 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from fastppo.config import AdvantageConfig, Recipe
+from fastppo.config import AdvantageConfig
 from fastppo.recipe import load_recipe
+from fastppo.recipe_config import Recipe
 from fastppo.recipe_names import Names
 
 KEYS = Names(Recipe).keys

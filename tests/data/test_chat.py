@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from fastppo.config import DataConfig
 from fastppo.data import load_prompts
+from fastppo.recipe_config import DataConfig
 from tests.data.conftest import spelled, user
 
 

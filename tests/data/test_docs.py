@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastppo.config import DataConfig
 from fastppo.data import load_train_and_eval
 from fastppo.data.sources import FORMATS, OWN_ARGUMENTS
+from fastppo.recipe_config import DataConfig
 from tests.test_readme import load_demo
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from fastppo.config import DataConfig
 from fastppo.data.sources import rows_of
+from fastppo.recipe_config import DataConfig
 
 
 def rows(path, **config):

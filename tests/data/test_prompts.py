@@ -11,8 +11,8 @@ import os
 import pytest
 from tokenizers import Regex, models, normalizers, processors
 
-from fastppo.config import DataConfig
 from fastppo.data import PromptDataset, load_prompts, load_train_and_eval
+from fastppo.recipe_config import DataConfig
 from tests.data.conftest import spelled
 
 ROWS = [{"question": f"How much is {i}+{i}?", "answer": str(2 * i)} for i in range(6)]

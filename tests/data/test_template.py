@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from fastppo.config import DataConfig
 from fastppo.data import load_prompts
+from fastppo.recipe_config import DataConfig
 
 ROW = {"question": "How much is 1+1?", "answer": "2", "final answer": "two", "n": 3}
 

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
-from fastppo.config import RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe import resolve_rewards
+from fastppo.recipe_config import RecipeRewardConfig, RewardFunctionConfig
 from fastppo.rewards import RewardRunner
 
 

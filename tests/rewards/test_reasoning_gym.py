@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fastppo.config import DataConfig
 from fastppo.data import load_prompts, load_train_and_eval
+from fastppo.recipe_config import DataConfig
 from fastppo.rewards import RewardRunner, reasoning_gym
 from fastppo.rewards.reasoning_gym import answer_in, task_rows
 from tests.tiny import make_tokenizer

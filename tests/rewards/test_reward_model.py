@@ -10,8 +10,8 @@ import re
 import pytest
 import torch
 
-from fastppo.config import RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe import resolve_rewards
+from fastppo.recipe_config import RecipeRewardConfig, RewardFunctionConfig
 from fastppo.rewards import RewardModel, RewardRunner
 from fastppo.rewards.reward_model import _batches
 from tests.tiny import LETTERS, make_model, make_reward_model, make_tokenizer

@@ -9,7 +9,7 @@ import torch
 
 from fastppo.errors import TrainingError
 from fastppo.run_folder import read_metrics
-from tests.trainer.conftest import PROMPTS, count_a
+from tests.tiny_trainer import PROMPTS, count_a
 
 SETTINGS = {"rollout__samples_per_prompt": 3, "rollout__dynamic_sampling": True, "advantage__estimator": "grpo"}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastppo.run_folder import read_metrics
+from tests.tiny_trainer import count_a
 from tests.tolerance import assert_rounds_to
-from tests.trainer.conftest import count_a
 from tests.trainer.test_learning import learn
 
 CRITICLESS = ["grpo", "dr_grpo", "rloo", "reinforce++", "remax", "opo"]

@@ -18,7 +18,7 @@ from fastppo.interruption import ENDING
 from fastppo.run_folder import read_metrics
 from fastppo.trainer import TrainingError
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import PROMPTS, count_a, tiny_config
+from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 from tests.trainer.test_resume import stable
 
 SETTINGS = {"total_steps": 3, "evaluation__every": 2, "checkpoint__every": 0, "learner__epochs": 2}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastppo.config import DataConfig
 from fastppo.data import load_prompts
+from fastppo.recipe_config import DataConfig
 from tests.tiny import LETTERS, make_model, make_tokenizer
 
 

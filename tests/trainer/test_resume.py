@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fastppo.errors import CheckpointError
 from fastppo.run_folder import read_metrics, read_settings
 from tests.tiny import make_model
-from tests.trainer.conftest import count_a
+from tests.tiny_trainer import count_a
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from fastppo import PPOTrainer
 from fastppo.console import Reporter
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import PROMPTS, count_a, tiny_config
+from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 
 output, resume, module, name, nth = sys.argv[1], sys.argv[2] == "1", *sys.argv[3:5], int(sys.argv[5])
 if nth:

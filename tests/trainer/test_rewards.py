@@ -18,7 +18,7 @@ from fastppo.rewards import WeightedReward, soft_overlong
 from fastppo.run_folder import read_metrics
 from fastppo.trainer import TrainingError
 from tests.tiny import make_model, make_tokenizer
-from tests.trainer.conftest import PROMPTS, count_a, tiny_config
+from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 
 HELD_OUT = ["ab", "cd", "ef", "gh"]
 

@@ -20,8 +20,8 @@ from fastppo.rollout import FinishReason
 from fastppo.run_folder import MARK, read_metrics
 from fastppo.trainer import TrainingError
 from tests.tiny import make_model, make_tokenizer
+from tests.tiny_trainer import PROMPTS, count_a
 from tests.tolerance import assert_rounds_to
-from tests.trainer.conftest import PROMPTS, count_a
 
 
 def test_a_run_writes_its_records(make_trainer, tmp_path):

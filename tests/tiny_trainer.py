@@ -1,8 +1,6 @@
-"""A trainer of a tiny model, for the trainer's tests."""
+"""A trainer of a tiny model."""
 
 from __future__ import annotations
-
-import pytest
 
 from fastppo import PPOConfig, PPOTrainer
 from fastppo.console import Reporter
@@ -33,22 +31,17 @@ def tiny_config(output_dir, **changes) -> PPOConfig:
 PROMPTS = ["ab", "cde", "f", "ghijk", "lm", "nop", "ba", "dc"]
 
 
-@pytest.fixture
-def make_trainer(tmp_path):
-    """make_trainer(reward=..., model=..., prompts=..., eval_prompts=..., **config changes) -> PPOTrainer"""
-
-    def make(
-        reward=count_a, *, model=None, prompts=PROMPTS, eval_prompts=None, output_dir=None, **changes
-    ) -> PPOTrainer:
-        config = tiny_config(output_dir or tmp_path / "run", **changes)
-        return PPOTrainer(
-            make_model() if model is None else model,
-            reward=reward,
-            prompts=prompts,
-            eval_prompts=eval_prompts,
-            config=config,
-            tokenizer=make_tokenizer(),
-            reporter=Reporter(config.total_steps, quiet=True),
-        )
-
-    return make
+def build_trainer(
+    output_dir, *, reward=count_a, model=None, prompts=PROMPTS, eval_prompts=None, **changes
+) -> PPOTrainer:
+    """`changes` of the settings are written as `ppo_config` takes them."""
+    config = tiny_config(output_dir, **changes)
+    return PPOTrainer(
+        make_model() if model is None else model,
+        reward=reward,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        config=config,
+        tokenizer=make_tokenizer(),
+        reporter=Reporter(config.total_steps, quiet=True),
+    )
