@@ -56,30 +56,14 @@ struct Tile {
   TileRows<kVectors> keys, values;
 };
 
-// from [kRows, kColumns] -> to [kColumns, kRows], multiples of eight.
-template <int kRows, int kColumns>
-FASTPPO_INLINE void turn(const float* from, float* to) {
-#if defined(__AVX2__)
-  for (int row = 0; row < kRows; row += 8)
-    for (int column = 0; column < kColumns; column += 8) {
-      __m256 eight[8];
-      transpose_eight<F32>(from + row * kColumns + column, kColumns, eight);
-      for (int n = 0; n < 8; ++n) _mm256_storeu_ps(to + (column + n) * kRows + row, eight[n]);
-    }
-#else
-  for (int row = 0; row < kRows; ++row)
-    for (int column = 0; column < kColumns; ++column) to[column * kRows + row] = from[row * kColumns + column];
-#endif
-}
-
 template <int kVectors>
 FASTPPO_INLINE void turn(const TileRows<kVectors>& rows, TileLines<kVectors>& lines) {
-  turn<kTile, kVectors * kLanes>(reinterpret_cast<const float*>(rows), reinterpret_cast<float*>(lines));
+  transpose(reinterpret_cast<const float*>(rows), kTile, kVectors * kLanes, reinterpret_cast<float*>(lines));
 }
 
 template <int kVectors>
 FASTPPO_INLINE void turn_back(const TileLines<kVectors>& lines, TileRows<kVectors>& rows) {
-  turn<kVectors * kLanes, kTile>(reinterpret_cast<const float*>(lines), reinterpret_cast<float*>(rows));
+  transpose(reinterpret_cast<const float*>(lines), kVectors * kLanes, kTile, reinterpret_cast<float*>(rows));
 }
 
 // out[n] = x[n] times each of the sixteen rows that were turned. A sum has the order of sum_lanes over vectors, so the bits that it has unturned.

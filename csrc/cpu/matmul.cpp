@@ -289,25 +289,6 @@ FASTPPO_INLINE bool pays_swapped(const Matmul& m, int64_t rows) {
   return m.b_inner == 1 && m.a_inner == 1 && m.inner > 0 && !m.accumulate && rows <= kMostSwappedRows && 4 * rows >= 3 * lanes;
 }
 
-// from [columns, rows] -> to [rows, columns]
-void turn(const float* from, int64_t columns, int64_t rows, float* to) {
-  int64_t column = 0;
-#if defined(__AVX2__)
-  const int64_t eights = rows / 8 * 8;
-  for (; column + 8 <= columns; column += 8) {
-    for (int64_t row = 0; row < eights; row += 8) {
-      __m256 lines[8];
-      transpose_eight<F32>(from + column * rows + row, rows, lines);
-      for (int n = 0; n < 8; ++n) _mm256_storeu_ps(to + (row + n) * columns + column, lines[n]);
-    }
-    for (int64_t row = eights; row < rows; ++row)
-      for (int n = 0; n < 8; ++n) to[row * columns + column + n] = from[(column + n) * rows + row];
-  }
-#endif
-  for (; column < columns; ++column)
-    for (int64_t row = 0; row < rows; ++row) to[row * columns + column] = from[column * rows + row];
-}
-
 template <class Storage>
 void multiply_swapped(const Matmul& m, const Range& range) {
   Matmul swapped = m;
@@ -319,7 +300,7 @@ void multiply_swapped(const Matmul& m, const Range& range) {
     const Range part{range.first_row, range.last_row, column, std::min(column + kRowBlock, range.last_column)};
     const int64_t columns = part.last_column - column;
     add_products<Storage>(swapped, {column, part.last_column, range.first_row, range.last_row}, {sums.data(), rows});
-    turn(sums.data(), columns, rows, turned.data());
+    transpose(sums.data(), columns, rows, turned.data());
     finish<Storage>(m, part, {turned.data(), columns});
   }
 }

@@ -310,6 +310,25 @@ FASTPPO_INLINE void transpose_eight(const typename Storage::type* p, int64_t str
 }
 #endif
 
+// from [rows, columns] -> to [columns, rows].
+FASTPPO_INLINE void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  int64_t row = 0;
+#if defined(__AVX2__)
+  const int64_t eights = columns / 8 * 8;
+  for (; row + 8 <= rows; row += 8) {
+    for (int64_t column = 0; column < eights; column += 8) {
+      __m256 lines[8];
+      transpose_eight<F32>(from + row * columns + column, columns, lines);
+      for (int n = 0; n < 8; ++n) _mm256_storeu_ps(to + (column + n) * rows + row, lines[n]);
+    }
+    for (int64_t column = eights; column < columns; ++column)
+      for (int n = 0; n < 8; ++n) to[column * rows + row + n] = from[(row + n) * columns + column];
+  }
+#endif
+  for (; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column) to[column * rows + row] = from[row * columns + column];
+}
+
 // Calls body(storage) with the storage type that `dtype` names.
 template <class Body>
 FASTPPO_INLINE void with_storage(DType dtype, const Body& body) {
