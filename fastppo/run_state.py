@@ -128,21 +128,28 @@ def identity(
 ) -> dict[str, Any]:
     """Setting -> value, as JSON holds it, of all that may not change between a checkpoint and the run that goes on from it: its numbers would
     mean something else. The prompts themselves may: that is only said."""
-    model_config = json.loads(model.config.to_json_string(use_diff=False))
     return {
-        "model": {key: value for key, value in model_config.items() if not _IRRELEVANT.fullmatch(key)},
-        "model.dtype": str(model.dtype).removeprefix("torch."),
+        **model_identity(model),
         "critic.kind": config.critic.kind,
         "reward.kl_coef": "above 0" if config.reward.kl_coef else "0",
         "loss.kl_coef": "above 0" if config.loss.kl_coef else "0",
         "seed": config.seed,
         "number of prompts": len(prompts),
-        _PROMPTS: _sha256(row["prompt_ids"] for row in prompts),
+        _PROMPTS: token_sha256(row["prompt_ids"] for row in prompts),
         _REFERENCE: reference_sha256,
     }
 
 
-def _sha256(token_lists: Iterable[list[int]]) -> str:
+def model_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What `identity` holds of the model that is trained."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        "model": {key: value for key, value in config.items() if not _IRRELEVANT.fullmatch(key)},
+        "model.dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def token_sha256(token_lists: Iterable[list[int]]) -> str:
     digest = hashlib.sha256()
     for tokens in token_lists:
         digest.update(array("q", [len(tokens), *tokens]).tobytes())

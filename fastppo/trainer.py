@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,23 @@ from fastppo.console import Reporter, printable
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.errors import TrainingError
 from fastppo.experience import Experience, sample_with_signal
-from fastppo.interruption import Interrupted, Interruption
+from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
-from fastppo.model import context_length, load_model, load_tokenizer, prepare_model, resolve_device
+from fastppo.model import context_length, resolve_device
 from fastppo.model.decoding import decode
-from fastppo.model.writing import odd_generation_config, require_writable, write_model
-from fastppo.plot import plot_run
+from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
 from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
-from fastppo.run_folder import MODEL, RunFolder
+from fastppo.run_folder import RunFolder
+from fastppo.run_loop import RunLoop, default_recipe, naming, ready_model, refuse_autocast
 from fastppo.run_state import RunState, identity
 from fastppo.samples import add_credit, describe_samples
-from fastppo.tracking import Tracking, check_installed
+from fastppo.tracking import check_installed
 
 EVALUATION_SEED_OFFSET = 0x5EED
 ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
@@ -45,7 +44,7 @@ SEEDS = 2**63  # of the sampler
 KEPT_CACHE = 0.1  # of a GPU's memory, at most, that the sampler keeps during updates, so that its CUDA graphs serve the next step too
 
 
-class PPOTrainer:
+class PPOTrainer(RunLoop):
     """Proximal policy optimisation (Schulman et al. 2017) of a causal language model on prompts and a reward.
 
     Args:
@@ -82,21 +81,13 @@ class PPOTrainer:
     ) -> None:
         self.config = config = config or PPOConfig()
         device = resolve_device(config.device)
-        _refuse_autocast("PPOTrainer is made", device)
+        refuse_autocast("PPOTrainer is made", device)
         check_installed(config.tracking)
-        named = isinstance(model, str | os.PathLike)
-        name = os.path.expanduser(model) if named else getattr(model, "name_or_path", None) or ""
-        name = os.path.abspath(name) if os.path.isdir(name) else name
-        self.recipe = recipe or dataclasses.asdict(config) | {"model": {"name": name}}
+        self.recipe, self.total_steps = recipe or default_recipe(config, model), config.total_steps
         # First, so that the processes which run rewards hold no copy of the model.
-        with _naming("reward"):
+        with naming("reward"):
             self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
-        if tokenizer is None and not named:
-            raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
-        loaded = load_model(model, dtype=dtype, device=device) if named else model
-        self.model = prepare_model(loaded, device)
-        require_writable(self.model, self.tokenizer)
+        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
         self.prompts = self._load(prompts, "prompts")
         self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
         self.reporter = reporter or Reporter(config.total_steps)
@@ -122,41 +113,12 @@ class PPOTrainer:
         self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity)
         self._interruption = Interruption()
 
-    # Public
-
     @property
-    def step(self) -> int:
-        """Steps that are done."""
-        return self.state.step
+    def _evaluates(self) -> bool:
+        return self.eval_prompts is not None
 
-    @torch.inference_mode(mode=False)
-    def train(self, resume: bool = False) -> dict[str, float]:
-        """Run to `total_steps`, recording into `output_dir`; with `resume`, go on from its newest checkpoint.
-
-        Returns the last step's metrics. On SIGINT (Ctrl-C), SIGTERM and SIGHUP the rollout in hand is dropped, or the update in hand finished, and a
-        checkpoint is written; then KeyboardInterrupt is raised, or SystemExit with the code 128 + signal. A second signal ends at once.
-        Whatever else ends the run, the steps that are done are saved too; `train(resume=True)` goes on, here or in a new process.
-
-        Raises TrainingError when the run cannot go on, ValueError or CheckpointError where it cannot be recorded or resumed; what was written stays.
-        """
-        _refuse_autocast("train() is called", self.model.device)
-        folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
-        evaluate = self.eval_prompts is not None
-        with folder.lock(note):
-            self.state.begin(folder, self.recipe, resume=resume, evaluate=evaluate, note=note)
-            known = {"next_step": self.state.next_record, "resumed": self.step > 0}
-            self.tracking = Tracking(self.config.tracking, folder, **known, note=note)
-            with Interruption() as self._interruption, self.tracking, self.reporter, self.rewards:
-                try:
-                    metrics = self._run(folder)
-                except BaseException as error:
-                    self.state.save_before(error, folder, keep=self.config.checkpoint.keep, note=note)
-                    if isinstance(error, Interrupted):
-                        self._interruption.end()
-                    raise
-            self._write_model(folder)
-            self._plot(folder)
-        return metrics
+    def _resources(self) -> RewardRunner:
+        return self.rewards
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward and length on the held-out prompts at `evaluation.temperature`; a function of the weights and the seed alone."""
@@ -179,37 +141,7 @@ class PPOTrainer:
             )
         return evaluation_metrics(rollout, result)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the policy and the tokenizer in Transformers' format, its configurations as they came."""
-        Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
-        write_model(self.model, self.tokenizer, path)
-
     # One step
-
-    def _run(self, folder: RunFolder) -> dict[str, float]:
-        """Steps until there are `total_steps`; the last one's metrics."""
-        metrics: dict[str, float] = {}
-        self._say_what_holds()
-        while self.state.unrecorded is not None or self.step < self.config.total_steps:
-            if self.state.unrecorded is None:
-                self._train_step(folder)
-            metrics = self._record(folder)
-            if self.step and (self.step == self.config.total_steps or self._due(self.config.checkpoint.every)):
-                self.state.save(folder, keep=self.config.checkpoint.keep)
-            self._interruption.check()
-        return metrics
-
-    def _record(self, folder: RunFolder) -> dict[str, float]:
-        """Write the metrics of the step that is done, with those of an evaluation where one is due."""
-        metrics, at_either_end = self.state.unrecorded, self.step in (0, self.config.total_steps)
-        if self.eval_prompts is not None and (at_either_end or self._due(self.config.evaluation.every)):
-            metrics = metrics | self.evaluate()
-        folder.log_metrics(self.step, metrics)
-        self.tracking.log(self.step, metrics)
-        self.state.unrecorded = None
-        if self.step:
-            self.reporter.step(self.step, metrics)
-        return metrics
 
     def _train_step(self, folder: RunFolder) -> None:
         clock, seed = Clock(self.model.device), _mix(self.config.seed, self.step)
@@ -292,10 +224,6 @@ class PPOTrainer:
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
-    def _show_update(self, done: int, total: int) -> None:
-        stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
-        self.reporter.phase("update", done, total, stopping)
-
     def _greedy_scores(self, rows: list[Row]) -> Tensor:
         """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid."""
         greedy = dataclasses.replace(self.config.rollout.sampling(0), n=1, temperature=0.0)
@@ -371,24 +299,6 @@ class PPOTrainer:
             )
         return valid
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
-    def _write_model(self, folder: RunFolder) -> None:
-        try:
-            self.save_pretrained(folder.path / MODEL)
-        except Exception as error:  # Transformers and the disk have many
-            raise TrainingError(
-                f"{folder.path / MODEL} could not be written: {error}. The weights are in the newest checkpoint of {folder.checkpoints}; "
-                f"once the cause is gone, `fastppo export {folder.path}` writes them"
-            ) from error
-
-    def _plot(self, folder: RunFolder) -> None:
-        try:
-            plot_run(folder.path)
-        except Exception as error:  # a picture is worth no run
-            self.reporter.note(f"no curve.png: {error}")
-
     # Set-up, checkpoints
 
     def _load(self, source: Any, name: str) -> PromptDataset:
@@ -398,33 +308,13 @@ class PPOTrainer:
                 f"max_new_tokens is {self.config.rollout.max_new_tokens}, expected less than the model's context of {context} tokens"
             )
         limit = None if context is None else context - self.config.rollout.max_new_tokens
-        with _naming(name):
+        with naming(name):
             dataset = source if isinstance(source, PromptDataset) else load_prompts(source, self.tokenizer)
             self.rewards.check_columns(name for name in dataset[0] if name not in PROMPT_COLUMNS)
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config, self.model, self.prompts, self.roles.reference_sha256)
-
-
-@contextmanager
-def _naming(argument: str) -> Iterator[None]:
-    """Errors about an argument begin with the name that the caller knows it by, and stay what and where they are."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        error.args = (f"{argument}: {error}",)
-        raise
-
-
-def _refuse_autocast(what: str, device: torch.device) -> None:
-    """Its products would be rounded, and only some of them: the sampler's and the losses' kernels are its own."""
-    if torch.is_autocast_enabled(device.type):
-        kind = torch.get_autocast_dtype(device.type)
-        raise ValueError(
-            f"{what} inside torch.autocast({device.type!r}, {kind}), expected outside of it: "
-            f"a model computes in its weights' type, which `dtype` sets"
-        )
 
 
 def _mix(seed: int, step: int) -> int:

@@ -22,7 +22,7 @@ SIZE = 400
 @pytest.fixture(autouse=True)
 def _no_curve(monkeypatch):
     """Drawing takes longer than the runs of this file."""
-    monkeypatch.setattr("fastppo.trainer.plot_run", lambda _: None)
+    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda _: None)
 
 
 class Bytes(ByT5Tokenizer):

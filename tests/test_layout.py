@@ -38,7 +38,14 @@ FLOORS = [
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.experience",)
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
-    + ("fastppo.plot", "fastppo.interruption", "fastppo.run_state", "fastppo.export", "fastppo.trainer")
+    + (
+        "fastppo.plot",
+        "fastppo.interruption",
+        "fastppo.run_state",
+        "fastppo.run_loop",
+        "fastppo.export",
+        "fastppo.trainer",
+    )
     + (
         "fastppo.calibration",
         "fastppo.reward_model_training",

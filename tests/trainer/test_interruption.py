@@ -36,7 +36,7 @@ def _plain_handlers():
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
-    monkeypatch.setattr("fastppo.trainer.plot_run", lambda folder: None)
+    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda folder: None)
 
 
 def build(output_dir, reward=count_a, **changes) -> PPOTrainer:

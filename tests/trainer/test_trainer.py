@@ -73,7 +73,7 @@ def test_what_only_shows_may_fail(make_trainer, tmp_path, monkeypatch, breakage)
         closed.close()
         trainer.reporter = Reporter(1, console=Console(file=closed, force_terminal=False))
     else:
-        monkeypatch.setattr("fastppo.trainer.plot_run", lambda folder: 1 / 0)
+        monkeypatch.setattr("fastppo.run_loop.plot_run", lambda folder: 1 / 0)
     assert trainer.train()
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 

@@ -1,0 +1,196 @@
+"""The loop of a run, whatever its steps are: records, evaluations, checkpoints, signals, and in the end the model and its curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo.console import Reporter
+from fastppo.errors import TrainingError
+from fastppo.interruption import Interrupted, Interruption
+from fastppo.model import load_model, load_tokenizer, prepare_model
+from fastppo.model.writing import require_writable, write_model
+from fastppo.plot import plot_run
+from fastppo.run_folder import MODEL, RunFolder
+from fastppo.run_state import RunState
+from fastppo.tracking import Tracking
+
+
+class RunLoop:
+    """What trainers share. Each sets the attributes below, and says what a step is and how its model is judged."""
+
+    config: Any
+    """Its settings, with `output_dir`, `evaluation.every`, `checkpoint` and `tracking` among them."""
+    total_steps: int
+    recipe: dict[str, Any]
+    """What is written to the run folder's `config.yaml`."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reporter: Reporter
+    state: RunState
+    _interruption: Interruption
+
+    # A trainer's own
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of what is held out; a function of the weights and the seed alone."""
+        raise NotImplementedError
+
+    def _train_step(self, folder: RunFolder) -> None:
+        """Make one step, and tell `state` that it is done."""
+        raise NotImplementedError
+
+    def _say_what_holds(self) -> None:
+        """Notes before the first step."""
+
+    def _resources(self) -> AbstractContextManager[Any]:
+        """What is open while the run goes on."""
+        return nullcontext()
+
+    # Public
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.state.step
+
+    @torch.inference_mode(mode=False)
+    def train(self, resume: bool = False) -> dict[str, float]:
+        """Run to the last step, recording into `output_dir`; with `resume`, go on from its newest checkpoint.
+
+        Returns the last step's metrics. On SIGINT (Ctrl-C), SIGTERM and SIGHUP the update in hand is finished, anything else dropped, and a
+        checkpoint is written; then KeyboardInterrupt is raised, or SystemExit with the code 128 + signal. A second signal ends at once.
+        Whatever else ends the run, the steps that are done are saved too; `train(resume=True)` goes on, here or in a new process.
+
+        Raises TrainingError when the run cannot go on, ValueError or CheckpointError where it cannot be recorded or resumed; what was written stays.
+        """
+        refuse_autocast("train() is called", self.model.device)
+        folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
+        with folder.lock(note):
+            self.state.begin(folder, self.recipe, resume=resume, evaluate=self._evaluates, note=note)
+            known = {"next_step": self.state.next_record, "resumed": self.step > 0}
+            self.tracking = Tracking(self.config.tracking, folder, **known, note=note)
+            with Interruption() as self._interruption, self.tracking, self.reporter, self._resources():
+                try:
+                    metrics = self._run(folder)
+                except BaseException as error:
+                    self.state.save_before(error, folder, keep=self.config.checkpoint.keep, note=note)
+                    if isinstance(error, Interrupted):
+                        self._interruption.end()
+                    raise
+            self._write_model(folder)
+            self._plot(folder)
+        return metrics
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the model and the tokenizer in Transformers' format, its configurations as they came."""
+        Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
+        write_model(self.model, self.tokenizer, path)
+
+    # The loop
+
+    def _run(self, folder: RunFolder) -> dict[str, float]:
+        """Steps until there are `total_steps`; the last one's metrics."""
+        metrics: dict[str, float] = {}
+        self._say_what_holds()
+        while self.state.unrecorded is not None or self.step < self.total_steps:
+            if self.state.unrecorded is None:
+                self._train_step(folder)
+            metrics = self._record(folder)
+            if self.step and (self.step == self.total_steps or self._due(self.config.checkpoint.every)):
+                self.state.save(folder, keep=self.config.checkpoint.keep)
+            self._interruption.check()
+        return metrics
+
+    def _record(self, folder: RunFolder) -> dict[str, float]:
+        """Write the metrics of the step that is done, with those of an evaluation where one is due."""
+        metrics, at_either_end = self.state.unrecorded, self.step in (0, self.total_steps)
+        if self._evaluates and (at_either_end or self._due(self.config.evaluation.every)):
+            metrics = metrics | self.evaluate()
+        folder.log_metrics(self.step, metrics)
+        self.tracking.log(self.step, metrics)
+        self.state.unrecorded = None
+        if self.step:
+            self.reporter.step(self.step, metrics)
+        return metrics
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _show_update(self, done: int, total: int) -> None:
+        stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
+        self.reporter.phase("update", done, total, stopping)
+
+    def _write_model(self, folder: RunFolder) -> None:
+        try:
+            self.save_pretrained(folder.path / MODEL)
+        except Exception as error:  # Transformers and the disk have many
+            raise TrainingError(
+                f"{folder.path / MODEL} could not be written: {error}. The weights are in the newest checkpoint of {folder.checkpoints}; "
+                f"once the cause is gone, `fastppo export {folder.path}` writes them"
+            ) from error
+
+    def _plot(self, folder: RunFolder) -> None:
+        try:
+            plot_run(folder.path)
+        except Exception as error:  # a picture is worth no run
+            self.reporter.note(f"no curve.png: {error}")
+
+
+def default_recipe(config: Any, model: str | os.PathLike | PreTrainedModel) -> dict[str, Any]:
+    """The settings of a run that no recipe file describes, with the name of the model that it started from."""
+    name = os.path.expanduser(model) if is_name(model) else getattr(model, "name_or_path", None) or ""
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    return dataclasses.asdict(config) | {"model": {"name": name}}
+
+
+def ready_model(
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+    device: torch.device,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, loaded where it is a name, that fastppo runs and can write, and its tokenizer. Raises ValueError or TypeError where it cannot."""
+    if tokenizer is None and not is_name(model):
+        raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+    loaded = load_model(model, dtype=dtype, device=device) if is_name(model) else model
+    prepared = prepare_model(loaded, device)
+    require_writable(prepared, tokenizer)
+    return prepared, tokenizer
+
+
+def is_name(model: Any) -> bool:
+    return isinstance(model, str | os.PathLike)
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Errors about an argument begin with the name that the caller knows it by, and stay what and where they are."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.args = (f"{argument}: {error}",)
+        raise
+
+
+def refuse_autocast(what: str, device: torch.device) -> None:
+    """Its products would be rounded, and only some of them: the sampler's and the losses' kernels are its own."""
+    if torch.is_autocast_enabled(device.type):
+        kind = torch.get_autocast_dtype(device.type)
+        raise ValueError(
+            f"{what} inside torch.autocast({device.type!r}, {kind}), expected outside of it: "
+            f"a model computes in its weights' type, which `dtype` sets"
+        )
