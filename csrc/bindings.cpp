@@ -1,5 +1,7 @@
 // Python bindings of the CPU kernels; `fastppo/native/` is the only caller.
 #include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstddef>
@@ -85,6 +87,14 @@ void export_codes(py::module_& m) {
   m.attr("MAX_HEAD_SIZE") = kMaxHeadSize;
 }
 
+// New memory that is about to be written: its whole pages as huge ones, where the system gives them to those who ask. Else each 4 KiB is a fault.
+void prefer_huge_pages(uintptr_t address, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = sysconf(_SC_PAGESIZE), first = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // where it is refused, the memory is as good as it was
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -93,6 +103,8 @@ PYBIND11_MODULE(_C, m) {
   export_codes(m);
 
   m.def("cpu_isa", [] { return isa() == Isa::kAvx512 ? "avx512" : isa() == Isa::kAvx2 ? "avx2" : "plain"; });
+
+  m.def("prefer_huge_pages", &prefer_huge_pages);
 
   m.def("token_logprobs_forward", [](const RowsTuple& logits, uintptr_t labels, int64_t ignore_index, const TransformTuple& t, uintptr_t logprobs,
                                      uintptr_t entropy, uintptr_t max_logsum, int threads) {

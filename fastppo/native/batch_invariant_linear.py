@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, DTYPE_CODES, address, threads
+from fastppo.native import _C, DTYPE_CODES, address, on_huge_pages, threads
 
 
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -13,7 +13,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     columns, inner = weight.shape
     if not x.is_contiguous():
         x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    out = on_huge_pages(torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device))
     rows = out.numel() // max(columns, 1)
     _C.matmul(
         x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), DTYPE_CODES[x.dtype],

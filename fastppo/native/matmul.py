@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.native import _C, DTYPE_CODES, address, threads
+from fastppo.native import _C, DTYPE_CODES, address, on_huge_pages, threads
 
 
 def matmul(
@@ -17,7 +17,7 @@ def matmul(
     """
     (rows, inner), columns = a.shape, b.shape[1]
     if out is None:
-        out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
+        out = on_huge_pages(torch.empty((rows, columns), dtype=a.dtype, device=a.device))
     strides = (*a.stride(), *b.stride(), out.stride(0))
     _C.matmul(
         a.data_ptr(), b.data_ptr(), address(bias), out.data_ptr(), DTYPE_CODES[a.dtype],

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.native import on_huge_pages
 from fastppo.native import token_logprobs as native
 from fastppo.native.matmul import matmul
 from fastppo.ops import _checks
@@ -382,7 +383,8 @@ class HeadGradients:
         if dtype is None:
             return None
         make = torch.zeros if zero else torch.empty
-        return _Sums(make(shape, dtype=dtype, device=self._head.weight.device), rows, self._lift, round_in_product)
+        out = on_huge_pages(make(shape, dtype=dtype, device=self._head.weight.device))
+        return _Sums(out, rows, self._lift, round_in_product)
 
     def add(self, places: slice, block: slice, weight: Tensor, inputs: Tensor, d_logits: Tensor) -> None:
         if self._hidden is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.native import collapse_rows
+from fastppo.native import collapse_rows, on_huge_pages
 from fastppo.native import token_logprobs as native
 from fastppo.ops import _checks
 from fastppo.ops._backends import choose
@@ -189,7 +189,7 @@ def _token_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad = on_huge_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
     transform = (logit_scale, softcap, temperature)
     upstream = max_logsum, entropy, d_logprobs, d_entropy
     _backward_kernel(logits, labels, ignore_index, transform, *upstream, grad, backend)
