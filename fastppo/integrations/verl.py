@@ -16,7 +16,6 @@ beside "gae": verl gives estimators of other names neither values nor gamma.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from importlib import import_module
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from fastppo import ops
 from fastppo.integrations.masks import selecting
 from fastppo.integrations.patching import Patch, Peer, Replacement
+from fastppo.integrations.verl_aggregation import aggregate, aggregation_of, loss_dtype, mean_dtype, promoted
 from fastppo.ops import _checks
 from fastppo.ops.masked_whiten import moments_inside, whitened
 
@@ -131,7 +131,7 @@ def compute_gae_advantage_return(
     keep = _kept(response_mask)
     if strict:
         _refuse_faults(keep, token_level_rewards=token_level_rewards, values=values)
-    dtype = _promoted(token_level_rewards, values, response_mask)
+    dtype = promoted(token_level_rewards, values, response_mask)
     with torch.no_grad():
         advantages, returns = ops.gae(token_level_rewards, values, keep, gamma=gamma, lam=lam)
         advantages = _carried_back(advantages, keep)
@@ -161,8 +161,8 @@ def compute_policy_loss(
     )
     # Unlike the statistics it has a gradient.
     ppo_kl = ops.masked_mean((_wide(old_log_prob) - _wide(log_prob)).clamp(-20, 20), _kept(response_mask))
-    share = _mean_dtype(stats.clipfrac, response_mask)
-    ppo_kl = ppo_kl.to(_mean_dtype(old_log_prob, log_prob, response_mask))
+    share = mean_dtype(stats.clipfrac, response_mask)
+    ppo_kl = ppo_kl.to(mean_dtype(old_log_prob, log_prob, response_mask))
     return loss, stats.clipfrac.to(share), ppo_kl, stats.clipfrac_dual.to(share)
 
 
@@ -245,12 +245,12 @@ def compute_value_loss(
     keep = _kept(response_mask)
     if strict:
         _refuse_faults(keep, vpreds=vpreds, returns=returns, values=values)
-    aggregation = _aggregation(keep, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    aggregation = aggregation_of(keep, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     no_policy = torch.zeros_like(vpreds, dtype=torch.float32, requires_grad=False)
     critic = {"values": vpreds, "old_values": values, "returns": returns, "value_clip": cliprange_value, "vf_coef": 1.0}
     loss, stats = ops.ppo_loss(no_policy, no_policy, no_policy, keep, **critic, **aggregation)
-    share = stats.value_clipfrac.to(_mean_dtype(stats.value_clipfrac, response_mask))
-    return loss.to(_loss_dtype(loss_agg_mode, vpreds, returns, values, response_mask)), share
+    share = stats.value_clipfrac.to(mean_dtype(stats.value_clipfrac, response_mask))
+    return loss.to(loss_dtype(loss_agg_mode, vpreds, returns, values, response_mask)), share
 
 
 def agg_loss(
@@ -269,8 +269,8 @@ def agg_loss(
     keep = _kept(loss_mask)
     if strict:
         _refuse_faults(keep, loss_mat=loss_mat)
-    aggregation = _aggregation(keep, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    return _aggregate(loss_mat, keep, **aggregation).to(_loss_dtype(loss_agg_mode, loss_mat, loss_mask))
+    aggregation = aggregation_of(keep, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    return aggregate(loss_mat, keep, **aggregation).to(loss_dtype(loss_agg_mode, loss_mat, loss_mask))
 
 
 def compute_entropy_loss(
@@ -282,8 +282,8 @@ def compute_entropy_loss(
     if strict:
         _refuse_infinite(logits=logits)
         _refuse_faults(keep)
-    loss = _aggregate(_entropy(logits, keep), keep, **_aggregation(keep, loss_agg_mode))
-    return loss.to(_loss_dtype(loss_agg_mode, logits, response_mask))
+    loss = aggregate(_entropy(logits, keep), keep, **aggregation_of(keep, loss_agg_mode))
+    return loss.to(loss_dtype(loss_agg_mode, logits, response_mask))
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
@@ -298,7 +298,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     if kind in ("k1", "abs"):  # one operation of torch, and so as exact and as fast
         difference = logprob - ref_logprob
         return difference if kind == "k1" else difference.abs()
-    return ops.approx_kl(logprob, ref_logprob, kind).to(_promoted(logprob, ref_logprob))
+    return ops.approx_kl(logprob, ref_logprob, kind).to(promoted(logprob, ref_logprob))
 
 
 def kl_penalty_forward(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
@@ -316,7 +316,7 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None
     _check_plain(values=values)
     if axis is not None:
         raise ValueError(f"axis is {axis!r}, expected None")
-    return ops.masked_mean(values, _kept(mask)).to(_mean_dtype(values, mask))
+    return ops.masked_mean(values, _kept(mask)).to(mean_dtype(values, mask))
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -348,8 +348,8 @@ def _policy_loss(tokens: _Tokens, aggregated: dict[str, Any], strict: bool, **op
     if tokens.rollout_is_weights is not None:
         advantages = _weighed(advantages, tokens.rollout_is_weights, keep, linear=options.get("objective") == "cispo")
     columns = (tokens.log_prob, tokens.old_log_prob, advantages, keep)
-    loss, stats = ops.ppo_loss(*columns, **_aggregation(keep, **aggregated), **options)
-    return ops.PPOLoss(loss.to(_loss_dtype(aggregated["loss_agg_mode"], *given.values())), stats)
+    loss, stats = ops.ppo_loss(*columns, **aggregation_of(keep, **aggregated), **options)
+    return ops.PPOLoss(loss.to(loss_dtype(aggregated["loss_agg_mode"], *given.values())), stats)
 
 
 def _weighed(advantages: Tensor, weights: Tensor, keep: Tensor, linear: bool) -> Tensor:
@@ -380,50 +380,6 @@ def _metrics(clipfrac: Tensor, ppo_kl: Tensor, clipfrac_lower: Tensor) -> dict[s
         "actor/ppo_kl": ppo_kl.item(),
         "actor/pg_clipfrac_lower": clipfrac_lower.item(),
     }
-
-
-def _aggregation(
-    keep: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> dict[str, Any]:
-    """verl's mode and its totals as `ppo_loss` has them: aggregation and denominator."""
-    _checks.number("dp_size", dp_size, above=0)
-    if loss_agg_mode == "token-sum":
-        return {"aggregation": "fixed-denominator", "denominator": 1 / dp_size}
-    by_sequence = "seq-mean-token-sum", "seq-mean-token-mean"
-    aggregation = loss_agg_mode.removesuffix("-norm")
-    _checks.choice("loss_agg_mode", aggregation, ("token-mean", *by_sequence))
-    total = global_batch_size if aggregation in by_sequence else batch_num_tokens
-    if total is None and dp_size > 1:
-        raise ValueError(f"dp_size is {dp_size}, expected 1 without the global batch's total")
-    denominator = None if total is None else _checks.number("the global batch's total", total, above=0) / dp_size
-    if loss_agg_mode == "seq-mean-token-sum-norm":
-        scale = keep.shape[-1] if loss_scale_factor is None else loss_scale_factor
-        _checks.number("loss_scale_factor", scale, above=0)
-        denominator = scale * (keep.any(-1).sum().clamp(min=1) if denominator is None else denominator)
-    elif loss_agg_mode.endswith("-norm"):
-        raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}, which is none of verl's")
-    return {"aggregation": aggregation, "denominator": denominator}
-
-
-def _aggregate(x: Tensor, keep: Tensor, aggregation: str, denominator: float | Tensor | None) -> Tensor:
-    """fp32 0-d (fp64 for fp64), 0 for an empty mask."""
-    _checks.floating("the losses", x)
-    _checks.shape("the mask", keep, x.shape, "the losses' shape")
-    wide = torch.promote_types(torch.float32, x.dtype)
-    kept = torch.where(keep, x, 0)
-    if aggregation == "seq-mean-token-mean":
-        total = (kept.sum(-1, dtype=wide) / keep.sum(-1).clamp(min=1)).sum()
-    else:
-        total = kept.sum(dtype=wide)
-    if denominator is None:
-        own = keep.sum() if aggregation == "token-mean" else keep.any(-1).sum()
-        denominator = own.clamp(min=1)
-    return total / denominator
 
 
 def _entropy(logits: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -499,22 +455,6 @@ def _refuse_infinite(**tensors: Tensor) -> None:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(torch.float32, x.dtype))
-
-
-def _promoted(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-
-
-def _loss_dtype(loss_agg_mode: str, *tensors: Tensor) -> torch.dtype:
-    """Of the tensors, the mask among them; verl counts sequences in fp32."""
-    dtype = _promoted(*tensors)
-    return dtype if loss_agg_mode.startswith("token") else torch.promote_types(dtype, torch.float32)
-
-
-def _mean_dtype(*tensors: Tensor) -> torch.dtype:
-    """Of the tensors, the mask last: one of integers is counted in the default type."""
-    count = tensors[-1].dtype if tensors[-1].is_floating_point() else torch.get_default_dtype()
-    return torch.promote_types(_promoted(*tensors), count)
 
 
 NAME = "fastppo"  # of the vanilla loss, in the table that verl's `policy_loss.loss_mode` looks into
