@@ -1,6 +1,7 @@
 """fastppo: a PPO engine for language models.
 
-Ops replace the PyTorch code in any trainer; `Engine` samples on the weights that train; `PPOTrainer` is the loop over both.
+Ops replace the PyTorch code in any trainer; `Engine` samples on the weights that train; `PPOTrainer` is the loop over both,
+and `SFTTrainer` makes the model that it begins with.
 """
 
 from importlib import import_module
@@ -13,6 +14,8 @@ from fastppo.ops import *  # noqa: F403 - the ops' own __all__ is the list
 if TYPE_CHECKING:
     from fastppo.config import PPOConfig
     from fastppo.rollout import Engine, Rollout, SamplingParams
+    from fastppo.sft import SFTTrainer
+    from fastppo.sft_config import SFTConfig
     from fastppo.trainer import PPOTrainer
 
 try:
@@ -26,10 +29,22 @@ _LAZY = {
     "PPOConfig": "fastppo.config",
     "PPOTrainer": "fastppo.trainer",
     "Rollout": "fastppo.rollout",
+    "SFTConfig": "fastppo.sft_config",
+    "SFTTrainer": "fastppo.sft",
     "SamplingParams": "fastppo.rollout",
 }
 
-__all__ = ["Engine", "PPOConfig", "PPOTrainer", "Rollout", "SamplingParams", "__version__", *ops.__all__]
+__all__ = [
+    "Engine",
+    "PPOConfig",
+    "PPOTrainer",
+    "Rollout",
+    "SFTConfig",
+    "SFTTrainer",
+    "SamplingParams",
+    "__version__",
+    *ops.__all__,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,9 @@ from rich.text import Text
 COLUMNS = {
     "reward": ("objective/scores", "{:.3f}"),
     "held out": ("eval/scores", "{:.3f}"),
+    "loss": ("loss/nll", "{:.3f}"),
+    "held-out loss": ("eval/nll", "{:.3f}"),
+    "perplexity": ("eval/perplexity", "{:.2f}"),
     "KL": ("objective/kl", "{:.2f}"),
     "entropy": ("policy/entropy_avg", "{:.2f}"),
     "length": ("completions/mean_length", "{:.0f}"),
@@ -29,7 +32,7 @@ COLUMNS = {
     "s": ("time/step", "{:.1f}"),
 }
 # On a narrow terminal these give way, the first of them first.
-LEAST_NEEDED = ("tok/s", "clipped", "off band", "s", "held out", "critic EV", "length", "entropy", "KL")
+LEAST_NEEDED = ("tok/s", "clipped", "off band", "s", "held out", "perplexity", "critic EV", "length", "entropy", "KL")
 PARTS_OF_A_STEP = ("rollout", "reward", "score", "update")
 COLUMN_GAP = 2
 SHOWN_STEPS = 12
@@ -66,10 +69,13 @@ class Reporter:
     What only shows may fail: an output that is closed, full or of another encoding is given up, which standard error says once.
 
     quiet: show nothing (tests, several processes). console: where to write; by default the terminal's standard output.
+    every: show each `every`-th step alone, the last one, and those with an evaluation.
     """
 
-    def __init__(self, total_steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.total_steps, self.quiet = total_steps, quiet
+    def __init__(
+        self, total_steps: int, *, quiet: bool = False, console: Console | None = None, every: int = 1
+    ) -> None:
+        self.total_steps, self.quiet, self.every = total_steps, quiet, every
         self.console = console or Console(highlight=False)
         self.rows: list[tuple[int, Mapping[str, float]]] = []
         self.noted: set[str] = set()
@@ -123,6 +129,9 @@ class Reporter:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One more step of the run is done."""
+        evaluated = any(name.startswith("eval/") for name in metrics)
+        if step % self.every and step != self.total_steps and not evaluated:
+            return
         if not self.rows:  # the steps before a resume, and a first step that warms up, say nothing about the time left
             self.progress.reset(self.steps_task)
         self.rows = [*self.rows, (step, metrics)][-SHOWN_STEPS:]

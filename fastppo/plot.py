@@ -19,6 +19,7 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("Reward", "score", {"objective/scores": "training", "eval/scores": "held out"}),
+    Panel("Loss", "nats a token", {"loss/nll": "training", "eval/nll": "held out"}),
     Panel("KL to the reference", "nats a completion", {"objective/kl": "KL"}),
     Panel("KL of an update", "nats a token", {"policy/approxkl_avg": "approximate KL", "policy/kl": "KL"}),
     Panel("Entropy", "nats a token", {"policy/entropy_avg": "entropy"}),

@@ -129,10 +129,6 @@ class RunLoop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _show_update(self, done: int, total: int) -> None:
-        stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
-        self.reporter.phase("update", done, total, stopping)
-
     def _write_model(self, folder: RunFolder) -> None:
         try:
             self.save_pretrained(folder.path / MODEL)

@@ -28,14 +28,14 @@ class RunState:
     """Counts the steps of a run, saves them and goes back to them.
 
     Args:
-        learner, algorithm, sampler: whose states a checkpoint holds.
+        learner, algorithm, sampler: whose states a checkpoint holds; None where the algorithm has none.
         identity: what a checkpoint is bound to, as `identity` gives it.
     """
 
     def __init__(
         self,
         learner: Learner,
-        algorithm: Algorithm,
+        algorithm: Algorithm | None,
         sampler: PromptSampler,
         identity: Callable[[], dict[str, Any]],
     ) -> None:
@@ -93,17 +93,19 @@ class RunState:
         _require_same(saved, self._identity, path)
         self.whole = False
         self._learner.load_state_dict(tensors, state)
-        self._algorithm.load_state_dict(state["algorithm"])
+        if self._algorithm is not None:
+            self._algorithm.load_state_dict(state["algorithm"])
         self._sampler.load_state_dict(state["sampler"])
         self.step = self._saved = step
         self._next_prompts, self.unrecorded, self.whole = state["sampler"], state["unrecorded"], True
         changes = folder.resume(settings, step, metrics_step=step if self.unrecorded is None else step - 1)
-        return changes + ["other prompts" for _ in [0] if saved[_PROMPTS] != self._identity[_PROMPTS]]
+        return changes + [what for name, what in _DATA.items() if saved.get(name) != self._identity.get(name)]
 
     def save(self, folder: RunFolder, *, keep: int) -> None:
         tensors, state = self._learner.state_dict()
         state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
-        state["algorithm"] = self._algorithm.state_dict()
+        if self._algorithm is not None:
+            state["algorithm"] = self._algorithm.state_dict()
         save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep)
         self._saved = self.step
 
@@ -118,7 +120,8 @@ class RunState:
             note(f"step {self.step} could not be saved: {failure}")
 
 
-_REFERENCE, _PROMPTS = "reference_sha256", "prompts_sha256"
+_REFERENCE, _PROMPTS, _EXAMPLES = "reference_sha256", "prompts_sha256", "examples_sha256"
+_DATA = {_PROMPTS: "other prompts", _EXAMPLES: "other examples"}
 # Of a model's configuration: where it came from, how it is stored, who wrote it, how it is sampled from.
 _IRRELEVANT = re.compile(r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|\w+_token_id")
 

@@ -224,6 +224,10 @@ class PPOTrainer(RunLoop):
     def _show_rollout(self, done: int, total: int) -> None:
         self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
 
+    def _show_update(self, done: int, total: int) -> None:
+        stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
+        self.reporter.phase("update", done, total, stopping)
+
     def _greedy_scores(self, rows: list[Row]) -> Tensor:
         """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid."""
         greedy = dataclasses.replace(self.config.rollout.sampling(0), n=1, temperature=0.0)

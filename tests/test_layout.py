@@ -31,6 +31,7 @@ FLOORS = [
         "fastppo.config",
         "fastppo.recipe_config",
         "fastppo.reward_model_config",
+        "fastppo.sft_config",
         "fastppo.data",
         "fastppo.yaml_numbers",
         "fastppo.errors",
@@ -49,6 +50,7 @@ FLOORS = [
     + (
         "fastppo.calibration",
         "fastppo.reward_model_training",
+        "fastppo.sft",
         "fastppo.samples",
         "fastppo.tracking",
         "fastppo.doctor",

@@ -26,20 +26,29 @@ TEMPLATE_COLUMNS = {"tools": list, "chat_template_kwargs": dict}
 
 
 class ChatTemplate:
-    """Renders conversations into the text that a model reads, its own turn begun. `system_prompt` becomes their first message."""
+    """Renders conversations into the text that a model reads, by default its own turn begun. `system_prompt` becomes their first message."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
         self._tokenizer, self._system_prompt = tokenizer, system_prompt
 
-    def __call__(self, messages: list[Row], number: int, tools: list | None = None, options: Row | None = None) -> str:
-        """`tools` and `options` go to the template. Raises ValueError, naming the row by its number, where the template refuses it."""
+    def __call__(
+        self,
+        messages: list[Row],
+        number: int,
+        tools: list | None = None,
+        options: Row | None = None,
+        *,
+        begin_turn: bool = True,
+    ) -> str:
+        """`tools` and `options` go to the template; `begin_turn`: the model is to speak next. Raises ValueError, naming the row by its number,
+        where the template refuses it."""
         if self._system_prompt is not None and messages[0]["role"] == "system":
             raise ValueError(
                 f"system_prompt is set, but the conversation of row {number} begins with a system message of its own"
             )
         system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
         try:
-            return self._render(system + messages, tools, options)
+            return self._render(system + messages, tools, options, begin_turn)
         except Exception as error:  # a template is a program that raises what it likes
             raise ValueError(f"the tokenizer's chat template refuses the prompt of row {number}: {error}") from error
 
@@ -51,9 +60,11 @@ class ChatTemplate:
             return end
         return next((token for token in tokens if token in text), None)
 
-    def _render(self, messages: list[Row], tools: list | None = None, options: Row | None = None) -> str:
+    def _render(
+        self, messages: list[Row], tools: list | None = None, options: Row | None = None, begin_turn: bool = True
+    ) -> str:
         return self._tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options or {}
+            messages, tools=tools, add_generation_prompt=begin_turn, tokenize=False, **options or {}
         )
 
     @functools.cached_property
@@ -94,18 +105,25 @@ def template_column(value: Any, name: str, number: int) -> Any:
 
 
 def check_messages(messages: list[Any], number: int) -> list[Row]:
-    """The messages as plain JSON values, without the empty entries that tables fill in. Raises ValueError naming row and message."""
-    if not messages:
-        raise ValueError(f"the prompt of row {number} is a conversation without messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or not _has_text(message, "role") or not _has_content(message):
-            raise ValueError(
-                f"the prompt of row {number} has the message {message!r}, expected a dict with texts 'role' and 'content'"
-            )
-    if messages[-1]["role"] == "assistant":
+    """The messages of a prompt as plain JSON values. Raises ValueError naming row and message."""
+    found = plain_messages(messages, number, "prompt")
+    if found[-1]["role"] == "assistant":
         raise ValueError(
             f"the conversation of row {number} ends with the assistant's turn, expected one for it to answer"
         )
+    return found
+
+
+def plain_messages(messages: list[Any], number: int, what: str) -> list[Row]:
+    """The messages as plain JSON values, without the empty entries that tables fill in. Raises ValueError naming row and message; `what` is the
+    column's part in it."""
+    if not messages:
+        raise ValueError(f"the {what} of row {number} is a conversation without messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not _has_text(message, "role") or not _has_content(message):
+            raise ValueError(
+                f"the {what} of row {number} has the message {message!r}, expected a dict with texts 'role' and 'content'"
+            )
     return [
         _plain(
             {key: value for key, value in message.items() if value is not None},

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 class PromptSampler:
     """Draws batches of indices into a data set: all of them once, in random order, then all again in another one.
 
-    The order depends on the seed and the epoch only. A batch runs over an epoch's end into the next one, so every batch is full.
+    The order depends on the seed and the epoch only. A batch runs over an epoch's end into the next one, so every batch is full, unless fewer
+    are asked for.
     """
 
     def __init__(self, dataset_len: int, batch: int, seed: int) -> None:
@@ -20,14 +21,14 @@ class PromptSampler:
         self._epoch = self._cursor = 0
         self._order = self._shuffled()
 
-    def next(self) -> list[int]:
-        """The next `batch` indices."""
-        indices: list[int] = []
-        while len(indices) < self._batch:
+    def next(self, count: int | None = None) -> list[int]:
+        """The next `count` indices, by default `batch`."""
+        count, indices = self._batch if count is None else count, []
+        while len(indices) < count:
             if self._cursor == self._dataset_len:
                 self._epoch, self._cursor = self._epoch + 1, 0
                 self._order = self._shuffled()
-            taken = self._order[self._cursor : self._cursor + self._batch - len(indices)]
+            taken = self._order[self._cursor : self._cursor + count - len(indices)]
             indices += taken
             self._cursor += len(taken)
         return indices

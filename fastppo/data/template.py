@@ -1,4 +1,4 @@
-"""`data.prompt_template`: texts with columns in braces."""
+"""`data.prompt_template` and its like: texts with columns in braces."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PromptTemplate:
     `\\boxed{answer}` would put the answer that is asked for into the prompt.
     """
 
-    def __init__(self, template: str, columns: Sequence[str]) -> None:
-        self._template = template
+    def __init__(self, template: str, columns: Sequence[str], what: str = "prompt") -> None:
+        self._template, self._what = template, what
         for character, letter in LOST_BACKSLASH.items():
             if character in template:
                 raise self._refusal(
@@ -52,7 +52,7 @@ class PromptTemplate:
         """The text of a row. Raises ValueError for a value that is no text and no finite number, naming row and column."""
         text = "".join(literal + _field(row, column, number) for literal, column in self._pieces)
         if not text.strip():
-            raise ValueError(f"the prompt of row {number} is empty: {text!r}")
+            raise ValueError(f"the {self._what} of row {number} is empty: {text!r}")
         return text
 
     def _check(self, literal: str, column: str, options: str | None, columns: Sequence[str]) -> None:
@@ -65,12 +65,12 @@ class PromptTemplate:
         if command := LATEX_COMMAND.search(literal):
             command = command[0]
             raise self._refusal(
-                f"has {command}{{{column}}}, which would put the column {column!r} into every prompt: write {command}{{{{{column}}}}} "
+                f"has {command}{{{column}}}, which would put the column {column!r} into every {self._what}: write {command}{{{{{column}}}}} "
                 f"for LaTeX's braces around the word, {command}{{{{{{{column}}}}}}} for LaTeX's braces around the column's value"
             )
 
     def _refusal(self, why: str) -> ValueError:
-        return ValueError(f"prompt_template is {self._template!r}, which {why}")
+        return ValueError(f"{self._what}_template is {self._template!r}, which {why}")
 
 
 def _field(row: Mapping[str, Any], column: str | None, number: int) -> str:

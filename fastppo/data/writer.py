@@ -16,12 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class PromptWriter:
-    """Adds `prompt` and `prompt_ids` to rows. Raises ValueError for settings that do not fit each other or the tokenizer."""
+    """Adds `prompt` and `prompt_ids` to rows. Raises ValueError for settings that do not fit each other or the tokenizer.
+
+    `chat` renders conversations; None where no chat template is applied, for the reason that `why_no_chat` gives.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, columns: list[str]) -> None:
         self._tokenizer, self._config = tokenizer, config
         self._template = PromptTemplate(config.prompt_template, columns)
-        self._chat = _chat_template(tokenizer, config)
+        self.chat = _chat_template(tokenizer, config)
         self._template_columns = [n for n in TEMPLATE_COLUMNS if n in columns and not self._template.names(n)]
         self._first_of_kind: dict[str, int] = {}
         self._unused: dict[str, str] = {}
@@ -48,28 +51,32 @@ class PromptWriter:
 
     def _render(self, prompt: str | list[Row], row: Row, number: int) -> str:
         """What the model reads, as text."""
-        if self._chat is None:
+        if self.chat is None:
             if isinstance(prompt, list):
                 raise ValueError(
-                    f"the prompt of row {number} is a conversation, expected a text because {self._why_no_chat()}"
+                    f"the prompt of row {number} is a conversation, expected a text because {self.why_no_chat()}"
                 )
             if not self._config.rendered:
-                self._unused |= {name: self._why_no_chat() for name in self._template_columns if row[name]}
+                self._unused |= {name: self.why_no_chat() for name in self._template_columns if row[name]}
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.chat(messages, number, *self.for_template(row, number))
+
+    def for_template(self, row: Row, number: int) -> tuple[list | None, Row | None]:
+        """What a row has for the chat template besides messages: (tools, options)."""
         given = {name: template_column(row[name], name, number) for name in self._template_columns}
         tools = given.get("tools")
-        if tools and not self._chat.shows_tools:
+        if tools and not self.chat.shows_tools:
             self._unused["tools"] = "the tokenizer's chat template has no place for them"
-        return self._chat(messages, number, tools, given.get("chat_template_kwargs"))
+        return tools, given.get("chat_template_kwargs")
 
-    def _why_no_chat(self) -> str:
+    def why_no_chat(self) -> str:
         if self._config.rendered:
             return "rendered is true"
         return "chat is off" if self._tokenizer.chat_template else "the tokenizer has no chat template"
 
     def _encode(self, text: str, number: int) -> list[int]:
-        rendered = self._chat is not None or bool(self._config.rendered)
+        rendered = self.chat is not None or bool(self._config.rendered)
         try:
             ids = encode_prompt(self._tokenizer, text, rendered=rendered)
         except Exception as error:  # the tokenizers library raises nothing more precise
@@ -79,8 +86,8 @@ class PromptWriter:
         return ids
 
     def _refuse_rendered(self, prompt: str, ids: list[int], number: int) -> None:
-        if self._chat is not None:
-            mark, again = self._chat.mark_in(prompt), "it would be applied a second time"
+        if self.chat is not None:
+            mark, again = self.chat.mark_in(prompt), "it would be applied a second time"
         else:
             mark, again = self._doubled_beginning(prompt, ids), "the tokenizer adds another"
         if mark is not None:

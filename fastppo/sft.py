@@ -1,0 +1,182 @@
+"""Supervised fine-tuning: a model imitates examples, packed, by the same learner, records and checkpoints as PPO."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo.config import CriticConfig, LearnerConfig
+from fastppo.console import Reporter
+from fastppo.data import PromptSampler
+from fastppo.data.example_writer import Example
+from fastppo.data.examples import ExampleDataset, load_examples
+from fastppo.errors import TrainingError
+from fastppo.interruption import Interruption
+from fastppo.learner import Learner, Losses, NonFiniteUpdates
+from fastppo.metrics import Clock
+from fastppo.model import context_length, lm_head, packed_hidden, resolve_device
+from fastppo.model.host import on_device
+from fastppo.ops import linear_token_logprobs
+from fastppo.plan import Lengths, Minibatch, split_microbatches
+from fastppo.roles import Roles
+from fastppo.rollout.record import bounds_of
+from fastppo.run_folder import RunFolder
+from fastppo.run_loop import RunLoop, default_recipe, naming, ready_model, refuse_autocast
+from fastppo.run_state import RunState, model_identity, token_sha256
+from fastppo.sft_config import SFTConfig
+from fastppo.tracking import check_installed
+
+SHOWN_STEPS = 100  # of a run, at most; metrics.jsonl has them all
+
+
+class SFTTrainer(RunLoop):
+    """Supervised fine-tuning of a causal language model: the mean negative log-likelihood of the examples' completions is minimised.
+
+    The mean is over all imitated tokens of a minibatch, however it is split into micro-batches; the logits never exist as a whole.
+
+    Args:
+        model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place.
+        examples: list of rows with `prompt` and `completion`, or `messages`; a `datasets.Dataset`, a file or hub name; or, where `ExamplesConfig`
+            has settings for them, what `fastppo.data.examples.load_examples(source, tokenizer, ExamplesConfig(...))` makes of these.
+        config: every setting; see `SFTConfig`.
+        tokenizer: needed with a loaded model; else the model's own by default.
+        eval_examples: held-out examples, in the same forms.
+        reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
+        dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
+        recipe: what to write to the run folder's `config.yaml`; by default the settings and the model's name.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, or a model that could not be written in the end, before anything is written.
+    """
+
+    # The network is to learn, also where the caller has switched gradients off.
+    @torch.inference_mode(mode=False)
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel,
+        *,
+        examples: Any,
+        config: SFTConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eval_examples: Any = None,
+        reporter: Reporter | None = None,
+        dtype: str = "auto",
+        recipe: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config = config or SFTConfig()
+        device = resolve_device(config.device)
+        refuse_autocast("SFTTrainer is made", device)
+        check_installed(config.tracking)
+        self.recipe = recipe or default_recipe(config, model)
+        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
+        self.examples = self._load(examples, "examples")
+        self.eval_examples = None if eval_examples is None else self._load(eval_examples, "eval_examples")
+        self.steps_per_epoch = -(-len(self.examples) // config.learner.minibatch_size)
+        self.total_steps = config.learner.epochs * self.steps_per_epoch
+        self.reporter = reporter or Reporter(self.total_steps, every=-(-self.total_steps // SHOWN_STEPS))
+        shared = ("tokens_per_microbatch", "max_skipped_updates", "gradient_checkpointing")
+        self.learner = Learner(
+            Roles(self.model, critic="none", gradient_checkpointing=config.learner.gradient_checkpointing),
+            optimizer=config.optimizer,
+            critic=CriticConfig(kind="none"),
+            config=LearnerConfig(**{name: getattr(config.learner, name) for name in shared}),
+            total_steps=self.total_steps,
+        )
+        self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
+        self.state = RunState(self.learner, None, self.sampler, self._identity)
+        self._interruption = Interruption()
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""
+        if self.eval_examples is None:
+            raise ValueError("eval_examples is None, expected held-out examples to evaluate on")
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for indices in self._microbatches(self.eval_examples, range(len(self.eval_examples))):
+                self._interruption.check()
+                logprobs = self._logprobs([self.eval_examples[i] for i in indices])
+                total, count = total - logprobs.double().sum().item(), count + len(logprobs)
+        nll = total / count
+        return {"eval/nll": nll, "eval/perplexity": torch.tensor(nll, dtype=torch.float64).exp().item()}
+
+    # One step
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.eval_examples is not None
+
+    def _train_step(self, folder: RunFolder) -> None:
+        clock = Clock(self.model.device)
+        metrics = self.learner.start_step(self.step)
+        done = self.step % self.steps_per_epoch * self.config.learner.minibatch_size
+        indices = self.sampler.next(min(self.config.learner.minibatch_size, len(self.examples) - done))
+        plan = [[self._microbatches(self.examples, indices)]]
+        with clock("time/update"):
+            self.state.whole = False
+            try:
+                metrics |= self.learner.minimise(self._losses, plan, learned=("policy",))
+            except NonFiniteUpdates as error:
+                rows = ", ".join(str(self.examples[i].row) for i in indices)
+                raise TrainingError(
+                    f"{error}, the last of them from the examples of the rows {rows}: lower optimizer.lr"
+                ) from error
+        metrics["epoch"] = (self.step + 1) / self.steps_per_epoch
+        self.state.step_done(metrics | clock.metrics(sum(len(self.examples[i].tokens) for i in indices)))
+
+    def _losses(self, roles: Roles, minibatch: Minibatch) -> Losses:
+        """Each micro-batch's part of the mean over the whole minibatch."""
+        count = sum(len(self._targets(self.examples[i])) for indices in minibatch for i in indices)
+        for indices in minibatch:
+            loss = -self._logprobs([self.examples[i] for i in indices]).sum() / count
+            yield loss, {"loss/nll": loss.detach()}
+
+    def _logprobs(self, examples: Sequence[Example]) -> Tensor:
+        """fp32 [N]: of the N imitated tokens of some examples, packed; differentiable."""
+        device, lengths = self.model.device, [len(example.tokens) for example in examples]
+        bounds, targets = bounds_of(lengths), [self._targets(example) for example in examples]
+        tokens = on_device([token for example in examples for token in example.tokens], device)
+        positions = on_device([place for length in lengths for place in range(length)], device)
+        places = on_device(
+            [start + place for start, own in zip(bounds, targets, strict=False) for place in own], device
+        )
+        firsts = [own[0] for own in targets]  # nothing that stands before them is asked of the head
+        hidden, head = packed_hidden(self.model, tokens, positions, bounds, prompt_lengths=firsts), lm_head(self.model)
+        return linear_token_logprobs(
+            hidden[places - 1],
+            head.weight,
+            tokens[places],
+            head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+
+    def _targets(self, example: Example) -> list[int]:
+        """The places of the tokens whose likelihood counts."""
+        if self.config.learner.loss_tokens == "all":
+            return list(range(1, len(example.tokens)))
+        return [place for place, learned in enumerate(example.learned) if learned]
+
+    def _microbatches(self, examples: ExampleDataset, indices: Sequence[int]) -> Minibatch:
+        lengths, groups = [len(example.tokens) for example in examples], range(len(examples))
+        shared = Lengths(lengths, [0] * len(lengths), groups)
+        return split_microbatches(indices, shared, self.config.learner.tokens_per_microbatch)
+
+    # Set-up, checkpoints
+
+    def _load(self, source: Any, name: str) -> ExampleDataset:
+        with naming(name):
+            dataset = source if isinstance(source, ExampleDataset) else load_examples(source, self.tokenizer)
+            return dataset.limited(context_length(self.model), self.model.get_input_embeddings().weight.shape[0])
+
+    def _identity(self) -> dict[str, Any]:
+        return model_identity(self.model) | {
+            "seed": self.config.seed,
+            "learner.minibatch_size": self.config.learner.minibatch_size,
+            "number of examples": len(self.examples),
+            "examples_sha256": token_sha256([*example.tokens, *example.learned] for example in self.examples),
+        }
