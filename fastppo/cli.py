@@ -1,4 +1,4 @@
-"""The command line: fastppo train | reward-model | generate | export | plot | report | doctor | info | bench."""
+"""The command line: fastppo sft | reward-model | train | generate | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from fastppo import __version__
 from fastppo.errors import is_users
+
+if TYPE_CHECKING:
+    from fastppo.run_loop import RunLoop
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
@@ -95,6 +99,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         sub.set_defaults(command=command)
         return sub
 
+    sft = add("sft", _sft, "Fine-tune a model on examples, for PPO to begin with.")
+    sft.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/sft.yaml and fastppo/sft_config.py")
+    sft.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    sft.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     train = add("train", _train, "Train as a recipe file says.")
     train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/recipe_config.py")
     train.add_argument(
@@ -163,9 +171,7 @@ def _train(options: argparse.Namespace) -> int:
     from fastppo.run_folder import check_usable
 
     recipe = load_recipe(options.recipe, options.overrides)
-    for section, key in (("model", "name"), ("data", "path"), ("reward", "functions")):
-        if not getattr(getattr(recipe, section), key):
-            raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
+    _require_set(recipe, ("model", "name"), ("data", "path"), ("reward", "functions"))
     check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
     reward = resolve_rewards(recipe.reward)
 
@@ -185,24 +191,38 @@ def _train(options: argparse.Namespace) -> int:
         dtype=recipe.model.dtype,
         recipe=dataclasses.asdict(recipe),
     )
+    result = ["reward", "eval/scores", "objective/scores"]
+    return _run_to_the_end(trainer, options, recipe.output_dir, command="train", length="total_steps", result=result)
+
+
+def _run_to_the_end(
+    trainer: RunLoop, options: argparse.Namespace, output_dir: str, *, command: str, length: str, result: list[str]
+) -> int:
+    """Train, and print what came of it: what it is called, and its metrics, of which the first that there is counts. length: the setting that
+    makes a run longer."""
     try:
         metrics = trainer.train(resume=options.resume)
     except (KeyboardInterrupt, SystemExit) as end:
         with suppress(OSError):  # a terminal that is gone
-            print(f"fastppo: interrupted; {_how_to_go_on(options, recipe.output_dir)}", file=sys.stderr)
+            print(f"fastppo: interrupted; {_how_to_go_on(options, command, output_dir)}", file=sys.stderr)
         _settle_stdout()
         return end.code if isinstance(end, SystemExit) else 130
     if not metrics:
-        _settle_stdout(
-            f"nothing to do: {recipe.output_dir} has all its {recipe.total_steps} steps; to go on, raise total_steps"
-        )
+        _settle_stdout(f"nothing to do: {output_dir} has all its steps; to go on, raise {length}")
         return 0
-    reward_now = metrics.get("eval/scores", metrics["objective/scores"])
-    _settle_stdout(f"done: reward {reward_now:.3f}; model, metrics and curve in {recipe.output_dir}")
+    title, *names = result
+    found = next(metrics[name] for name in names if name in metrics)
+    _settle_stdout(f"done: {title} {found:.3f}; model, metrics and curve in {output_dir}")
     return 0
 
 
-def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
+def _require_set(recipe: object, *settings: tuple[str, str]) -> None:
+    for section, key in settings:
+        if not getattr(getattr(recipe, section), key):
+            raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
+
+
+def _how_to_go_on(options: argparse.Namespace, command: str, output_dir: str) -> str:
     """Where the newest checkpoint is, and the command that resumes from it: the same one, overrides included."""
     from fastppo.checkpoint import list_checkpoints
     from fastppo.run_folder import CHECKPOINTS
@@ -210,8 +230,38 @@ def _how_to_go_on(options: argparse.Namespace, output_dir: str) -> str:
     checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
     if not checkpoints:
         return "no step is done, so there is no checkpoint yet"
-    command = shlex.join(["fastppo", "train", options.recipe, *options.overrides, "--resume"])
+    command = shlex.join(["fastppo", command, options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+
+
+def _sft(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from fastppo.recipe import load_recipe
+    from fastppo.run_folder import check_usable
+    from fastppo.sft_config import SFTRecipe
+
+    recipe = load_recipe(options.recipe, options.overrides, SFTRecipe)
+    _require_set(recipe, ("model", "name"), ("data", "path"))
+    check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
+
+    from fastppo.data.examples import load_train_and_eval_examples
+    from fastppo.model import load_tokenizer
+    from fastppo.sft import SFTTrainer
+
+    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+    train, held_out = load_train_and_eval_examples(recipe.data, tokenizer)
+    trainer = SFTTrainer(
+        recipe.model.name,
+        examples=train,
+        eval_examples=held_out,
+        config=recipe,
+        tokenizer=tokenizer,
+        dtype=recipe.model.dtype,
+        recipe=dataclasses.asdict(recipe),
+    )
+    result = ["loss", "eval/nll", "loss/nll"]
+    return _run_to_the_end(trainer, options, recipe.output_dir, command="sft", length="learner.epochs", result=result)
 
 
 def _reward_model(options: argparse.Namespace) -> int:
