@@ -24,16 +24,14 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastppo import PPOConfig, PPOTrainer
-from fastppo.model import lm_head, packed_hidden, prepare_model
-from fastppo.ops import linear_token_logprobs
+from fastppo import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from fastppo.console import Reporter
 from fastppo.rollout import SamplingParams
 
 DIGITS = 3
 FORGETS = 0.8  # the share of his carries that the pupil forgets
 TRAIN, HELD_OUT = 8192, 256  # problems
-WARM_UP_STEPS = 600
-WARM_UP_LR = 6e-3
+IMITATION_EPOCHS = 2
 MAX_NEW_TOKENS = 40  # a worked solution takes 31
 
 
@@ -58,7 +56,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=96,
         # Weights and rotary base suit the small width and the short texts: with Transformers' defaults, made for models a
-        # thousand times larger, the warm-up takes several times as long.
+        # thousand times larger, the imitation takes several times as long.
         initializer_range=0.125,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         eos_token_id=tokenizer.eos_token_id,
@@ -100,31 +98,20 @@ def right_answer(prompts: list[str], completions: list[str], answer: list[str], 
     return [float(text.rpartition("</think>")[2] == right) for text, right in zip(completions, answer, strict=True)]
 
 
-def warm_up(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rng: random.Random
+def imitate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rng: random.Random, output: str
 ) -> float:
     """Supervised imitation of the careless pupil's solutions; returns the last loss in nats a token."""
-    prepare_model(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_LR, betas=(0.9, 0.95), weight_decay=0.1)
-    head = lm_head(model)
-    prompt_length = 2 * DIGITS + 2
-    for step in range(WARM_UP_STEPS):
-        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1, (step + 1) / 20) * (1 - step / WARM_UP_STEPS)
-        chosen = rng.sample(prompts, 32)
-        texts = [prompt + worked_solution(prompt, lambda: rng.random() < FORGETS) for prompt in chosen]
-        sequences = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(texts)["input_ids"]]
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
-        positions = torch.cat([torch.arange(int(length)) for length in lengths])
-        tokens = torch.cat(sequences)
-        hidden = packed_hidden(model, tokens, positions, cu_seqlens)
-        # Each place predicts the next token, if that is one of the solution.
-        labels = torch.where(positions.roll(-1) < prompt_length, -100, tokens.roll(-1))
-        loss = -linear_token_logprobs(hidden, head.weight, labels).sum() / (labels != -100).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
+    config = SFTConfig(
+        output_dir=output,
+        seed=rng.randrange(2**32),
+        learner={"epochs": IMITATION_EPOCHS},
+        optimizer={"lr": 6e-3, "warmup_steps": 20, "betas": (0.9, 0.95), "weight_decay": 0.1},
+    )
+    solutions = [worked_solution(prompt, lambda: rng.random() < FORGETS) for prompt in prompts]
+    examples = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, solutions, strict=True)]
+    trainer = SFTTrainer(model, examples=examples, config=config, tokenizer=tokenizer, reporter=Reporter(0, quiet=True))
+    return trainer.train()["loss/nll"]
 
 
 class Attempt(NamedTuple):
@@ -204,8 +191,9 @@ def main(argv: list[str] | None = None) -> tuple[dict[str, float], dict[str, flo
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/demo", help="run folder (default runs/demo)")
     arguments = parser.parse_args(argv)
-    if Path(arguments.output).exists():
-        parser.error(f"--output is {arguments.output!r}, which is there already: remove it or choose a new folder")
+    for folder in (arguments.output, f"{arguments.output}-imitation"):
+        if Path(folder).exists():
+            parser.error(f"--output needs the folder {folder!r}, which is there already: remove it or choose a new one")
     console, start = Console(highlight=False), time.perf_counter()
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
@@ -218,7 +206,7 @@ def main(argv: list[str] | None = None) -> tuple[dict[str, float], dict[str, flo
         f"A Llama of {model.num_parameters() / 1e6:.1f} M parameters imitates a pupil who adds numbers of {DIGITS} digits "
         f"and forgets {FORGETS:.0%} of his carries."
     )
-    loss = warm_up(model, tokenizer, [row["prompt"] for row in train], rng)
+    loss = imitate(model, tokenizer, [row["prompt"] for row in train], rng, f"{arguments.output}-imitation")
     console.print(
         f"Loss {loss:.2f} nats a token, {time.perf_counter() - start:.0f} s. Now PPO rewards right answers.\n"
     )

@@ -155,16 +155,15 @@ class SFTTrainer(RunLoop):
             logit_scale=head.logit_scale,
         )
 
-    def _targets(self, example: Example) -> list[int]:
+    def _targets(self, example: Example) -> Sequence[int]:
         """The places of the tokens whose likelihood counts."""
-        if self.config.learner.loss_tokens == "all":
-            return list(range(1, len(example.tokens)))
-        return [place for place, learned in enumerate(example.learned) if learned]
+        return range(1, len(example.tokens)) if self.config.learner.loss_tokens == "all" else example.targets
 
     def _microbatches(self, examples: ExampleDataset, indices: Sequence[int]) -> Minibatch:
-        lengths, groups = [len(example.tokens) for example in examples], range(len(examples))
-        shared = Lengths(lengths, [0] * len(lengths), groups)
-        return split_microbatches(indices, shared, self.config.learner.tokens_per_microbatch)
+        lengths, places = [len(examples[i].tokens) for i in indices], range(len(indices))
+        alone = Lengths(lengths, [0] * len(lengths), places)
+        parts = split_microbatches(places, alone, self.config.learner.tokens_per_microbatch)
+        return [[indices[place] for place in part] for part in parts]
 
     # Set-up, checkpoints
 
@@ -178,5 +177,5 @@ class SFTTrainer(RunLoop):
             "seed": self.config.seed,
             "learner.minibatch_size": self.config.learner.minibatch_size,
             "number of examples": len(self.examples),
-            "examples_sha256": token_sha256([*example.tokens, *example.learned] for example in self.examples),
+            "examples_sha256": token_sha256(part for example in self.examples for part in example[:2]),
         }

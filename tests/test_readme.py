@@ -32,7 +32,7 @@ def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     """The demo, shortened, leaves the model that the README's example goes on with; the example is run word for word."""
     monkeypatch.chdir(tmp_path)
     demo = load_demo()
-    demo.WARM_UP_STEPS, demo.HELD_OUT = 5, 8
+    demo.TRAIN, demo.HELD_OUT = 160, 8
     demo.main(["--steps", "1"])
     assert "Curve: runs/demo/curve.png" in capsys.readouterr().out
     assert (tmp_path / "runs" / "demo" / "curve.png").exists()

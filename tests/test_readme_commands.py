@@ -42,6 +42,7 @@ def test_every_other_line_runs_in_the_order_shown(
     monkeypatch.chdir(tmp_path)
     model = f"model.name={stories_model}"
     toy = {
+        "recipes/sft.yaml": [model, "learner.epochs=1"],
         "recipes/stories.yaml": [model],
         "recipes/gsm8k.yaml": [model, f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}"],
     }
@@ -51,7 +52,9 @@ def test_every_other_line_runs_in_the_order_shown(
             continue
         assert words[0] == "fastppo"
         command, arguments = words[1], words[2:]
-        if command == "train":
+        if command == "sft":
+            arguments[1:1] = ["device=cpu", "data.eval_size=4", *toy[arguments[0]]]
+        elif command == "train":
             steps = 2 if "--resume" in arguments else 1
             arguments[1:1] = [*TOY, *toy[arguments[0]], f"total_steps={steps}"]
         elif command == "generate":
@@ -60,7 +63,8 @@ def test_every_other_line_runs_in_the_order_shown(
             arguments += ["--quick", "--op", "gae"]
         assert cli.main([command, *arguments]) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
         shown.append(command)
-    expected = ["train", "train", "train", "generate", "export", "plot", "report", "doctor", "info", "info", "bench"]
+    expected = ["sft", "train", "train", "train", "generate", "export", "plot", "report", "doctor", "info", "info"]
+    expected += ["bench"]
     assert shown == expected
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()
     assert (tmp_path / "runs" / "stories" / "report.html").exists()

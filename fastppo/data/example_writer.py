@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,10 +20,11 @@ MESSAGES = "messages"
 
 
 class Example(NamedTuple):
-    """A sequence of tokens, and which of them are to be imitated; the first one never is."""
+    """A sequence of tokens, some of which are to be imitated."""
 
     tokens: list[int]
-    learned: list[bool]
+    targets: list[int]
+    """The places of those, in rising order; the first token is never one, and there is at least one."""
     row: int
     """Number of its row in the source."""
 
@@ -64,30 +65,28 @@ class ExampleWriter:
         if self._conversations:
             messages, first = self._messages(row[MESSAGES], number, MESSAGES), 0
         else:
-            prompt = self._prompts(row, number)["prompt"]
+            written = self._prompts(row, number)
             if self._prompts.chat is None:
-                return [self._of_texts(prompt, self._completion(row, number), number)]
+                return [self._of_texts(written, self._completion(row, number), number)]
+            prompt = written["prompt"]
             before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages, first = before + self._answer(row, number), len(before)
         turns = self._turns(messages, first, row, number)
-        return [self._encode(pieces, number, rendered=True) for pieces in self._joined(turns)]
+        return [self._encode(pieces, number) for pieces in self._joined(turns)]
 
     def finish(self) -> None:
         """Raises ValueError, and warns, as `PromptWriter.finish` does."""
         self._prompts.finish()
 
-    def _of_texts(self, prompt: str, completion: str, number: int) -> Example:
-        rendered = bool(self._config.rendered)
-        example = self._encode([(prompt, False), (completion, True)], number, rendered)
-        end = self._tokenizer.eos_token_id
-        prompt_ends = [token == end for token, learned in zip(*example[:2], strict=True) if not learned]
-        name = self._tokenizer.eos_token
-        if any(prompt_ends) and self._config.rendered is None:
+    def _of_texts(self, written: Row, completion: str, number: int) -> Example:
+        prompt, name, end = written["prompt_ids"], self._tokenizer.eos_token, self._tokenizer.eos_token_id
+        example = self._encode([(completion, True)], number, written["prompt"], prompt, bool(self._config.rendered))
+        if end in prompt and self._config.rendered is None:
             raise ValueError(
                 f"the prompt of row {number} has the end of sequence {name!r} in it, expected none: set data.rendered to true for texts that "
                 "are to be read as they stand, to false for texts like any other"
             )
-        if end in example.tokens[len(prompt_ends) : -1]:
+        if end in example.tokens[len(prompt) : -1]:
             raise ValueError(
                 f"the completion of row {number} has the end of sequence {name!r} before its own end, after which the model would say nothing "
                 "more, expected it at the end or not at all"
@@ -158,20 +157,25 @@ class ExampleWriter:
             text = before + said
         return sequences
 
-    def _encode(self, pieces: Pieces, number: int, rendered: bool) -> Example:
-        """A border between pieces is one between tokens: what follows a prompt is sampled after the prompt's own tokens."""
-        text, tokens, learned = "", [], []
+    def _encode(
+        self, pieces: Pieces, number: int, text: str = "", tokens: Sequence[int] = (), rendered: bool = True
+    ) -> Example:
+        """The pieces after `text`, of which there are `tokens`. A border between pieces is one between tokens: what follows a prompt is sampled
+        after the prompt's own tokens."""
+        tokens, targets = list(tokens), []
         try:
             for piece, is_learned in pieces:
                 text += piece
                 whole = encode_prompt(self._tokenizer, text, rendered=rendered)
                 fits = whole[: len(tokens)] == tokens
                 new = whole[len(tokens) :] if fits else encode_prompt(self._tokenizer, piece, rendered=True)
-                tokens, learned = tokens + new, learned + [is_learned] * len(new)
+                targets += range(len(tokens), len(tokens) + len(new)) if is_learned else ()
+                tokens += new
         except Exception as error:  # the tokenizers library raises nothing more precise
             raise ValueError(f"the tokenizer cannot encode row {number}: {error}") from error
-        if not learned or learned[0] or not any(learned):
+        if not targets or targets[0] == 0:
             raise ValueError(f"the tokenizer makes no token of the prompt or of the completion of row {number}")
         if tokens[-1] not in (self._stop, self._tokenizer.eos_token_id):
-            tokens, learned = [*tokens, self._tokenizer.eos_token_id], [*learned, True]
-        return Example(tokens, learned, number)
+            targets.append(len(tokens))
+            tokens.append(self._tokenizer.eos_token_id)
+        return Example(tokens, targets, number)
