@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,8 +23,8 @@ MESSAGES = "messages"
 class Example(NamedTuple):
     """A sequence of tokens, some of which are to be imitated."""
 
-    tokens: list[int]
-    targets: list[int]
+    tokens: array[int]
+    targets: array[int]
     """The places of those, in rising order; the first token is never one, and there is at least one."""
     row: int
     """Number of its row in the source."""
@@ -51,7 +52,7 @@ class ExampleWriter:
         self._completion = (
             None if self._conversations else PromptTemplate(config.completion_template, columns, "completion")
         )
-        self._turn_end = None if self._prompts.chat is None else find_turn_end(tokenizer)
+        self._turn_end = find_turn_end(tokenizer) if self._prompts.chat or config.rendered else None
         self._stop = None if self._turn_end is None else self._turn_end.token
         if self._stop is None and tokenizer.eos_token_id is None:
             raise ValueError(
@@ -81,7 +82,7 @@ class ExampleWriter:
     def _of_texts(self, written: Row, completion: str, number: int) -> Example:
         prompt, name, end = written["prompt_ids"], self._tokenizer.eos_token, self._tokenizer.eos_token_id
         example = self._encode([(completion, True)], number, written["prompt"], prompt, bool(self._config.rendered))
-        if end in prompt and self._config.rendered is None:
+        if name is not None and name in written["prompt"] and self._config.rendered is None:
             raise ValueError(
                 f"the prompt of row {number} has the end of sequence {name!r} in it, expected none: set data.rendered to true for texts that "
                 "are to be read as they stand, to false for texts like any other"
@@ -175,7 +176,8 @@ class ExampleWriter:
             raise ValueError(f"the tokenizer cannot encode row {number}: {error}") from error
         if not targets or targets[0] == 0:
             raise ValueError(f"the tokenizer makes no token of the prompt or of the completion of row {number}")
-        if tokens[-1] not in (self._stop, self._tokenizer.eos_token_id):
+        end = self._tokenizer.eos_token_id
+        if tokens[-1] not in (self._stop, end):
             targets.append(len(tokens))
-            tokens.append(self._tokenizer.eos_token_id)
-        return Example(tokens, targets, number)
+            tokens.append(self._stop if end is None else end)
+        return Example(array("i", tokens), array("i", targets), number)

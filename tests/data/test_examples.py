@@ -30,11 +30,11 @@ def assistant(text, **more):
 
 
 def shown(tokenizer, example):
-    """The tokens, those that are imitated in capitals' stead within brackets: `a[b]`."""
+    """The tokens as text, in braces those that are imitated."""
     text, targets = "", set(example.targets)
-    for place, token in enumerate(tokenizer.convert_ids_to_tokens(example.tokens)):
-        text += f"[{token}]" if place in targets else token
-    return text.replace("][", "")
+    for place, token in enumerate(tokenizer.convert_ids_to_tokens(list(example.tokens))):
+        text += f"{{{token}}}" if place in targets else token
+    return text.replace("}{", "")
 
 
 def examples(tokenizer, rows, **settings):
@@ -45,35 +45,40 @@ ROW = {"prompt": "1+1=", "completion": "2"}
 
 
 def test_texts_end_with_the_end_of_sequence_once(tokenizer):
-    assert examples(tokenizer, [ROW, ROW | {"completion": "2</s>"}]) == ["<s>1+1=[2</s>]"] * 2
+    assert examples(tokenizer, [ROW, ROW | {"completion": "2</s>"}]) == ["<s>1+1={2</s>}"] * 2
 
 
 def test_columns_by_template(tokenizer):
     row = {"question": "1+1", "answer": 2, "level": 7}
     settings = {"prompt_template": "{question}=", "completion_template": "<{answer}>"}
-    assert examples(tokenizer, [row], **settings) == ["<s>1+1=[<2></s>]"]
+    assert examples(tokenizer, [row], **settings) == ["<s>1+1={<2></s>}"]
 
 
 def test_texts_that_are_rendered_already_get_no_token_but_the_end(tokenizer):
     row = {"prompt": "</s>1+1=", "completion": "2"}
-    assert examples(tokenizer, [row], rendered=True) == ["</s>1+1=[2</s>]"]
+    assert examples(tokenizer, [row], rendered=True) == ["</s>1+1={2</s>}"]
+
+
+def test_a_rendered_turn_that_is_ended_is_not_ended_again(turns_tokenizer):
+    row = {"prompt": "<|user|>1+1=<|end|>\n<|assistant|>", "completion": "2<|end|>"}
+    assert examples(turns_tokenizer, [row], rendered=True) == ["<|user|>1+1=<|end|>\n<|assistant|>{2<|end|>}"]
 
 
 def test_a_prompt_has_the_tokens_that_ppo_gives_it(tokenizer, turns_tokenizer):
     for settings in ({"chat": False}, {"system_prompt": "add"}):
         example = load_examples([ROW], tokenizer, ExamplesConfig(**settings))[0]
         prompt = load_prompts([ROW], tokenizer, DataConfig(**settings))[0]["prompt_ids"]
-        assert example.tokens[: example.targets[0]] == prompt
+        assert list(example.tokens[: example.targets[0]]) == prompt
 
 
 def test_a_token_across_the_border_is_not_made(tokenizer):
     """A prompt's tokens are those that stand before the first sampled one."""
     tokenizer.add_tokens(["=2"])
-    assert examples(tokenizer, [ROW]) == ["<s>1+1=[2</s>]"]
+    assert examples(tokenizer, [ROW]) == ["<s>1+1={2</s>}"]
 
 
 def test_texts_become_turns(turns_tokenizer):
-    expected = "<|system|>add<|end|>\n<|user|>1+1=<|end|>\n<|assistant|>[2<|end|>]"
+    expected = "<|system|>add<|end|>\n<|user|>1+1=<|end|>\n<|assistant|>{2<|end|>}"
     assert examples(turns_tokenizer, [ROW], system_prompt="add") == [expected]
 
 
@@ -82,15 +87,15 @@ def test_conversations_as_prompt_and_completion(turns_tokenizer):
     prompt = [*user("a"), assistant("b"), *user("c")]
     rows = [{"prompt": prompt, "completion": [assistant("d"), *user("e"), assistant("f")]}]
     before = "<|user|>a<|end|>\n<|assistant|>b<|end|>\n<|user|>c<|end|>\n<|assistant|>"
-    assert examples(turns_tokenizer, rows) == [f"{before}[d<|end|>]\n<|user|>e<|end|>\n<|assistant|>[f<|end|>]"]
-    assert examples(turns_tokenizer, [{"prompt": prompt, "completion": "d"}]) == [f"{before}[d<|end|>]"]
+    assert examples(turns_tokenizer, rows) == [f"{before}{{d<|end|>}}\n<|user|>e<|end|>\n<|assistant|>{{f<|end|>}}"]
+    assert examples(turns_tokenizer, [{"prompt": prompt, "completion": "d"}]) == [before + "{d<|end|>}"]
 
 
 def test_of_messages_the_assistants_turns_are_imitated(turns_tokenizer):
     """With the token that ends each, and nothing of the template around them."""
     conversation = [{"role": "system", "content": "s"}, *user("a"), assistant("b"), *user("c"), assistant("d")]
     expected = (
-        "<|system|>s<|end|>\n<|user|>a<|end|>\n<|assistant|>[b<|end|>]\n<|user|>c<|end|>\n<|assistant|>[d<|end|>]"
+        "<|system|>s<|end|>\n<|user|>a<|end|>\n<|assistant|>{b<|end|>}\n<|user|>c<|end|>\n<|assistant|>{d<|end|>}"
     )
     assert examples(turns_tokenizer, [{"messages": conversation}]) == [expected]
 
@@ -100,25 +105,21 @@ def test_a_template_that_rewrites_the_past_gives_an_example_a_turn(turns_tokeniz
     conversation = [*user("a"), assistant("b", reasoning="x"), *user("c"), assistant("d", reasoning="y")]
     rows = [{"messages": conversation}, {"messages": conversation[:2]}]
     found = load_examples(rows, turns_tokenizer)
-    first = "<|user|>a<|end|>\n<|assistant|>[(x)b<|end|>]"
-    second = "<|user|>a<|end|>\n<|assistant|>b<|end|>\n<|user|>c<|end|>\n<|assistant|>[(y)d<|end|>]"
+    first = "<|user|>a<|end|>\n<|assistant|>{(x)b<|end|>}"
+    second = "<|user|>a<|end|>\n<|assistant|>b<|end|>\n<|user|>c<|end|>\n<|assistant|>{(y)d<|end|>}"
     assert [shown(turns_tokenizer, example) for example in found] == [first, second, first]
     assert [example.row for example in found] == [0, 0, 1]
 
 
 def test_without_a_token_that_ends_turns_each_ends_with_the_end_of_sequence(chat_tokenizer):
     conversation = [*user("a"), assistant("b"), *user("c"), assistant("d")]
-    expected = ["<s>[user]a[assistant][b</s>]", "<s>[user]a[assistant]b[user]c[assistant][d</s>]"]
-    found = load_examples([{"messages": conversation}], chat_tokenizer)
-    assert [chat_tokenizer.decode(example.tokens) for example in found] == [
-        text.replace("[b</s>]", "b</s>").replace("[d</s>]", "d</s>") for text in expected
-    ]
-    assert [len(example.targets) for example in found] == [2, 2]
+    expected = ["<s>[user]a[assistant]{b</s>}", "<s>[user]a[assistant]b[user]c[assistant]{d</s>}"]
+    assert examples(chat_tokenizer, [{"messages": conversation}]) == expected
 
 
 def test_messages_are_passed_over_where_there_is_a_completion(turns_tokenizer):
     rows = [ROW | {"messages": [*user("a"), assistant("b")]}]
-    assert examples(turns_tokenizer, rows) == ["<|user|>1+1=<|end|>\n<|assistant|>[2<|end|>]"]
+    assert examples(turns_tokenizer, rows) == ["<|user|>1+1=<|end|>\n<|assistant|>{2<|end|>}"]
 
 
 def test_a_files_last_rows_are_held_out(tokenizer, tmp_path):
@@ -133,7 +134,7 @@ def test_long_rows_are_left_out_or_refused_but_never_cut(tokenizer, caplog):
     rows = [ROW, ROW | {"completion": "22222"}]
     with pytest.raises(ValueError, match=r"row 1 has 11 tokens with its completion, expected at most 7 \(1 of 2"):
         examples(tokenizer, rows, max_tokens=7)
-    assert examples(tokenizer, rows, max_tokens=7, drop_long_rows=True) == ["<s>1+1=[2</s>]"]
+    assert examples(tokenizer, rows, max_tokens=7, drop_long_rows=True) == ["<s>1+1={2</s>}"]
     assert "left out 1 of 2 examples: longer than 7 tokens" in caplog.text
     with pytest.raises(ValueError, match="all 2 examples are longer than 3 tokens"):
         examples(tokenizer, rows, max_tokens=3, drop_long_rows=True)

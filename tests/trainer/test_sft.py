@@ -53,10 +53,10 @@ def plain_gradients(trainer, model, loss_tokens):
     """Of Transformers' own forward, an example at a time, and PyTorch's cross-entropy over all of them."""
     logits, labels = [], []
     for example in trainer.examples:
-        tokens = torch.tensor(example.tokens)
+        tokens = torch.tensor(list(example.tokens))
         logits.append(model(tokens[None]).logits[0, :-1])
         kept = torch.zeros(len(tokens), dtype=torch.bool)
-        kept[example.targets] = True
+        kept[list(example.targets)] = True
         labels.append(torch.where(kept | torch.tensor(loss_tokens == "all"), tokens, -100)[1:])
     F.cross_entropy(torch.cat(logits), torch.cat(labels)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,68 @@
+"""`fastppo sft` on the command line: what it says at its end, and of mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from fastppo import cli
+from fastppo.run_folder import read_metrics
+from tests.tiny import make_model, make_tokenizer
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": a, "completion": b} for a in "abcd" for b in "efgh"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = f"device: cpu\noutput_dir: {tmp_path / 'run'}\nmodel: {{name: model}}\ndata: {{path: rows.jsonl}}\n"
+    (tmp_path / "recipe.yaml").write_text(text + "learner: {minibatch_size: 4}\n")
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_run_and_a_longer_one(recipe, tmp_path, capsys):
+    assert cli.main(["sft", recipe]) == 0
+    assert "step 4/4  loss 2." in (out := capsys.readouterr().out) and "done: loss 2." in out
+    assert cli.main(["sft", recipe]) == 2 and "--resume" in capsys.readouterr().err
+    assert cli.main(["sft", recipe, "--resume"]) == 0
+    assert "has all its steps; to go on, raise learner.epochs" in capsys.readouterr().out
+    assert cli.main(["sft", recipe, "--resume", "learner.epochs=2"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_an_interruption_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch):
+    from fastppo.run_folder import RunFolder
+
+    log_metrics = RunFolder.log_metrics
+
+    def interrupting(folder, step, metrics):
+        log_metrics(folder, step, metrics)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "log_metrics", interrupting)
+    assert cli.main(["sft", recipe]) == 130
+    assert f"step-000002; go on with: fastppo sft {recipe} --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=", "model.name is empty; the recipe has to set it"),
+        ("data.path=", "data.path is empty; the recipe has to set it"),
+        ("learner.epoch=1", "key learner.epoch is not known; the nearest is epochs"),
+        ("total_steps=3", "key total_steps is not known"),
+        ("learner.loss_tokens=some", "learner.loss_tokens is 'some': expected 'completion' or 'all'"),
+        ("completion_template={answer}", "names the column 'answer', expected one of the data's"),
+        ("data.max_tokens=2", "row 0 has 3 tokens with its completion, expected at most 2"),
+        ("data.eval_size=16", "eval_size is 16, expected less than 16"),
+    ],
+)
+def test_mistakes_are_one_line(recipe, tmp_path, capsys, override, message):
+    assert cli.main(["sft", recipe, override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
