@@ -55,12 +55,12 @@ def format_metric(title: str, metrics: Mapping[str, float]) -> str | None:
 
 
 def time_split(metrics: Mapping[str, float]) -> str:
-    """Where the time of a step went, such as "rollout 61%, reward 2%, score 9%, update 28%"; "" where it is not known."""
+    """Where the time of a step went, such as "rollout 61%, reward 2%, score 9%, update 28%"; "" where it is not known, or all in one of
+    them."""
     total = metrics.get("time/step") or 0.0
     seconds = {part: metrics.get(f"time/{part}") for part in PARTS_OF_A_STEP}
-    if not total > 0:
-        return ""
-    return ", ".join(f"{part} {value / total:.0%}" for part, value in seconds.items() if value is not None)
+    shares = [f"{part} {value / total:.0%}" for part, value in seconds.items() if value is not None and total > 0]
+    return ", ".join(shares) if len(shares) > 1 else ""
 
 
 class Reporter:

@@ -21,8 +21,9 @@ from tests.tiny_trainer import count_a, tiny_config
 from tests.tolerance import assert_as_exact_as_model
 from tests.trainer.test_resume import stable
 
-PAIRS = [(a, b) for a in LETTERS[:8] for b in LETTERS[:8]]
-ROWS = [{"prompt": a + b, "completion": b + a} for a, b in PAIRS]  # swapped: each letter has to be read
+# The second letter, as many times as the first one says.
+COUNTS = {"a": 1, "b": 2, "c": 3, "d": 4}
+ROWS = [{"prompt": a + b, "completion": b * count} for a, count in COUNTS.items() for b in LETTERS]
 UNEVEN = [{"prompt": "ab" * (n % 3 + 1), "completion": "cd" * (n % 5) + "e"} for n in range(11)]
 
 
@@ -68,7 +69,7 @@ def test_the_gradient_is_that_of_plain_cross_entropy_whatever_the_split(make, lo
     for budget in (8192, 40, 1):
         trainer = make(UNEVEN, learner={"loss_tokens": loss_tokens, "tokens_per_microbatch": budget})
         minibatch = trainer._microbatches(trainer.examples, range(len(UNEVEN)))
-        assert len(minibatch) == {8192: 1, 40: 4, 1: 11}[budget]
+        assert len(minibatch) == {8192: 1, 40: 3, 1: 11}[budget]
         totals = accumulate_gradients(trainer._losses(trainer.learner.roles, minibatch))
         exact_model = copy.deepcopy(native_model).double()
         exact = plain_gradients(trainer, exact_model, loss_tokens)
@@ -109,7 +110,7 @@ def test_it_learns_to_answer_and_to_stop(make, tmp_path, seed):
     """From chance (log 18 = 2.9 nats a token); what is written is what PPO begins with, by its name."""
     make(eval_examples=ROWS, seed=seed, model=make_model(seed), **LEARNING).train()
     rows = read_metrics(tmp_path / "run")
-    assert rows[0]["eval/nll"] > 2.5 and rows[-1]["eval/nll"] < 0.1
+    assert rows[0]["eval/nll"] > 2.5 and rows[-1]["eval/nll"] < 0.2
     assert rows[-1]["eval/perplexity"] == pytest.approx(torch.tensor(rows[-1]["eval/nll"]).exp().item())
     trainer = PPOTrainer(
         tmp_path / "run" / "model", reward=count_a, prompts=["ab"], config=tiny_config(tmp_path / "ppo")
@@ -132,14 +133,14 @@ def test_nothing_is_learned_at_learning_rate_zero(make, tmp_path):
 
 def test_the_prompt_is_learned_too_where_all_tokens_count(make, tmp_path):
     """All prompts begin alike: nothing but their own loss can teach that."""
-    rows = [{"prompt": f"aa{row['prompt']}", "completion": row["completion"]} for row in ROWS]
+    rows = [{"prompt": f"po{row['prompt']}", "completion": row["completion"]} for row in ROWS]
     likelihoods = []
     for loss_tokens in ("completion", "all"):
         settings = LEARNING | {"learner": {"epochs": 20, "loss_tokens": loss_tokens}}
         trainer = make(rows, output_dir=tmp_path / loss_tokens, **settings)
         trainer.train()
         trainer.model.set_attn_implementation("sdpa")
-        tokens = torch.tensor(trainer.tokenizer("aa")["input_ids"])
+        tokens = torch.tensor(trainer.tokenizer("po")["input_ids"])
         likelihoods.append(trainer.model(tokens[None]).logits[0, 0].log_softmax(-1)[tokens[1]].item())
     assert likelihoods[0] < -1 and likelihoods[1] > -0.1
 
@@ -230,9 +231,8 @@ def test_what_may_not_change_is_refused_by_name(make, message):
 
 
 def test_updates_that_are_not_finite_end_the_run_and_name_the_rows(make):
-    model = make_model()
-    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-    trainer = make(UNEVEN, model=model, learner={"minibatch_size": 2, "max_skipped_updates": 2, "epochs": 4})
+    trainer = make(UNEVEN, learner={"minibatch_size": 2, "max_skipped_updates": 2, "epochs": 4})
+    torch.nn.init.constant_(trainer.model.lm_head.weight, float("nan"))
     with pytest.raises(
         TrainingError, match=r"2 updates in a row were not finite, .* rows \d+, \d+: lower optimizer.lr"
     ):
