@@ -12,6 +12,7 @@ from fastppo import ops
 from fastppo.ops import *  # noqa: F403 - the ops' own __all__ is the list
 
 if TYPE_CHECKING:
+    from fastppo.callbacks import Callback
     from fastppo.config import PPOConfig
     from fastppo.rollout import Engine, Rollout, SamplingParams
     from fastppo.sft import SFTTrainer
@@ -25,6 +26,7 @@ except PackageNotFoundError:  # in a zipped or frozen application, which brings 
 
 # Imported at first use: whoever wants the ops alone does not wait for Transformers.
 _LAZY = {
+    "Callback": "fastppo.callbacks",
     "Engine": "fastppo.rollout",
     "PPOConfig": "fastppo.config",
     "PPOTrainer": "fastppo.trainer",
@@ -35,6 +37,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Callback",
     "Engine",
     "PPOConfig",
     "PPOTrainer",

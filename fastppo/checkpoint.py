@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,19 @@ Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]
 
 
 def save_checkpoint(
-    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    root: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    spared: Collection[int] = (),
 ) -> Path:
     """Write `tensors` (file name without ending -> named tensors) and `state` (anything JSON can hold) as checkpoint `step`.
 
-    Keeps this checkpoint and the newest before it, `keep` in all. Those of later steps stay: a resume passed over them because they are
-    damaged, and counting them would push out the whole ones. Raises CheckpointError when the disk is full or anything else fails: nothing is
-    left behind, and the checkpoints that were there still are.
+    Keeps this checkpoint and the newest before it, `keep` in all, and those of the `spared` steps. Those of later steps stay: a resume passed
+    over them because they are damaged, and counting them would push out the whole ones. Raises CheckpointError when the disk is full or
+    anything else fails: nothing is left behind, and the checkpoints that were there still are.
     """
     root = Path(root)
     target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
@@ -76,9 +82,10 @@ def save_checkpoint(
         ) from error
     _flush_folder(root, root)
     _remove_leftovers(root)
-    up_to_now = [path for number, path in list_checkpoints(root).items() if number <= step]
-    for old in up_to_now[:-keep]:
-        _remove(old)
+    up_to_now = {number: path for number, path in list_checkpoints(root).items() if number <= step}
+    for old in list(up_to_now)[:-keep]:
+        if old not in spared:
+            _remove(up_to_now[old])
     return target
 
 

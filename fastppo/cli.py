@@ -129,10 +129,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     generate.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
     )
-    export = add("export", _export, "Write the policy of a run's newest checkpoint as a model folder.")
+    export = add("export", _export, "Write the policy of a run's newest checkpoint, or of another, as a model folder.")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("folder", metavar="FOLDER", nargs="?", help="where to (default: model in the run folder)")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
+    export.add_argument("--best", action="store_true", help="the checkpoint of the best step (evaluation.keep_best)")
     export.add_argument(
         "--model", metavar="MODEL", help="what the run started from, where its config.yaml does not say"
     )
@@ -208,7 +209,7 @@ def _run_to_the_end(
         _settle_stdout()
         return end.code if isinstance(end, SystemExit) else 130
     if not metrics:
-        _settle_stdout(f"nothing to do: {output_dir} has all its steps; to go on, raise {length}")
+        _settle_stdout(f"nothing to do: {output_dir} {_why_over(trainer.stopped, length)}")
         return 0
     title, *names = result
     found = next(metrics[name] for name in names if name in metrics)
@@ -220,6 +221,12 @@ def _require_set(recipe: object, *settings: tuple[str, str]) -> None:
     for section, key in settings:
         if not getattr(getattr(recipe, section), key):
             raise ValueError(f"{section}.{key} is empty; the recipe has to set it")
+
+
+def _why_over(stopped: str | None, length: str) -> str:
+    if stopped is None:
+        return f"has all its steps; to go on, raise {length}"
+    return f"has ended early, {stopped}; to go on, raise evaluation.patience"
 
 
 def _how_to_go_on(options: argparse.Namespace, command: str, output_dir: str) -> str:
@@ -277,7 +284,7 @@ def _reward_model(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fastppo.export import export_run
 
-    print(export_run(options.run, options.folder, step=options.step, model=options.model))
+    print(export_run(options.run, options.folder, step=options.step, best=options.best, model=options.model))
     return 0
 
 

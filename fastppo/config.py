@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from fastppo.ops import _checks
+from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
-
-Count = Annotated[int, Field(ge=1)]
-OptionalCount = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _path_text(value: Any) -> Any:
-    """A `Path` as its text, `~` as the user's home."""
-    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
-
-
-PathText = Annotated[str, BeforeValidator(_path_text)]
-
-STRICT = ConfigDict(extra="forbid")
+from fastppo.setting_types import STRICT, Beta, Count, Finite, NonNegative, OptionalCount, PathText, Positive, Share
 
 
 def _check_kl_target(section: RewardConfig | LossConfig) -> None:
@@ -105,6 +88,8 @@ class RewardConfig:
     """Seconds a reward function may take for one batch before its process is killed; `None` calls it in-process."""
     retries: OptionalCount = 1
     """Further attempts after a reward function failed."""
+    solved_score: Finite = 1.0
+    """A completion with at least this score has solved its prompt, for `evaluation.pass_at_k` and `difficulty`."""
     max_failure_rate: Share = 0.5
     """The run stops when more than this share of a step's scores is invalid. Invalid samples are never trained on."""
     missing_eos_penalty: NonNegative = 0.0
@@ -307,31 +292,6 @@ class LearnerConfig:
     """Keep one hidden state a layer and compute the rest again in the backward pass: less memory, about a third more time."""
 
 
-@dataclass(config=STRICT)
-class EvaluationConfig:
-    """Held-out prompts."""
-
-    every: OptionalCount = 0
-    """Steps between evaluations; 0 evaluates only before and after training."""
-    temperature: float = 0.0
-    """Sampling temperature of the evaluation; 0 is greedy."""
-
-    @model_validator(mode="after")
-    def _check_temperature(self) -> EvaluationConfig:
-        _checks.number_or_zero("temperature", self.temperature, **TEMPERATURES)
-        return self
-
-
-@dataclass(config=STRICT)
-class CheckpointConfig:
-    """Checkpoints."""
-
-    every: OptionalCount = 10
-    """Steps between checkpoints, so what a crash or a power cut can cost; 0 saves only at the end and when the run is interrupted."""
-    keep: Count = 2
-    """Newest checkpoints kept."""
-
-
 def _one_or_more(value: Any) -> Any:
     """A text as a list of one: `tracking.to=wandb`."""
     return (value,) if isinstance(value, str) else value
@@ -380,6 +340,7 @@ class PPOConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @model_validator(mode="before")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from torch import Tensor
 from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.ops import approx_kl
-from fastppo.rewards import RewardResult
 from fastppo.rewards.scores import Scores
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.stats import GenerationStats
@@ -69,16 +67,6 @@ def reward_metrics(scores: Scores) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = valid.mean().item()
             metrics[f"rewards/{name}/std"] = valid.std(correction=0).item()
     return metrics
-
-
-def evaluation_metrics(rollout: Rollout, result: RewardResult) -> dict[str, float]:
-    """Of held-out prompts; the mean is over the completions that have a valid score."""
-    valid = [score for score in result.scores if not math.isnan(score)]
-    return {
-        "eval/scores": sum(valid) / len(valid) if valid else math.nan,
-        "eval/failures": float(result.failures),
-        "eval/mean_length": rollout.num_actions / rollout.num_sequences,
-    }
 
 
 def engine_metrics(stats: GenerationStats) -> dict[str, float]:

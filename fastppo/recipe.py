@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.recipe_config import Recipe, RecipeRewardConfig, RewardFunctionConfig
+from fastppo.recipe_config import EvalSetConfig, Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.recipe_names import Names
 from fastppo.rewards import READY, WeightedReward
 from fastppo.yaml_numbers import NumberLoader
 
 AnyRecipe = TypeVar("AnyRecipe")
 MOST_VALUES = 10_000
-# Settings that may name a file or folder; the `function` of one of `reward.functions` may too, before its colon.
+# Settings that may name a file or folder; the `path` of one of `data.eval_sets` may too, and the `function` of one of `reward.functions`,
+# before its colon.
 PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"))
 PATH_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py")
 ENVIRONMENT = re.compile(r"\$\{env:(\w+)\}")
@@ -102,6 +103,8 @@ def load_recipe(
         _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))
     for index, reward in enumerate(recipe.reward.functions if isinstance(recipe, Recipe) else ()):
         _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))
+    for name, held_out in recipe.data.eval_sets.items() if isinstance(recipe, Recipe) else ():
+        _locate(held_out, "path", f"data.eval_sets.{name}.path", start_of("data", "eval_sets"))
     return recipe
 
 
@@ -146,7 +149,10 @@ def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":  # our own check of a section, or of several: its message names the key
         return f"{where}.{problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-    known = [spec.name for spec in dataclasses.fields(RewardFunctionConfig)]  # the only keys below those of a section
+    owner = (
+        EvalSetConfig if problem["loc"][:1] == ("data",) else RewardFunctionConfig
+    )  # which alone have keys below a section's
+    known = [spec.name for spec in dataclasses.fields(owner)]
     if problem["type"] == "unexpected_keyword_argument":
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]
         return f"key {where} is not known; the nearest is {near}"

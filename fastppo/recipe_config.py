@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fastppo.config import STRICT, Count, OptionalCount, PathText, PPOConfig, RewardConfig
+from fastppo.config import PPOConfig, RewardConfig
+from fastppo.setting_types import STRICT, Count, OptionalCount, PathText, SetName
 
 
 @dataclass(config=STRICT)
@@ -21,6 +22,18 @@ class ModelConfig:
     """Folder or hub name of the tokenizer; the model's own when not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weight type; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+
+
+@dataclass(config=STRICT)
+class EvalSetConfig:
+    """One of a recipe's several sets of held-out prompts."""
+
+    path: PathText | None = None
+    """As `data.path`, which it is when not given, with another `split`; no task."""
+    split: str | None = None
+    """Split of a hub data set; `data.split` when not given."""
+    size: Count | None = None
+    """How many of its first rows are taken; all when not given."""
 
 
 @dataclass(config=STRICT)
@@ -37,6 +50,8 @@ class DataConfig:
     """Split of the held-out prompts, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
     eval_size: OptionalCount = 0
     """Number of held-out prompts to evaluate on; 0 evaluates on none."""
+    eval_sets: dict[SetName, EvalSetConfig] = field(default_factory=dict)
+    """Several sets of held-out prompts by their names, in place of the one of `eval_path`, `eval_split` and `eval_size`: docs/evaluation.md."""
     task_arguments: dict[str, Any] = field(default_factory=dict)
     """Of a `reasoning_gym:TASK`: `size` (500), `seed` (0) and the task's own settings."""
     columns: dict[str, Literal["int", "float", "bool", "json"]] = field(default_factory=dict)
@@ -54,6 +69,15 @@ class DataConfig:
     """Longest prompt; longer ones are an error unless `drop_long_prompts` is set."""
     drop_long_prompts: bool = False
     """Leave longer prompts out (their number is printed) instead of stopping."""
+
+    @model_validator(mode="after")
+    def _check_eval_sets(self) -> DataConfig:
+        for name, off in {"eval_path": None, "eval_split": None, "eval_size": 0}.items():
+            if self.eval_sets and getattr(self, name) != off:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected {off} with eval_sets, which have their own"
+                )
+        return self
 
 
 @dataclass(config=STRICT)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from fastppo.config import STRICT, Count, NonNegative, OptionalCount, PathText, Positive
+from fastppo.setting_types import STRICT, Count, NonNegative, OptionalCount, PathText, Positive
 
 
 @dataclass(config=STRICT)

@@ -1,6 +1,6 @@
 """A run's folder: resolved settings, one line of metrics a step, samples, curves, checkpoints.
 
-config.yaml  history.jsonl  metrics.jsonl  samples.jsonl  tracking.json  curve.png  checkpoints/  model/
+config.yaml  history.jsonl  metrics.jsonl  samples.jsonl  tracking.json  curve.png  checkpoints/  model/  best/
 
 `config.yaml` holds the settings of now; `history.jsonl` has a line for each start and resume, with the step from which its settings held.
 `earlier-1/` has the records of a run that had no checkpoint when it was to be resumed.
@@ -30,7 +30,7 @@ from fastppo.checkpoint import list_checkpoints
 from fastppo.yaml_numbers import NumberDumper
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
-HISTORY, TRACKING, MODEL, LOCK = "history.jsonl", "tracking.json", "model", ".lock"
+HISTORY, TRACKING, MODEL, BEST, LOCK = "history.jsonl", "tracking.json", "model", "best", ".lock"
 MARK = "# Settings of a fastppo run\n"
 # Half a character, which broken input can hold, becomes \udXXX: in JSON that is its escape, and it comes back as it was.
 LONE_SURROGATES = "backslashreplace"
@@ -230,8 +230,8 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
     is_run = _is_ours(path / CONFIG) or list_checkpoints(path / CHECKPOINTS)  # config.yaml may be damaged
     if content - passing - {LOCK} and not is_run:
         raise ValueError(f"output_dir is {str(path)!r}, which holds other files; choose an empty or new folder")
-    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, TRACKING, CHECKPOINTS, MODEL}:
-        is_folder, should_be = (path / entry).is_dir(), entry in (CHECKPOINTS, MODEL)
+    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, TRACKING, CHECKPOINTS, MODEL, BEST}:
+        is_folder, should_be = (path / entry).is_dir(), entry in (CHECKPOINTS, MODEL, BEST)
         if is_folder != should_be:
             kinds = ("a file", "a folder") if should_be else ("a folder", "a file")
             raise ValueError(f"{path / entry} is {kinds[0]}, expected {kinds[1]}: move it away")

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.best import Best
+from fastppo.callbacks import Callbacks
 from fastppo.console import Reporter
 from fastppo.errors import TrainingError
 from fastppo.interruption import Interrupted, Interruption
+from fastppo.learner import Learner
 from fastppo.model import load_model, load_tokenizer, prepare_model
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
-from fastppo.run_folder import MODEL, RunFolder
+from fastppo.run_folder import BEST, MODEL, RunFolder
 from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
 
@@ -34,8 +37,13 @@ class RunLoop:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reporter: Reporter
+    learner: Learner
     state: RunState
+    callbacks = Callbacks(())
+    best: Best | None = None
+    """Of the evaluations; None where nothing hangs on which was the best."""
     _interruption: Interruption
+    _stop_reason: str | None = None
 
     # A trainer's own
 
@@ -66,6 +74,15 @@ class RunLoop:
         """Steps that are done."""
         return self.state.step
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ends, or has ended, before its last step: a callback's reason, or that nothing improves any more; None where neither is so."""
+        return self._stop_reason or (self.best.stopped if self.best else None)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step in hand, as its last step would; for callbacks. `train(resume=True)` goes on from there."""
+        self._stop_reason = reason
+
     @torch.inference_mode(mode=False)
     def train(self, resume: bool = False) -> dict[str, float]:
         """Run to the last step, recording into `output_dir`; with `resume`, go on from its newest checkpoint.
@@ -78,6 +95,7 @@ class RunLoop:
         """
         refuse_autocast("train() is called", self.model.device)
         folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
+        self._stop_reason = None
         with folder.lock(note):
             self.state.begin(folder, self.recipe, resume=resume, evaluate=self._evaluates, note=note)
             known = {"next_step": self.state.next_record, "resumed": self.step > 0}
@@ -92,6 +110,7 @@ class RunLoop:
                     raise
             self._write_model(folder)
             self._plot(folder)
+            self.callbacks.call("on_end", self, metrics)
         return metrics
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -102,40 +121,64 @@ class RunLoop:
     # The loop
 
     def _run(self, folder: RunFolder) -> dict[str, float]:
-        """Steps until there are `total_steps`; the last one's metrics."""
+        """Steps until there are `total_steps`, or the run is stopped; the last one's metrics."""
         metrics: dict[str, float] = {}
         self._say_what_holds()
-        while self.state.unrecorded is not None or self.step < self.total_steps:
+        self.callbacks.call("on_begin", self)
+        while self.state.unrecorded is not None or not self._over():
             if self.state.unrecorded is None:
                 self._train_step(folder)
             metrics = self._record(folder)
-            if self.step and (self.step == self.total_steps or self._due(self.config.checkpoint.every)):
-                self.state.save(folder, keep=self.config.checkpoint.keep)
+            if self._due_to_save():
+                path = self.state.save(folder, keep=self.config.checkpoint.keep)
+                self.callbacks.call("on_checkpoint", self, path)
             self._interruption.check()
+        if self.step < self.total_steps:
+            self.reporter.note(f"ended after step {self.step} of {self.total_steps}: {self.stopped}")
         return metrics
 
     def _record(self, folder: RunFolder) -> dict[str, float]:
         """Write the metrics of the step that is done, with those of an evaluation where one is due."""
         metrics, at_either_end = self.state.unrecorded, self.step in (0, self.total_steps)
-        if self._evaluates and (at_either_end or self._due(self.config.evaluation.every)):
-            metrics = metrics | self.evaluate()
+        evaluated = self._evaluates and (at_either_end or self._due(self.config.evaluation.every))
+        if evaluated:
+            found = self.evaluate()
+            if self.best:
+                self.best.check(found)
+            metrics = metrics | found
         folder.log_metrics(self.step, metrics)
         self.tracking.log(self.step, metrics)
         self.state.unrecorded = None
+        if evaluated:
+            if self.best:
+                self.best.update(self.step, found)
+            self.callbacks.call("on_evaluation", self, found)
         if self.step:
             self.reporter.step(self.step, metrics)
+            self.callbacks.call("on_step", self, metrics)
         return metrics
+
+    def _over(self) -> bool:
+        return self.step >= self.total_steps or self.stopped is not None
+
+    def _due_to_save(self) -> bool:
+        regular = self.step > 0 and (self._over() or self._due(self.config.checkpoint.every))
+        return regular or (self.best is not None and self.step in self.best.spared)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _write_model(self, folder: RunFolder) -> None:
+        name, option, which = MODEL, "", "newest"
         try:
             self.save_pretrained(folder.path / MODEL)
+            if self.best:
+                name, option, which = BEST, " --best", "best step's"
+                self.best.write(self.learner.roles.trained()["policy"], self.save_pretrained, folder)
         except Exception as error:  # Transformers and the disk have many
             raise TrainingError(
-                f"{folder.path / MODEL} could not be written: {error}. The weights are in the newest checkpoint of {folder.checkpoints}; "
-                f"once the cause is gone, `fastppo export {folder.path}` writes them"
+                f"{folder.path / name} could not be written: {error}. The weights are in the {which} checkpoint of {folder.checkpoints}; "
+                f"once the cause is gone, `fastppo export {folder.path}{option}` writes them"
             ) from error
 
     def _plot(self, folder: RunFolder) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastppo.algorithms import Algorithm
-from fastppo.checkpoint import Checkpoint, load_latest_checkpoint, save_checkpoint
+from fastppo.best import Best
+from fastppo.callbacks import Callbacks
+from fastppo.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, PromptSampler
 from fastppo.errors import CheckpointError
@@ -30,6 +32,7 @@ class RunState:
     Args:
         learner, algorithm, sampler: whose states a checkpoint holds; None where the algorithm has none.
         identity: what a checkpoint is bound to, as `identity` gives it.
+        best, callbacks: whose states it holds too, where there are any. The checkpoint of the best step stays.
     """
 
     def __init__(
@@ -38,8 +41,12 @@ class RunState:
         algorithm: Algorithm | None,
         sampler: PromptSampler,
         identity: Callable[[], dict[str, Any]],
+        best: Best | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self._learner, self._algorithm, self._sampler, self._make_identity = learner, algorithm, sampler, identity
+        self._best = best
+        self._more = {name: part for name, part in {"best": best, "callbacks": callbacks}.items() if part is not None}
         self.step = 0
         self.unrecorded: dict[str, float] | None = None
         """Metrics of the step that is done, while they wait for an evaluation."""
@@ -57,6 +64,10 @@ class RunState:
         """The step whose metrics are the next to be recorded."""
         return self.step + (self.unrecorded is None)
 
+    @property
+    def _spared(self) -> set[int]:
+        return set() if self._best is None else self._best.spared
+
     def step_done(self, metrics: dict[str, float]) -> None:
         self.step, self.unrecorded = self.step + 1, metrics
         self._next_prompts, self.whole = self._sampler.state_dict(), True
@@ -70,12 +81,17 @@ class RunState:
         if found is not None:
             changes = self._go_back_to(folder, settings, *found)
             note(f"resumed from {found[0]}" + (f", with changes: {'; '.join(changes)}" if changes else ""))
+            if lost := self._spared - list_checkpoints(folder.checkpoints).keys():
+                self._best.forget()
+                note(f"the best step, {lost.pop()}, has no checkpoint: the best is chosen anew")
             return
         if self.step or not self.whole:
             raise ValueError(
                 f"this trainer has trained already, and {folder.path} has no checkpoint to go back to: make a new trainer"
             )
         self._sampler.load_state_dict(self._next_prompts)  # also after a first rollout that was dropped
+        if self._best is not None:
+            self._best.load_state_dict(None)
         self.unrecorded = {} if evaluate else None
         aside = folder.start(settings)
         if resume:
@@ -95,19 +111,26 @@ class RunState:
         self._learner.load_state_dict(tensors, state)
         if self._algorithm is not None:
             self._algorithm.load_state_dict(state["algorithm"])
+        if saved.get(_PROMPTS) != self._identity.get(_PROMPTS):
+            state["sampler"].pop("pools", None)  # of other prompts
         self._sampler.load_state_dict(state["sampler"])
+        for name, part in self._more.items():
+            part.load_state_dict(state.get(name))
         self.step = self._saved = step
         self._next_prompts, self.unrecorded, self.whole = state["sampler"], state["unrecorded"], True
         changes = folder.resume(settings, step, metrics_step=step if self.unrecorded is None else step - 1)
         return changes + [what for name, what in _DATA.items() if saved.get(name) != self._identity.get(name)]
 
-    def save(self, folder: RunFolder, *, keep: int) -> None:
+    def save(self, folder: RunFolder, *, keep: int) -> Path:
+        """Returns where."""
         tensors, state = self._learner.state_dict()
         state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
         if self._algorithm is not None:
             state["algorithm"] = self._algorithm.state_dict()
-        save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep)
+        state |= {name: part.state_dict() for name, part in self._more.items()}
+        path = save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep, spared=self._spared)
         self._saved = self.step
+        return path
 
     def save_before(self, error: BaseException, folder: RunFolder, *, keep: int, note: Note) -> None:
         """A checkpoint of the steps that the newest one lacks, before `error` ends the run. After a fault no older one is removed for it:

@@ -15,14 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.trpo import TRPO, require_float32
+from fastppo.best import Best
+from fastppo.callbacks import Callback, Callbacks
 from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
+from fastppo.data.difficulty import DifficultyPools
 from fastppo.errors import TrainingError
 from fastppo.experience import Experience, sample_with_signal
+from fastppo.held_out import load_held_out
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
-from fastppo.metrics import Clock, engine_metrics, evaluation_metrics, reward_metrics, rollout_metrics
+from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, resolve_device
 from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config
@@ -38,7 +42,6 @@ from fastppo.run_state import RunState, identity
 from fastppo.samples import add_credit, describe_samples
 from fastppo.tracking import check_installed
 
-EVALUATION_SEED_OFFSET = 0x5EED
 ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
 SEEDS = 2**63  # of the sampler
 KEPT_CACHE = 0.1  # of a GPU's memory, at most, that the sampler keeps during updates, so that its CUDA graphs serve the next step too
@@ -55,7 +58,8 @@ class PPOTrainer(RunLoop):
             them, what `fastppo.data.load_prompts(source, tokenizer, DataConfig(...))` makes of these.
         config: every setting; see `PPOConfig`.
         tokenizer: needed with a loaded model; else the model's own by default.
-        eval_prompts: held-out prompts, in the same forms.
+        eval_prompts: held-out prompts, in the same forms; or several sets of them, a mapping from name to prompts.
+        callbacks: called between the steps; see `Callback`.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
         recipe: what to write to the run folder's `config.yaml`; by default the PPO settings and the model's name.
@@ -75,6 +79,7 @@ class PPOTrainer(RunLoop):
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_prompts: Any = None,
+        callbacks: Sequence[Callback] = (),
         reporter: Reporter | None = None,
         dtype: str = "auto",
         recipe: dict[str, Any] | None = None,
@@ -83,13 +88,14 @@ class PPOTrainer(RunLoop):
         device = resolve_device(config.device)
         refuse_autocast("PPOTrainer is made", device)
         check_installed(config.tracking)
+        self.callbacks = Callbacks(callbacks)
         self.recipe, self.total_steps = recipe or default_recipe(config, model), config.total_steps
         # First, so that the processes which run rewards hold no copy of the model.
         with naming("reward"):
             self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
         self.prompts = self._load(prompts, "prompts")
-        self.eval_prompts = None if eval_prompts is None else self._load(eval_prompts, "eval_prompts")
+        self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)
         self.reporter = reporter or Reporter(config.total_steps)
         if config.algorithm == "trpo":
             require_float32(self.model)
@@ -109,37 +115,25 @@ class PPOTrainer(RunLoop):
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
-        self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed)
-        self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity)
+        pools = DifficultyPools.of(config.difficulty, len(self.prompts), normalised=self.rewards.normalises)
+        self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed, pools)
+        self.best = Best(config.evaluation)
+        more = {"best": self.best, "callbacks": self.callbacks}
+        self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity, **more)
         self._interruption = Interruption()
 
     @property
     def _evaluates(self) -> bool:
-        return self.eval_prompts is not None
+        return self.held_out is not None
 
     def _resources(self) -> RewardRunner:
         return self.rewards
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward and length on the held-out prompts at `evaluation.temperature`; a function of the weights and the seed alone."""
-        if self.eval_prompts is None:
+        """What `fastppo.held_out` measures on the held-out prompts; a function of the weights and the seed alone."""
+        if self.held_out is None:
             raise ValueError("eval_prompts is None, expected held-out prompts to evaluate on")
-        rows = list(self.eval_prompts)
-        sampling = self.config.rollout.sampling((self.config.seed + EVALUATION_SEED_OFFSET) % SEEDS)
-        sampling = dataclasses.replace(sampling, n=1, temperature=self.config.evaluation.temperature)
-        rollout = self.engine.generate(
-            [row["prompt_ids"] for row in rows], sampling, on_tokens=self._interruption.check
-        )
-        result, _ = self._call_rewards(rollout, rows, normalise=False)
-        self._note_errors(result)
-        if result.failures:
-            count = rollout.num_sequences
-            others = f"eval/scores is the mean of the other {count - result.failures}"
-            self.reporter.note(
-                f"held out: {result.failures} of {count} completions have no valid score; "
-                f"{others if result.failures < count else 'there is no eval/scores'}"
-            )
-        return evaluation_metrics(rollout, result)
+        return self.held_out.evaluate(self._complete, self.reporter.note)
 
     # One step
 
@@ -200,6 +194,8 @@ class PPOTrainer(RunLoop):
                 greedy = self._greedy_scores(rows)
         with clock("time/reward"):
             experience = self._score(rollout, rows, folder, greedy)
+        solved_score = self.config.reward.solved_score
+        metrics |= self.sampler.saw(rollout.prompt_index, experience.all_scores.values, solved_score)
         return experience._replace(metrics=metrics)
 
     def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
@@ -266,8 +262,16 @@ class PPOTrainer(RunLoop):
         described = [samples[index] if index < len(samples) else None for index in valid]
         return Experience(kept, penalised, scores, len(rows), rollout.num_actions, samples, described, {})
 
+    def _complete(self, rows: Sequence[Row], sampling: SamplingParams) -> tuple[Rollout, RewardResult]:
+        """Held-out prompts' completions and their scores."""
+        prompts, heard = [row["prompt_ids"] for row in rows], {"on_tokens": self._interruption.check}
+        rollout = self.engine.generate(prompts, sampling, **heard)
+        result, _ = self._call_rewards(rollout, rows, normalise=False)
+        self._note_errors(result)
+        return rollout, result
+
     def _call_rewards(
-        self, rollout: Rollout, rows: list[Row], *, normalise: bool = True
+        self, rollout: Rollout, rows: Sequence[Row], *, normalise: bool = True
     ) -> tuple[RewardResult, list[str]]:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
         owners = [rows[index] for index in rollout.prompt_index.tolist()]

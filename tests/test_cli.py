@@ -98,6 +98,8 @@ def fake_trainer(monkeypatch):
     fake = SimpleNamespace(outcome={"objective/scores": 0.5}, seen={})
 
     class Trainer:
+        stopped = None
+
         def __init__(self, model, **keywords):
             fake.seen = {"model": model, **keywords}
 

@@ -29,6 +29,8 @@ FLOORS = [
         "fastppo.rollout",
         "fastppo.rewards",
         "fastppo.config",
+        "fastppo.evaluation_config",
+        "fastppo.setting_types",
         "fastppo.recipe_config",
         "fastppo.reward_model_config",
         "fastppo.sft_config",
@@ -37,7 +39,7 @@ FLOORS = [
         "fastppo.errors",
     ),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
-    + ("fastppo.experience",)
+    + ("fastppo.experience", "fastppo.held_out", "fastppo.best", "fastppo.callbacks")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + (
         "fastppo.plot",

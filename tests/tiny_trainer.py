@@ -32,7 +32,7 @@ PROMPTS = ["ab", "cde", "f", "ghijk", "lm", "nop", "ba", "dc"]
 
 
 def build_trainer(
-    output_dir, *, reward=count_a, model=None, prompts=PROMPTS, eval_prompts=None, **changes
+    output_dir, *, reward=count_a, model=None, prompts=PROMPTS, eval_prompts=None, callbacks=(), **changes
 ) -> PPOTrainer:
     """`changes` of the settings are written as `ppo_config` takes them."""
     config = tiny_config(output_dir, **changes)
@@ -41,6 +41,7 @@ def build_trainer(
         reward=reward,
         prompts=prompts,
         eval_prompts=eval_prompts,
+        callbacks=callbacks,
         config=config,
         tokenizer=make_tokenizer(),
         reporter=Reporter(config.total_steps, quiet=True),

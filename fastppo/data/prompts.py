@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.data.sources import Row, check_rows, is_task, rows_of
 from fastppo.data.writer import PromptWriter
-from fastppo.recipe_config import DataConfig
+from fastppo.recipe_config import DataConfig, EvalSetConfig
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids")
 """What a row gets here: not among the columns that reward functions are given."""
@@ -138,8 +139,8 @@ def load_prompts(source: Any, tokenizer: PreTrainedTokenizerBase, config: DataCo
 
 def load_train_and_eval(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PromptDataset, PromptDataset | None]:
-    """(prompts to train on, `eval_size` held-out prompts or None).
+) -> tuple[PromptDataset, PromptDataset | dict[str, PromptDataset] | None]:
+    """(prompts to train on, `eval_size` held-out prompts, or the `eval_sets` by their names, or None).
 
     The held-out rows are the first of `eval_path` or of the split `eval_split`, or, without either, the last of `path`, which are then not
     trained on.
@@ -154,11 +155,34 @@ def load_train_and_eval(
             "problems, which differ from all others, are held out"
         )
     rows = rows_of(config.path, config)
+    if config.eval_sets:
+        sets = {name: _eval_set(name, chosen, tokenizer, config) for name, chosen in config.eval_sets.items()}
+        return PromptDataset(rows, tokenizer, config), sets
     if not config.eval_size:
         return PromptDataset(rows, tokenizer, config), None
     train_rows, eval_rows, first = hold_out(rows, config)
     train = PromptDataset(train_rows, tokenizer, config)
     return train, PromptDataset(eval_rows, tokenizer, config, first_row=first)
+
+
+def _eval_set(
+    name: str, chosen: EvalSetConfig, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> PromptDataset:
+    where, source = f"eval_sets.{name}", chosen.path or config.path
+    if is_task(source):
+        raise ValueError(
+            f"{where}.path is {source!r}, expected no task: its problems would be those that are trained on"
+        )
+    if chosen.path is None and chosen.split in (None, config.split):
+        raise ValueError(
+            f"{where} has neither a path nor a split of its own, expected other prompts than those of path"
+        )
+    if chosen.split is not None and Path(source).expanduser().is_file():
+        raise ValueError(f"{where}.split is {chosen.split!r}, but {source} is a file, which has no splits")
+    rows = rows_of(source, dataclasses.replace(config, task_arguments={}), chosen.split)
+    if chosen.size is not None and len(rows) < chosen.size:
+        raise ValueError(f"{where}.size is {chosen.size}, expected at most {len(rows)}, the number of rows in {source}")
+    return PromptDataset(rows[: chosen.size], tokenizer, config)
 
 
 def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:

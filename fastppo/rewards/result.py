@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from fastppo.rewards.function import NoScore, Scores
 from fastppo.rewards.weighted import WeightedReward, normalised
@@ -61,6 +63,20 @@ def combine(
     errors += _complaint(f"the rewards' sum is {_TOO_LARGE}", large, count)
     scores = [total if used and _usable(total) else math.nan for total, used in zip(totals, applies, strict=True)]
     return RewardResult(scores, by_name, sum(map(math.isnan, scores)), errors)
+
+
+def solved_counts(prompts: Sequence[int], scores: Sequence[float], solved_score: float) -> dict[int, tuple[int, int]]:
+    """prompt -> (completions with at least `solved_score`, completions with a valid score).
+
+    Args:
+        prompts: [B] numbers, which prompt a completion is of. scores: [B]; NaN is invalid. They are compared in fp32, as a step keeps them.
+    """
+    counts: dict[int, tuple[int, int]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        solved, seen = counts.get(prompt, (0, 0))
+        solves = bool(np.float32(score) >= np.float32(solved_score))
+        counts[prompt] = (solved + solves, seen + (not math.isnan(score)))
+    return counts
 
 
 def _usable(score: float) -> bool:

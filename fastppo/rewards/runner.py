@@ -88,6 +88,11 @@ class RewardRunner:
             answers, errors = self._run(requests, len(completions))
         return combine(answers, errors, len(completions), self._terms, normalise)
 
+    @property
+    def normalises(self) -> bool:
+        """Whether a score depends on the others of its batch."""
+        return any(term.normalise for term in self._terms.values())
+
     def check_columns(self, names: Iterable[str]) -> None:
         """Raises ValueError naming the first argument that a function asks for and data with these columns will not have."""
         arguments = dict.fromkeys([*OWN_ARGUMENTS, *names])
