@@ -21,12 +21,15 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from fastppo.bench.harness import Case, Provider, Tensors, describe, make_inputs, prepared
 from fastppo.bench.peers import COMPILING
 from fastppo.bench.setting import Setting
+
+Measured = TypeVar("Measured", int, list[int])  # bytes
 
 CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 300
@@ -116,14 +119,14 @@ class PeakProcess:
         return (self._errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
 
 
-def in_a_child(measure: Callable[[], int]) -> int | str:
+def in_a_child(measure: Callable[[], Measured]) -> Measured | str:
     """What `measure` gives in a forked process, which has all that this one has imported and nothing that a call has touched; or why none."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(TIMEOUT_SECONDS)
         try:
-            answer: int | str = measure()
+            answer: Measured | str = measure()
         except Exception as error:
             answer = describe(error)
         os.write(write, json.dumps(answer).encode())

@@ -137,6 +137,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     export.add_argument(
         "--model", metavar="MODEL", help="what the run started from, where its config.yaml does not say"
     )
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format")
     info = add("info", _info, "Print versions, devices, and which backend serves each op here and why others do not.")
     info.add_argument(
         "model",
@@ -284,7 +285,8 @@ def _reward_model(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fastppo.export import export_run
 
-    print(export_run(options.run, options.folder, step=options.step, best=options.best, model=options.model))
+    chosen = {"step": options.step, "best": options.best, "model": options.model, "adapter": options.adapter}
+    print(export_run(options.run, options.folder, **chosen))
     return 0
 
 

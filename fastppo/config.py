@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
+from fastppo.lora_config import LoRAConfig
 from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.setting_types import STRICT, Beta, Count, Finite, NonNegative, OptionalCount, PathText, Positive, Share
@@ -240,9 +241,9 @@ class TRPOConfig:
 class CriticConfig:
     """The critic and its loss."""
 
-    kind: Literal["separate", "shared", "none"] | None = None
-    """A critic with its own trunk, or a value head on the policy's trunk, or none; by default `separate` with the `advantage.estimator`
-    that have a critic, and `none` with the others."""
+    kind: Literal["separate", "shared", "lora", "none"] | None = None
+    """A critic with its own trunk, or a value head on the policy's trunk, or that and an adapter of its own, or none; by default `separate`
+    (with `lora.r` above 0 `lora`) with the `advantage.estimator` that have a critic, and `none` with the others."""
     lr: NonNegative = 5e-6
     """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
     warmup_steps: OptionalCount = 0
@@ -341,6 +342,7 @@ class PPOConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @model_validator(mode="before")
@@ -361,12 +363,14 @@ class PPOConfig:
                 f"rollout.samples_per_prompt is {samples}, expected at least 2 with advantage.estimator {estimator}, "
                 f"which compares the samples of a prompt"
             )
-        kinds = ("separate", "shared") if estimator in CRITIC_ESTIMATORS else ("none",)
+        with_critic = ("lora", "shared") if self.lora.r else ("separate", "shared", "lora")
+        kinds = with_critic if estimator in CRITIC_ESTIMATORS else ("none",)
         if self.critic.kind is None:
             self.critic = replace(self.critic, kind=kinds[0])
         if self.critic.kind not in kinds:
             raise ValueError(
                 f"critic.kind is {self.critic.kind}, expected {' or '.join(kinds)} with advantage.estimator {estimator}"
+                + (f" and lora.r {self.lora.r}" if self.lora.r else "")
             )
         if self.critic.kind == "none" and self.critic.warmup_steps:
             raise ValueError(

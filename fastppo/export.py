@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fastppo.checkpoint import list_checkpoints, load_checkpoint, load_latest_checkpoint
 from fastppo.errors import CheckpointError
 from fastppo.model import load_model, load_tokenizer
+from fastppo.model.adapters import Adapters
 from fastppo.model.writing import write_model
-from fastppo.run_folder import BEST, CHECKPOINTS, MODEL, read_settings
+from fastppo.roles import weights_sha256
+from fastppo.run_folder import ADAPTER, BEST, CHECKPOINTS, MODEL, read_settings
 
 
 def export_run(
@@ -18,37 +23,53 @@ def export_run(
     step: int | None = None,
     best: bool = False,
     model: str | Path | None = None,
+    adapter: bool = False,
 ) -> Path:
-    """Write the policy and the tokenizer of a run's newest checkpoint, of the one of `step`, or of the best step, and return where.
+    """Write the policy and the tokenizer of a run's newest checkpoint, of the one of `step`, or of the best step, and return where. LoRA
+    adapters are merged.
 
     folder: new or empty; by default in the run folder `model`, `model-step-000120` where a step is chosen, or `best`.
     best: of the step that the newest checkpoint names as the best so far; the run has to have `evaluation.keep_best`.
+    adapter: write the LoRA adapter alone, in peft's format, by default to `adapter`, or `adapter-step-000120` where a step is chosen.
     model: which model the run started from, for its architecture and tokenizer; by default the one that its config.yaml names.
     Raises ValueError or CheckpointError naming what is missing.
     """
     run = Path(run).expanduser()
-    path, policy = _best_policy(run, step) if best else _policy(run, step)
+    path, policy, identity = _best_policy(run, step) if best else _policy(run, step)
+    lora = identity.get("lora")
+    if adapter and lora is None:
+        raise ValueError(f"adapter is True, expected False: {run} trained all weights")
     settings = (read_settings(run) or {}).get("model", {})
     name = model or settings.get("name")
     if not name:
         raise ValueError(f"{run} does not say which model it started from: name it (--model)")
     if folder is None:
-        folder = run / (BEST if best else MODEL if step is None else f"{MODEL}-{path.name}")
+        kind = ADAPTER if adapter else BEST if best else MODEL
+        chosen = step is not None or (adapter and best)
+        folder = run / (f"{kind}-{path.name}" if chosen else kind)
     elif (folder := Path(folder).expanduser()).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {str(folder)!r}, which is not empty, expected a new or an empty one")
     tokenizer = load_tokenizer(model or settings.get("tokenizer") or name)
-    trained = load_model(name, dtype=next(iter(policy.values())).dtype, device="cpu")
+    dtype = next(iter(policy.values())).dtype if lora is None else identity["model.dtype"]
+    trained = load_model(name, dtype=dtype, device="cpu")
+    if lora is not None and weights_sha256(trained.named_parameters()) != identity["base_sha256"]:
+        raise CheckpointError(f"{path} holds an adapter of another model than {name}")
+    adapters = None if lora is None else Adapters.from_description(trained, lora)
     try:
-        trained.load_state_dict(policy)
+        (trained if adapters is None else adapters.trained("policy")).load_state_dict(policy)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds the weights of another model than {name}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(trained, tokenizer, folder)
+    if adapter:
+        adapters.save(folder)
+    else:
+        merged = {} if adapters is None else {"state_dict": adapters.merged_state()}
+        write_model(trained, tokenizer, folder, **merged)
     return folder
 
 
-def _best_policy(run: Path, step: int | None) -> tuple[Path, dict]:
-    """(checkpoint, the policy's weights)"""
+def _best_policy(run: Path, step: int | None) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """As `_policy`."""
     if step is not None:
         raise ValueError(f"step is {step} and best is True, expected one of them")
     newest = load_latest_checkpoint(run / CHECKPOINTS)
@@ -58,17 +79,17 @@ def _best_policy(run: Path, step: int | None) -> tuple[Path, dict]:
     return _policy(run, best)
 
 
-def _policy(run: Path, step: int | None) -> tuple[Path, dict]:
-    """(checkpoint, the policy's weights)"""
+def _policy(run: Path, step: int | None) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(checkpoint, the policy's weights or adapter, what the checkpoint is bound to)"""
     root = run / CHECKPOINTS
     checkpoints = list_checkpoints(root)
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoints, expected a run folder with some")
     if step is None:
-        path, (tensors, _, _) = load_latest_checkpoint(root)
+        path, (tensors, state, _) = load_latest_checkpoint(root)
     elif step in checkpoints:
         path = checkpoints[step]
-        tensors, _, _ = load_checkpoint(path)
+        tensors, state, _ = load_checkpoint(path)
     else:
         raise ValueError(f"step is {step}, expected one that has a checkpoint: {', '.join(map(str, checkpoints))}")
-    return path, tensors["policy"]
+    return path, tensors["policy"], state.get("identity", {})

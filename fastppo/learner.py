@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
+from fastppo.evaluation import Evaluation
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
-from fastppo.plan import Lengths, Minibatch, Plan, plan_epochs, split_groups_warning
+from fastppo.out_of_memory import Found, TokenBudget
+from fastppo.plan import Lengths, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
 from fastppo.roles import Roles
 from fastppo.rollout.rollout import Rollout
 
@@ -31,6 +33,7 @@ class Learner:
         roles: whose weights learn.
         optimizer, critic: rates and AdamW's settings. config: how a rollout is cut up.
         total_steps: where the schedule of the learning rates ends.
+        note: hears what the user should know.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class Learner:
         critic: CriticConfig,
         config: LearnerConfig,
         total_steps: int,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.roles, self.config, self.total_steps = roles, config, total_steps
+        self.budget = TokenBudget(config.tokens_per_microbatch, note)
         self._schedule = optimizer
         peaks = {"policy": optimizer.lr, "critic": critic.lr}
         self.optimizers = {
@@ -58,15 +63,34 @@ class Learner:
     def plan(self, rollout: Rollout, seed: int, note: Callable[[str], None] = lambda sentence: None) -> Plan:
         """Minibatches and micro-batches of a rollout; `note` hears where the budget keeps a prompt's samples apart."""
         lengths = Lengths.of(rollout)
-        if warning := split_groups_warning(lengths, self.config.tokens_per_microbatch):
+        if warning := split_groups_warning(lengths, self.budget.tokens):
             note(warning)
         return plan_epochs(
             lengths,
             epochs=self.config.epochs,
             num_minibatches=self.config.num_minibatches,
-            max_tokens=self.config.tokens_per_microbatch,
+            max_tokens=self.budget.tokens,
             seed=seed,
         )
+
+    def within_memory(self, attempt: Callable[[Plan], Found], plan: Plan, lengths: Lengths) -> tuple[Found, Plan]:
+        """What `attempt` makes of a plan, and that plan: with smaller micro-batches where memory ran out, in which case it is repeated from its
+        beginning, without gradients. Raises TrainingError where that is of no use."""
+        return self.budget.fit(attempt, plan, lengths, self._clear_gradients)
+
+    def evaluate(
+        self,
+        rollout: Rollout,
+        want: Collection[str],
+        plan: Plan,
+        recompute_logprobs: Literal["auto", "always"] = "auto",
+    ) -> tuple[Evaluation, Plan]:
+        """`Roles.evaluate`, and the plan whose micro-batches had room for it."""
+
+        def attempt(plan: Plan) -> Evaluation:
+            return self.roles.evaluate(rollout, want, plan, recompute_logprobs)
+
+        return self.within_memory(attempt, plan, Lengths.of(rollout))
 
     def start_step(self, step: int) -> dict[str, float]:
         """Set the learning rates of `step` (0-based) and return them."""
@@ -81,19 +105,28 @@ class Learner:
         self,
         losses: Callable[[Roles, Minibatch], Losses],
         plan: Plan,
+        lengths: Lengths,
         *,
         learned: Collection[str],
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
         """One optimizer step for each minibatch of the plan, for the `learned` of "policy" and "critic"; returns metrics.
 
+        lengths: of the plan's sequences. A minibatch for which memory runs out is repeated, and it and those after it are cut smaller.
         A minibatch whose gradient norm is not finite updates nothing; `update/skipped` counts them. The averages are over the applied
         ones. Raises NonFiniteUpdates after `max_skipped_updates` of them in a row, also over the borders of steps.
         """
         applied: list[dict[str, float]] = []
-        minibatches = [minibatch for epoch in plan for minibatch in epoch]
+        minibatches, planned_for = [minibatch for epoch in plan for minibatch in epoch], self.budget.tokens
+
+        def gradients(plan: Plan) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+            return self._gradients(losses, plan[0][0])
+
         for done, minibatch in enumerate(minibatches, start=1):
-            metrics, norms, finite = self._gradients(losses, minibatch)
+            single = [[minibatch]]
+            if self.budget.tokens != planned_for:
+                single = split_again(single, lengths, self.budget.tokens)
+            (metrics, norms, finite), _ = self.within_memory(gradients, single, lengths)
             if finite:
                 for name in learned:
                     self.optimizers[name].step(norms[name])
@@ -132,6 +165,7 @@ class Learner:
         """(file name -> named tensors, what JSON can hold): weights, optimizers and counts."""
         tensors: dict[str, dict[str, Tensor]] = {}
         state: dict[str, Any] = {"skipped_in_a_row": self.skipped_in_a_row, "loss_scale": self.loss_scale.state_dict()}
+        state["token_budget"] = self.budget.state_dict()
         for name, module in self.roles.trained().items():
             tensors[name] = module.state_dict()
             tensors[f"{name}_optimizer"], state[f"{name}_optimizer"] = self.optimizers[name].state_dict()
@@ -147,6 +181,7 @@ class Learner:
             self.optimizers[name].load_state_dict(tensors[f"{name}_optimizer"], state[f"{name}_optimizer"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.loss_scale.load_state_dict(state["loss_scale"])
+        self.budget.load_state_dict(state.get("token_budget", self.budget.state_dict()))
 
 
 def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, Tensor]:

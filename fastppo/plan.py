@@ -74,6 +74,22 @@ def split_microbatches(indices: Sequence[int], lengths: Lengths, max_tokens: int
     return batches
 
 
+def tokens_of(microbatch: Microbatch, lengths: Lengths) -> int:
+    """How many run: a prompt's once for all its samples."""
+    groups = lengths.members(microbatch)
+    return sum(lengths.sequences[i] for own in groups for i in own) - sum(
+        lengths.prompts[own[0]] * (len(own) - 1) for own in groups
+    )
+
+
+def split_again(plan: Plan, lengths: Lengths, max_tokens: int) -> Plan:
+    """The same minibatches in micro-batches of another size: what `plan_epochs` gives for it."""
+    return [
+        [split_microbatches([i for batch in minibatch for i in batch], lengths, max_tokens) for minibatch in epoch]
+        for epoch in plan
+    ]
+
+
 def split_groups_warning(lengths: Lengths, max_tokens: int) -> str | None:
     """A sentence where no micro-batch holds all samples of some prompt."""
     for own in lengths.members(range(len(lengths.sequences))):

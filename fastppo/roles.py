@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastppo.evaluation import Evaluation
 from fastppo.model import Critic, ValueHead, lm_head, packed_hidden
+from fastppo.model.adapters import Adapters, TrainedAdapter
 from fastppo.model.host import on_device
 from fastppo.model.parts_trunk import trunk_of
 from fastppo.ops import linear_token_logprobs
@@ -37,32 +38,46 @@ class Roles(nn.Module):
 
     Args:
         policy: a prepared model, trained in place.
-        critic: "separate", a copy of the policy's trunk with a value head, "shared", a value head on the policy's trunk, or "none".
+        critic: "separate", a copy of the policy's trunk with a value head, "shared", a value head on the policy's trunk, "lora", a value head on
+            that trunk with an adapter of its own, or "none".
         with_reference: keep a frozen copy of the policy as it is now.
         gradient_checkpointing: keep one hidden state a layer for the backward pass and compute the rest again.
+        adapters: of the policy, where these alone learn. The reference then is the same model without them.
     """
 
     def __init__(
         self,
         policy: PreTrainedModel,
         *,
-        critic: Literal["separate", "shared", "none"] = "separate",
+        critic: Literal["separate", "shared", "lora", "none"] = "separate",
         with_reference: bool = False,
         gradient_checkpointing: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         _require_trainable(policy)
+        _require_place_for_critic(critic, adapters)
         # Transformers checkpoints gradients in training mode only; all that is random in it is off in a prepared model.
         policy.train()
         if gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-        self.policy = policy
+            contexts = {} if adapters is None else {"context_fn": adapters.recomputation}
+            policy.gradient_checkpointing_enable({"use_reentrant": False} | contexts)
+        self.policy, self.adapters = policy, adapters
         # The critic's head is initialised to zero, so building the networks draws no random numbers.
         self.critic = Critic.from_model(policy) if critic == "separate" else None
         self.value_head = (
             ValueHead(lm_head(policy).weight.shape[1], device=policy.device) if critic == "shared" else None
         )
-        reference = copy.deepcopy(policy).requires_grad_(False) if with_reference else None
+        reference = None
+        if adapters is not None:
+            if critic == "lora":
+                adapters.add_critic()
+                self.critic = Critic(policy, ValueHead(lm_head(policy).weight.shape[1], device=policy.device))
+            if with_reference:
+                adapters.keep_reference()
+                reference = policy
+        elif with_reference:
+            reference = copy.deepcopy(policy).requires_grad_(False)
         # Not a submodule: neither optimizers nor checkpoints touch the reference.
         object.__setattr__(self, "reference", reference)
         self._sampling_is_exact = (
@@ -91,7 +106,12 @@ class Roles(nn.Module):
         """fp32, a row for each token that runs: value of the state after it."""
         if self.critic is None:
             return self.value_head(hidden)
-        return self.critic.head(_hidden(self.critic.trunk, rollout))
+        with self._speaking("critic"):
+            return self.critic.head(_hidden(self.critic.trunk, rollout))
+
+    def _speaking(self, role: str) -> AbstractContextManager:
+        """Inside the block the trunk that is shared by adapters has those of this role."""
+        return nullcontext() if self.adapters is None else self.adapters.speaking(role)
 
     @torch.no_grad()
     def action_states(self, rollout: Rollout) -> Tensor:
@@ -101,7 +121,8 @@ class Roles(nn.Module):
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """fp32 [N]: the reference's log-probabilities of the actions, at the sampling temperature."""
-        return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
+        with self._speaking("reference"):
+            return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
 
     @torch.no_grad()
     def evaluate(
@@ -155,15 +176,27 @@ class Roles(nn.Module):
                 tensor[places.get(name, actions)] = outputs[name].float()
         return found
 
-    def trained(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, nn.Module | TrainedAdapter]:
         """What learns, each with an optimizer and in a checkpoint's file of its own."""
         trained = {"policy": self.policy, "critic": self.critic if self.critic is not None else self.value_head}
+        if self.adapters is not None:
+            trained["policy"] = self.adapters.trained("policy")
+            if self.critic is not None:
+                trained["critic"] = self.adapters.trained("critic", head=self.critic.head)
         return {name: module for name, module in trained.items() if module is not None}
 
     @cached_property
     def reference_sha256(self) -> str | None:
         """Fingerprint of the reference, to notice that a resumed run was given another one. It never changes."""
-        return None if self.reference is None else weights_sha256(self.reference)
+        if self.adapters is not None:
+            own = self.adapters.reference_parameters()
+            return weights_sha256(own.items()) if own else None
+        return None if self.reference is None else weights_sha256(self.reference.named_parameters())
+
+    @cached_property
+    def base_sha256(self) -> str | None:
+        """Fingerprint of the frozen weights under the adapters, which no checkpoint holds."""
+        return None if self.adapters is None else weights_sha256(self.adapters.base_parameters())
 
 
 def _require_trainable(policy: PreTrainedModel) -> None:
@@ -176,6 +209,16 @@ def _require_trainable(policy: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(policy).__name__} has no parameter with requires_grad, expected some that learn: model.requires_grad_(True) frees all"
         )
+
+
+def _require_place_for_critic(kind: str, adapters: Adapters | None) -> None:
+    """Raises ValueError for a critic that cannot be beside this policy."""
+    if kind == "lora" and adapters is None:
+        raise ValueError(
+            "critic.kind is lora, expected another kind where the policy has no adapters (lora.r above 0, or a PeftModel)"
+        )
+    if kind == "separate" and adapters is not None:
+        raise ValueError("critic.kind is separate, expected lora, shared or none where the policy has adapters")
 
 
 def _hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -205,10 +248,10 @@ def _head_logprobs(model: PreTrainedModel, hidden: Tensor, rollout: Rollout, wit
     )
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Of a model's parameters, by name."""
+def weights_sha256(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """Of parameters and their names, whatever their order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(named_parameters):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ from fastppo.checkpoint import list_checkpoints
 from fastppo.yaml_numbers import NumberDumper
 
 CONFIG, METRICS, SAMPLES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"
-HISTORY, TRACKING, MODEL, BEST, LOCK = "history.jsonl", "tracking.json", "model", "best", ".lock"
+HISTORY, TRACKING, MODEL, ADAPTER, BEST, LOCK = "history.jsonl", "tracking.json", "model", "adapter", "best", ".lock"
 MARK = "# Settings of a fastppo run\n"
 # Half a character, which broken input can hold, becomes \udXXX: in JSON that is its escape, and it comes back as it was.
 LONE_SURROGATES = "backslashreplace"
@@ -230,8 +230,8 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
     is_run = _is_ours(path / CONFIG) or list_checkpoints(path / CHECKPOINTS)  # config.yaml may be damaged
     if content - passing - {LOCK} and not is_run:
         raise ValueError(f"output_dir is {str(path)!r}, which holds other files; choose an empty or new folder")
-    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, TRACKING, CHECKPOINTS, MODEL, BEST}:
-        is_folder, should_be = (path / entry).is_dir(), entry in (CHECKPOINTS, MODEL, BEST)
+    for entry in content & {CONFIG, HISTORY, METRICS, SAMPLES, TRACKING, CHECKPOINTS, MODEL, ADAPTER, BEST}:
+        is_folder, should_be = (path / entry).is_dir(), entry in (CHECKPOINTS, MODEL, ADAPTER, BEST)
         if is_folder != should_be:
             kinds = ("a file", "a folder") if should_be else ("a folder", "a file")
             raise ValueError(f"{path / entry} is {kinds[0]}, expected {kinds[1]}: move it away")

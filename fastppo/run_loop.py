@@ -19,9 +19,10 @@ from fastppo.errors import TrainingError
 from fastppo.interruption import Interrupted, Interruption
 from fastppo.learner import Learner
 from fastppo.model import load_model, load_tokenizer, prepare_model
+from fastppo.model.adapters import Adapters
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
-from fastppo.run_folder import BEST, MODEL, RunFolder
+from fastppo.run_folder import ADAPTER, BEST, MODEL, RunFolder
 from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
 
@@ -35,6 +36,8 @@ class RunLoop:
     recipe: dict[str, Any]
     """What is written to the run folder's `config.yaml`."""
     model: PreTrainedModel
+    adapters: Adapters | None = None
+    """Of the model, where they alone learn."""
     tokenizer: PreTrainedTokenizerBase
     reporter: Reporter
     learner: Learner
@@ -114,9 +117,10 @@ class RunLoop:
         return metrics
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the model and the tokenizer in Transformers' format, its configurations as they came."""
+        """Write the model and the tokenizer in Transformers' format, its configurations as they came; adapters are merged."""
         Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
-        write_model(self.model, self.tokenizer, path)
+        merged = {} if self.adapters is None else {"state_dict": self.adapters.merged_state()}
+        write_model(self.model, self.tokenizer, path, **merged)
 
     # The loop
 
@@ -172,6 +176,8 @@ class RunLoop:
         name, option, which = MODEL, "", "newest"
         try:
             self.save_pretrained(folder.path / MODEL)
+            if self.adapters is not None:
+                self.adapters.save(folder.path / ADAPTER)
             if self.best:
                 name, option, which = BEST, " --best", "best step's"
                 self.best.write(self.learner.roles.trained()["policy"], self.save_pretrained, folder)

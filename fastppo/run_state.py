@@ -21,6 +21,7 @@ from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, PromptSampler
 from fastppo.errors import CheckpointError
 from fastppo.learner import Learner
+from fastppo.roles import Roles
 from fastppo.run_folder import RunFolder
 
 Note = Callable[[str], None]
@@ -143,15 +144,13 @@ class RunState:
             note(f"step {self.step} could not be saved: {failure}")
 
 
-_REFERENCE, _PROMPTS, _EXAMPLES = "reference_sha256", "prompts_sha256", "examples_sha256"
+_REFERENCE, _PROMPTS, _EXAMPLES, _BASE = "reference_sha256", "prompts_sha256", "examples_sha256", "base_sha256"
 _DATA = {_PROMPTS: "other prompts", _EXAMPLES: "other examples"}
 # Of a model's configuration: where it came from, how it is stored, who wrote it, how it is sampled from.
 _IRRELEVANT = re.compile(r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|\w+_token_id")
 
 
-def identity(
-    config: PPOConfig, model: PreTrainedModel, prompts: PromptDataset, reference_sha256: str | None
-) -> dict[str, Any]:
+def identity(config: PPOConfig, model: PreTrainedModel, prompts: PromptDataset, roles: Roles) -> dict[str, Any]:
     """Setting -> value, as JSON holds it, of all that may not change between a checkpoint and the run that goes on from it: its numbers would
     mean something else. The prompts themselves may: that is only said."""
     return {
@@ -162,7 +161,9 @@ def identity(
         "seed": config.seed,
         "number of prompts": len(prompts),
         _PROMPTS: token_sha256(row["prompt_ids"] for row in prompts),
-        _REFERENCE: reference_sha256,
+        _REFERENCE: roles.reference_sha256,
+        "lora": None if roles.adapters is None else roles.adapters.description(),
+        _BASE: roles.base_sha256,
     }
 
 
@@ -186,6 +187,8 @@ def _require_same(saved: Mapping[str, Any], mine: Mapping[str, Any], checkpoint:
     """Raises CheckpointError naming every setting that is not the one that `checkpoint` was written with."""
     found = _changes(saved, mine)
     changes = [f"{name} is {new!r}, was {old!r}" for name, (old, new) in found.items() if "sha256" not in name]
+    if _BASE in found and not changes:
+        changes = ["its adapters are of another base model"]
     if _REFERENCE in found and not changes:
         changes = ["the run started from another reference model"]
     if changes:

@@ -76,6 +76,7 @@ class SFTTrainer(RunLoop):
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
         self.examples = self._load(examples, "examples")
         self.eval_examples = None if eval_examples is None else self._load(eval_examples, "eval_examples")
+        self._lengths = _lengths(self.examples)
         self.steps_per_epoch = -(-len(self.examples) // config.learner.minibatch_size)
         self.total_steps = config.learner.epochs * self.steps_per_epoch
         self.reporter = reporter or Reporter(self.total_steps, every=-(-self.total_steps // SHOWN_STEPS))
@@ -86,6 +87,7 @@ class SFTTrainer(RunLoop):
             critic=CriticConfig(kind="none"),
             config=LearnerConfig(**{name: getattr(config.learner, name) for name in shared}),
             total_steps=self.total_steps,
+            note=self.reporter.note,
         )
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
         self.state = RunState(self.learner, None, self.sampler, self._identity)
@@ -97,7 +99,8 @@ class SFTTrainer(RunLoop):
             raise ValueError("eval_examples is None, expected held-out examples to evaluate on")
         total, count = 0.0, 0
         with torch.no_grad():
-            for indices in self._microbatches(self.eval_examples, range(len(self.eval_examples))):
+            every, lengths = range(len(self.eval_examples)), _lengths(self.eval_examples)
+            for indices in split_microbatches(every, lengths, self.learner.budget.tokens):
                 self._interruption.check()
                 logprobs = self._logprobs([self.eval_examples[i] for i in indices])
                 total, count = total - logprobs.double().sum().item(), count + len(logprobs)
@@ -115,11 +118,11 @@ class SFTTrainer(RunLoop):
         metrics = self.learner.start_step(self.step)
         done = self.step % self.steps_per_epoch * self.config.learner.minibatch_size
         indices = self.sampler.next(min(self.config.learner.minibatch_size, len(self.examples) - done))
-        plan = [[self._microbatches(self.examples, indices)]]
+        plan = [[split_microbatches(indices, self._lengths, self.learner.budget.tokens)]]
         with clock("time/update"):
             self.state.whole = False
             try:
-                metrics |= self.learner.minimise(self._losses, plan, learned=("policy",))
+                metrics |= self.learner.minimise(self._losses, plan, self._lengths, learned=("policy",))
             except NonFiniteUpdates as error:
                 rows = ", ".join(str(self.examples[i].row) for i in indices)
                 raise TrainingError(
@@ -159,12 +162,6 @@ class SFTTrainer(RunLoop):
         """The places of the tokens whose likelihood counts."""
         return range(1, len(example.tokens)) if self.config.learner.loss_tokens == "all" else example.targets
 
-    def _microbatches(self, examples: ExampleDataset, indices: Sequence[int]) -> Minibatch:
-        lengths, places = [len(examples[i].tokens) for i in indices], range(len(indices))
-        alone = Lengths(lengths, [0] * len(lengths), places)
-        parts = split_microbatches(places, alone, self.config.learner.tokens_per_microbatch)
-        return [[indices[place] for place in part] for part in parts]
-
     # Set-up, checkpoints
 
     def _load(self, source: Any, name: str) -> ExampleDataset:
@@ -179,3 +176,9 @@ class SFTTrainer(RunLoop):
             "number of examples": len(self.examples),
             "examples_sha256": token_sha256(part for example in self.examples for part in example[:2]),
         }
+
+
+def _lengths(examples: ExampleDataset) -> Lengths:
+    """None shares anything with another."""
+    lengths = [len(example.tokens) for example in examples]
+    return Lengths(lengths, [0] * len(lengths), range(len(lengths)))

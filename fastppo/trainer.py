@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +28,7 @@ from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics
 from fastppo.model import context_length, resolve_device
+from fastppo.model.adapters import adapters_of, add_adapters
 from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult, RewardRunner
@@ -42,6 +43,9 @@ from fastppo.run_state import RunState, identity
 from fastppo.samples import add_credit, describe_samples
 from fastppo.tracking import check_installed
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ROUND_SEED_OFFSET = 0x9E3779B97F4A7C15  # odd and large: no round of any step has the seed of another one
 SEEDS = 2**63  # of the sampler
 KEPT_CACHE = 0.1  # of a GPU's memory, at most, that the sampler keeps during updates, so that its CUDA graphs serve the next step too
@@ -51,7 +55,8 @@ class PPOTrainer(RunLoop):
     """Proximal policy optimisation (Schulman et al. 2017) of a causal language model on prompts and a reward.
 
     Args:
-        model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place.
+        model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place; of a `peft.PeftModel` its LoRA
+            adapter is.
         reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (the sum of those that apply is
             maximised); `fastppo.rewards.WeightedReward` gives one a weight, or normalises it.
         prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name; or, where `DataConfig` has settings for
@@ -72,7 +77,7 @@ class PPOTrainer(RunLoop):
     @torch.inference_mode(mode=False)
     def __init__(
         self,
-        model: str | os.PathLike | PreTrainedModel,
+        model: str | os.PathLike | PreTrainedModel | PeftModel,
         *,
         reward: Reward | Sequence[Reward],
         prompts: Any,
@@ -93,6 +98,8 @@ class PPOTrainer(RunLoop):
         # First, so that the processes which run rewards hold no copy of the model.
         with naming("reward"):
             self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
+        self.adapters = adapters_of(model, config.lora)
+        model = model if self.adapters is None else self.adapters.model
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
         self.prompts = self._load(prompts, "prompts")
         self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)
@@ -100,11 +107,14 @@ class PPOTrainer(RunLoop):
         if config.algorithm == "trpo":
             require_float32(self.model)
         self.algorithm = {"ppo": PPO, "trpo": TRPO}[config.algorithm](config)
+        if config.lora.r:
+            self.adapters = add_adapters(self.model, config.lora, config.seed)
         self.roles = Roles(
             self.model,
             critic=config.critic.kind,
             with_reference="reference" in self.algorithm.needs,
             gradient_checkpointing=config.learner.gradient_checkpointing,
+            adapters=self.adapters,
         )
         self.learner = Learner(
             self.roles,
@@ -112,6 +122,7 @@ class PPOTrainer(RunLoop):
             critic=config.critic,
             config=config.learner,
             total_steps=config.total_steps,
+            note=self.reporter.note,
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
@@ -146,7 +157,7 @@ class PPOTrainer(RunLoop):
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
             recompute = self.config.rollout.recompute_logprobs
-            evaluation = self.roles.evaluate(rollout, self.algorithm.needs, plan, recompute)
+            evaluation, plan = self.learner.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
             add_credit(experience.described, evaluation, targets)
             folder.log_samples(self.step + 1, experience.samples)
@@ -322,7 +333,7 @@ class PPOTrainer(RunLoop):
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.config, self.model, self.prompts, self.roles.reference_sha256)
+        return identity(self.config, self.model, self.prompts, self.roles)
 
 
 def _mix(seed: int, step: int) -> int:

@@ -31,6 +31,7 @@ FLOORS = [
         "fastppo.config",
         "fastppo.evaluation_config",
         "fastppo.setting_types",
+        "fastppo.lora_config",
         "fastppo.recipe_config",
         "fastppo.reward_model_config",
         "fastppo.sft_config",
@@ -39,7 +40,7 @@ FLOORS = [
         "fastppo.errors",
     ),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
-    + ("fastppo.experience", "fastppo.held_out", "fastppo.best", "fastppo.callbacks")
+    + ("fastppo.experience", "fastppo.held_out", "fastppo.best", "fastppo.callbacks", "fastppo.out_of_memory")
     + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
     + (
         "fastppo.plot",

@@ -6,10 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from fastppo import cli
-from fastppo.commands.info import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = [
@@ -68,9 +65,3 @@ def test_every_other_line_runs_in_the_order_shown(
     assert shown == expected
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()
     assert (tmp_path / "runs" / "stories" / "report.html").exists()
-
-
-@pytest.mark.parametrize("extra", ["peft"])
-def test_no_extra_is_offered_that_nothing_uses(extra):
-    project = (ROOT / "pyproject.toml").read_text() + (ROOT / "README.md").read_text()
-    assert extra not in EXTRAS and not re.search(rf"\b{extra}\b", project)

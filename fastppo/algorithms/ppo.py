@@ -14,7 +14,7 @@ from fastppo.config import GROUP_ESTIMATORS, PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, Losses
 from fastppo.ops import approx_kl, kl_shaped_rewards, masked_whiten, ppo_loss
-from fastppo.plan import Minibatch, Plan
+from fastppo.plan import Lengths, Minibatch, Plan
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout.record import on_device
@@ -157,7 +157,7 @@ class PPO:
             return self.losses(roles, rollout, evaluation, targets, minibatch, train_policy=train_policy)
 
         learned = learner.optimizers.keys() if train_policy else {"critic"}
-        return learner.minimise(losses, plan, learned=learned, progress=progress)
+        return learner.minimise(losses, plan, Lengths.of(rollout), learned=learned, progress=progress)
 
     def _move_coefficients(
         self, rollout: Rollout, evaluation: Evaluation, metrics: Mapping[str, float], train_policy: bool

@@ -19,7 +19,7 @@ from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.model import LMHead, lm_head
-from fastppo.plan import Microbatch, Plan, first_epoch
+from fastppo.plan import Lengths, Microbatch, Plan, first_epoch
 from fastppo.roles import Roles
 from fastppo.rollout.record import on_device, places_in
 from fastppo.rollout.rollout import Rollout
@@ -50,7 +50,16 @@ class TRPO(PPO):
         metrics: dict[str, float] = {}
         if train_policy := learner.step >= self.config.critic.warmup_steps:
             parameters = list(learner.optimizers["policy"].parameters.values())
-            metrics = self._policy_step(PolicyStep(learner.roles, parameters, rollout, first_epoch(plan)), targets)
+
+            def attempt(plan: Plan) -> dict[str, float]:
+                step = PolicyStep(learner.roles, parameters, rollout, first_epoch(plan))
+                try:
+                    return self._policy_step(step, targets)
+                except BaseException:
+                    step.restore()
+                    raise
+
+            metrics, plan = learner.within_memory(attempt, plan, Lengths.of(rollout))
             if self.skipped_in_a_row >= learner.config.max_skipped_updates:
                 raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row were not finite")
         if self.has_critic:
@@ -135,10 +144,17 @@ class PolicyStep:
         self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
         """How far the weights were moved for the last difference."""
 
-    @torch.no_grad()
+    def restore(self) -> None:
+        """The weights become θ."""
+        self._set(self.theta)
+
     def move_to(self, step: Tensor) -> None:
         """The weights become θ + step."""
-        parts = (self.theta + step).split([parameter.numel() for parameter in self.parameters])
+        self._set(self.theta + step)
+
+    @torch.no_grad()
+    def _set(self, weights: Tensor) -> None:
+        parts = weights.split([parameter.numel() for parameter in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.copy_(part.view_as(parameter))
 

@@ -27,6 +27,7 @@ EXTRAS = {
     "json-schema": "jsonschema",
     "reasoning-gym": "reasoning_gym",
     "reward-model": "trl",
+    "lora": "peft",
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "wandb": "wandb",

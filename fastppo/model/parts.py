@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo.model.lora import Factors, active_factors, is_plain_lora, merged
 from fastppo.native import decoder as native
 from fastppo.ops._backends import FAST_DTYPES, choose, forced_backend
 
@@ -60,13 +61,14 @@ _PARTS: WeakKeyDictionary[nn.Module, tuple[list, LlamaParts | None]] = WeakKeyDi
 def _signature(module: nn.Module) -> tuple:
     """What of a module decides whether it is a part."""
     parameters = [(id(p), p.dtype, p.device, p.stride()) for p in module._parameters.values() if p is not None]
-    return id(module), type(module), _is_patched(module), parameters
+    return id(module), type(module), _is_patched(module), parameters, (*vars(module).get("merged_adapters", ()),)
 
 
 class LlamaParts:
     """The parts of a model that is built as Llama is (arXiv:2302.13971): Qwen2, Qwen3, Mistral, SmolLM and others too.
 
-    backend: which kernels would run them. layers: of each, its norms and its linear layers as `fastppo.native.decoder.Layer` has them.
+    backend: which kernels would run them. layers: of each, its norms and its linear layers as `fastppo.native.decoder.Layer` has them, without
+    what LoRA adapters add to these. has_adapters: whether some have any.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -83,13 +85,32 @@ class LlamaParts:
             raise UnlikeLlama("its embedding is not plain")
         self.embedding, self.padding_idx = embedding.weight, embedding.padding_idx
         self.norm = _norm(trunk["norm"])
-        self.layers = [_layer(layer) for layer in trunk["layers"]]
-        if not self.layers:
+        found = [_layer(layer) for layer in trunk["layers"]]
+        if not found:
             raise UnlikeLlama("it has no layers")
+        self.layers = [(norms, tuple(map(_linear, modules))) for norms, modules in found]
+        self._modules = [modules for _, modules in found]
+        self.has_adapters = any(type(module) is not nn.Linear for modules in self._modules for module in modules)
         self.backend: str | None = None  # an outline's numbers are served by nobody
         if not self.embedding.is_meta:
             self.backend = choose("decode_attention", self.embedding)
             self._require_served()
+
+    def factors(self) -> list[tuple[Factors | None, ...]]:
+        """What the adapters that are active now add to the weights, in the order of each layer's linear layers."""
+        return [
+            tuple(None if type(each) is nn.Linear else active_factors(each) for each in own) for own in self._modules
+        ]
+
+    def merged_layers(self) -> list[tuple[tuple[native.Norm, ...], tuple[native.Linear, ...]]]:
+        """`layers` with the adapters that are active now in the weights: copies of those that have one, the live parameters of the others."""
+        return [
+            (
+                norms,
+                tuple(linear._replace(weight=merged(linear.weight, f)) for linear, f in zip(linears, own, strict=True)),
+            )
+            for (norms, linears), own in zip(self.layers, self.factors(), strict=True)
+        ]
 
     @torch.no_grad()
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +131,7 @@ class LlamaParts:
         tensors = [self.embedding, self.norm.weight]
         for norms, linears in self.layers:
             tensors += [norm.weight for norm in norms] + [x for linear in linears for x in linear]
+        tensors += [x for own in self.factors() if self.backend == "cpu" for f in own if f is not None for x in f[:2]]
         kinds = {(x.dtype, x.device, x.is_contiguous()) for x in tensors if x is not None}
         dtype, device = self.embedding.dtype, self.embedding.device
         if kinds != {(dtype, device, True)} or dtype not in SERVED.get(self.backend, ()):
@@ -129,7 +151,7 @@ def _is_idle(hook: object) -> bool:
     return any(name in getattr(hook, "__qualname__", "") for name in IDLE_HOOKS)
 
 
-def _layer(layer: nn.Module) -> tuple[tuple[native.Norm, ...], tuple[native.Linear, ...]]:
+def _layer(layer: nn.Module) -> tuple[tuple[native.Norm, ...], tuple[nn.Module, ...]]:
     parts = _children(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
     attention = _children(parts["self_attn"], {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
     mlp = _children(parts["mlp"], {"gate_proj", "up_proj", "down_proj", "act_fn"})
@@ -143,7 +165,7 @@ def _layer(layer: nn.Module) -> tuple[tuple[native.Norm, ...], tuple[native.Line
         raise UnlikeLlama("its query norm spans several heads")
     norms = (_norm(parts["input_layernorm"]), *own_norms, _norm(parts["post_attention_layernorm"]))
     names = [(attention, f"{x}_proj") for x in "qkvo"] + [(mlp, f"{x}_proj") for x in ("gate", "up", "down")]
-    return norms, tuple(_linear(owner[name]) for owner, name in names)
+    return norms, tuple(owner[name] for owner, name in names)
 
 
 def _children(module: nn.Module, needed: set[str], optional: set[str] = frozenset()) -> dict[str, nn.Module]:
@@ -163,6 +185,7 @@ def _norm(module: nn.Module) -> native.Norm:
 
 
 def _linear(module: nn.Module) -> native.Linear:
+    module = module.base_layer if is_plain_lora(module) else module
     if type(module) is not nn.Linear:
         raise UnlikeLlama(f"{type(module).__name__} is no plain linear layer")
     return native.Linear(module.weight, module.bias)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import IMPLEMENTATION, LayerCall, ObservingContext, check_windows, register, run_trunk
+from fastppo.model.lora import Factors, factor_gradients, merged
 from fastppo.model.parts import LARGEST_HEAD, LlamaParts, parts_of
 from fastppo.model.shared_prompts import SharedPrompts
 from fastppo.native.matmul import linear, matmul
@@ -103,12 +104,16 @@ class PartsTrunk:
             raise ValueError(f"position_ids holds {first}, expected no position below 0")
         cos, sin = self._parts.rotary_tables(last + 1)
         x, update = F.embedding(tokens, self._parts.embedding, self._parts.padding_idx), None
-        for (norms, linears), (layer, shape, options) in zip(self._parts.layers, self._calls, strict=True):
+        layers = zip(self._parts.layers, self._parts.factors(), self._calls, strict=True)
+        for (norms, linears), factors, (layer, shape, options) in layers:
             is_last = layer == len(self._calls) - 1
             layout, wanted = (layouts.last, layouts.wanted) if is_last else (layouts.inner, None)
             numbers = [norm.eps for norm in norms], shape.key_size, options.scale, options.window
-            call = _Call(*numbers, cos, sin, position_ids, layout, wanted)
+            scalings = tuple(0.0 if each is None else each.scaling for each in factors)
+            call = _Call(*numbers, cos, sin, position_ids, layout, wanted, scalings)
             parameters = *(norm.weight for norm in norms), *(x for each in linears for x in each)
+            if any(factors):
+                parameters += tuple(x for each in factors for x in ((None, None) if each is None else each[:2]))
             arguments = x, update, call, *parameters
             apply = _Layer.apply
             x, update = checkpoint(apply, *arguments, use_reentrant=False) if recompute else apply(*arguments)
@@ -184,6 +189,7 @@ class _Call(NamedTuple):
     positions: Tensor
     layout: Layout
     wanted: Tensor | None  # int64 [W] rows that ask and go on; None: all
+    scalings: tuple[float, ...]  # of the linear layers' adapters
 
     def take(self, x: Tensor) -> Tensor:
         """The rows that go on."""
@@ -217,19 +223,21 @@ class _Layer(torch.autograd.Function):
         ctx, x: Tensor, update: Tensor | None, call: _Call, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         input_norm, q_norm, k_norm, post_norm = parameters[:4]
-        wq, bq, wk, bk, wv, bv, wo, bo, w_gate, b_gate, w_up, b_up, w_down, b_down = parameters[4:]
+        linears = _Linears(parameters[4:], call.scalings)
         input_eps, q_eps, k_eps, post_eps = call.eps
         total, normed = rms_norm(x, input_norm, input_eps, update)
-        projections = (call.take(normed), wq, bq), (normed, wk, bk), (normed, wv, bv)
-        q, k, v = (linear(*each).unflatten(1, (-1, call.head_size)) for each in projections)
+        q, k, v = (
+            linears.out(number, x).unflatten(1, (-1, call.head_size))
+            for number, x in enumerate((call.take(normed), normed, normed))
+        )
         placed = (
             call.place(q, q_norm, q_eps, call.take(call.positions)),
             call.place(k, k_norm, k_eps, call.positions),
         )
         attended, lse = packed_attention(*placed, v, call.layout, call.scale, call.window)
-        middle, normed = rms_norm(call.take(total), post_norm, post_eps, linear(attended.flatten(1), wo, bo))
-        gate, up = linear(normed, w_gate, b_gate), linear(normed, w_up, b_up)
-        out = linear(swiglu(gate, up), w_down, b_down)
+        middle, normed = rms_norm(call.take(total), post_norm, post_eps, linears.out(3, attended.flatten(1)))
+        gate, up = linears.out(4, normed), linears.out(5, normed)
+        out = linears.out(6, swiglu(gate, up))
         ctx.save_for_backward(total, q, k, v, attended, lse, middle, gate, up, *parameters)
         ctx.call, ctx.has_update = call, update is not None
         return middle, out
@@ -241,19 +249,19 @@ class _Layer(torch.autograd.Function):
         input_norm, q_norm, k_norm, post_norm = parameters[:4]
         call, (input_eps, q_eps, k_eps, post_eps) = ctx.call, ctx.call.eps
         wanted = ctx.needs_input_grad[3:]  # of the parameters
-        products = _Products(parameters[4:], wanted[4:])
+        products = _Linears(parameters[4:], call.scalings, wanted[4:])
 
         d_gated = products.d_input(6, d_out.contiguous())
-        d_gate, d_up, gated = swiglu_backward(gate, up, d_gated, out_wanted=wanted[4 + 2 * 6])
-        products.d_weight(6, d_out, gated)
+        d_gate, d_up, gated = swiglu_backward(gate, up, d_gated, out_wanted=products.learns(6))
+        products.learn(6, d_out, gated)
         normed = rms_norm(middle, post_norm, post_eps)[1]
         d_normed = products.d_input(5, d_up, products.d_input(4, d_gate))
-        products.d_weight(4, d_gate, normed)
-        products.d_weight(5, d_up, normed)
+        products.learn(4, d_gate, normed)
+        products.learn(5, d_up, normed)
         d_middle, d_post = rms_norm_backward(middle, post_norm, post_eps, d_normed, d_middle.contiguous(), wanted[3])
 
         d_attended = products.d_input(3, d_middle).view(attended.shape)
-        products.d_weight(3, d_middle, attended.flatten(1))
+        products.learn(3, d_middle, attended.flatten(1))
         asking = call.take(call.positions)
         placed = call.place(q, q_norm, q_eps, asking), call.place(k, k_norm, k_eps, call.positions)
         d_q, d_k, d_v = packed_attention_backward(
@@ -263,9 +271,9 @@ class _Layer(torch.autograd.Function):
         d_k, d_k_norm = call.place_backward(d_k, k, k_norm, k_eps, call.positions, wanted[2])
         d_v = d_v.flatten(1)
         normed = rms_norm(total, input_norm, input_eps)[1]
-        products.d_weight(0, d_q, call.take(normed))
-        products.d_weight(1, d_k, normed)
-        products.d_weight(2, d_v, normed)
+        products.learn(0, d_q, call.take(normed))
+        products.learn(1, d_k, normed)
+        products.learn(2, d_v, normed)
         d_normed = products.d_input(2, d_v, products.d_input(1, d_k))
         if call.wanted is None:
             products.d_input(0, d_q, d_normed)
@@ -277,22 +285,49 @@ class _Layer(torch.autograd.Function):
         return d_total, d_update, None, d_input, d_q_norm, d_k_norm, d_post, *products.gradients
 
 
-class _Products:
-    """Gradients of linear layers; the number of one is its place in a layer of the parts."""
+class _Linears:
+    """The linear layers of a layer, by their numbers in its parts, and in a backward pass the gradients of their parameters.
 
-    def __init__(self, parameters: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
-        self._weights, self._wanted = parameters[::2], wanted
+    Weights and biases come first, then the factors of the adapters where there are some. These are added to a weight for each product anew:
+    nothing of its size is kept, and the bits are those of a decode step, which reads weights that are merged once a rollout.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor | None], scalings: Sequence[float], wanted: Sequence[bool] = ()
+    ) -> None:
+        self._linears, self._wanted = list(zip(parameters[:14:2], parameters[1:14:2], strict=True)), wanted
+        self._factors = (
+            [
+                None if a is None else Factors(a, b, scaling)
+                for a, b, scaling in zip(parameters[14::2], parameters[15::2], scalings, strict=True)
+            ]
+            if len(parameters) > 14
+            else [None] * 7
+        )
         self.gradients: list[Tensor | None] = [None] * len(parameters)
+
+    def out(self, number: int, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]"""
+        weight, bias = self._linears[number]
+        return linear(x, merged(weight, self._factors[number]), bias)
 
     def d_input(self, number: int, d_out: Tensor, total: Tensor | None = None) -> Tensor:
         """d_out [T, N] -> [T, K], added to `total` where there is one."""
-        return matmul(d_out, self._weights[number], total, accumulate=total is not None)
+        weight = merged(self._linears[number][0], self._factors[number])
+        return matmul(d_out, weight, total, accumulate=total is not None)
 
-    def d_weight(self, number: int, d_out: Tensor, x: Tensor) -> None:
+    def learns(self, number: int) -> bool:
+        """Whether the layer's input is needed for a gradient."""
+        return self._wanted[2 * number] or (self._factors[number] is not None and self._wanted[14 + 2 * number])
+
+    def learn(self, number: int, d_out: Tensor, x: Tensor) -> None:
         if self._wanted[2 * number]:
             self.gradients[2 * number] = matmul(d_out.t(), x)
         if self._wanted[2 * number + 1]:
             self.gradients[2 * number + 1] = d_out.sum(0)
+        place = 14 + 2 * number
+        if self._factors[number] is not None and self._wanted[place]:
+            self.gradients[place : place + 2] = factor_gradients(d_out, x, self._factors[number])
 
 
 class _Norm(torch.autograd.Function):

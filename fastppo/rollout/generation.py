@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -102,7 +103,9 @@ class Generation:
         self.device = self.head.weight.device
         self.slots = slots
         self.stats = GenerationStats(slots=slots, pages=cache.pages)
-        self.admission = Admission(cache, self._prefill, self.device, self.stats)
+        # The admission does not hold the generation: without a cycle, cache and decoder are free as soon as nobody needs them.
+        prefill = WeakMethod(self._prefill)
+        self.admission = Admission(cache, lambda *work: prefill()(*work), self.device, self.stats)
         self.sequences: list[Sequence] = []
         self.prompts = 0
         self.rows: list[_Row] = []

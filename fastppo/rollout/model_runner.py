@@ -59,7 +59,7 @@ class ModelRunner:
             yield cache, decoder
         finally:
             if cache.bytes <= self.keep_cache * device_memory(self.model.device):
-                self.kept_cache, self.kept_graphs = cache, decoder if isinstance(decoder, GraphDecoder) else None
+                self.kept_cache, self.kept_graphs = cache, decoder if self._outlasts_updates(decoder) else None
 
     def _cache(self, pages: int) -> PagedCache:
         cache, self.kept_cache = self.kept_cache, None
@@ -100,6 +100,11 @@ class ModelRunner:
         if self.model.device.type not in GRAPHED:
             return decoder
         return GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
+
+    def _outlasts_updates(self, decoder: Decoder) -> bool:
+        """Whether it is graphs that read the live parameters, not a copy with adapters merged in."""
+        parts = self._parts()
+        return isinstance(decoder, GraphDecoder) and (parts is None or not parts.has_adapters)
 
     def _parts(self) -> LlamaParts | None:
         """The model as parts, where it has them and they give what its modules give."""

@@ -2,7 +2,7 @@
 
 On a CPU a decode step is a single native call (`csrc/cpu/decoder.cpp`), so is each part of a prompt: Python between embedding and head would be
 most of a small model's time. On a GPU the operations between matrix products are three Triton kernels (`kernels/decoder.py`). Both read the
-live parameters.
+live parameters; of layers with a LoRA adapter they read a copy in which it is merged, made when a cache is lent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parts_decoder(
     cos, sin = parts.rotary_tables(positions)
     layers = [
         native.Layer(norms, linears, *cache.layers[i], seen.options[i].scale, seen.options[i].window)
-        for i, (norms, linears) in enumerate(parts.layers)
+        for i, (norms, linears) in enumerate(parts.merged_layers())
     ]
     if parts.backend == "triton":
         return FusedDecoder(modules, layers, parts.embedding, parts.norm, cos, sin)

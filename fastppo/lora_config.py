@@ -1,0 +1,27 @@
+"""Settings of LoRA adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from fastppo.setting_types import STRICT, OptionalCount, Positive
+
+
+def _names(value: object) -> object:
+    """A text as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT)
+class LoRAConfig:
+    """Train low-rank adapters (Hu et al. 2021, arXiv:2106.09685) instead of the weights, which stay as they are. docs/lora.md tells more."""
+
+    r: OptionalCount = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: Positive = 32.0
+    """What an adapter adds is multiplied by alpha / r."""
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = None
+    """Names of the linear layers that get one, such as `[q_proj, v_proj]`; by default all but the output head."""
