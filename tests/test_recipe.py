@@ -13,6 +13,7 @@ from fastppo.recipe import load_recipe, resolve_rewards
 from fastppo.recipe_config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.reward_model_config import RewardModelRecipe
 from fastppo.sft_config import SFTRecipe
+from tests.tiny import make_reward_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER_KINDS = {"reward_model.yaml": RewardModelRecipe, "sft.yaml": SFTRecipe}
@@ -33,7 +34,10 @@ def write(tmp_path, text=MINIMAL) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_our_recipes_are_valid(path):
+def test_our_recipes_are_valid(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in (make_reward_model(), make_tokenizer()):  # what recipes/reward_model.yaml writes
+        part.save_pretrained("runs/reward_model/model")
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
     assert all(callable(reward.function) for reward in resolve_rewards(recipe.reward))

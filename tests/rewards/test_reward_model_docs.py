@@ -72,7 +72,7 @@ def test_the_commands(stories_model, tmp_path, monkeypatch, capsys):
     toy += ["learner.num_minibatches=1", "data.eval_size=4"]
     for words, more in zip(commands, (["epochs=1"], toy), strict=True):
         assert cli.main([*words[1:], f"model.name={stories_model}", "device=cpu", *more]) == 0, capsys.readouterr().err
-    assert Path("runs/stories/model").is_dir() and install[:2] == ["pip", "install"]
+    assert Path("runs/rlhf/model").is_dir() and install[:2] == ["pip", "install"]
 
 
 def test_its_figures_are_the_defaults():
