@@ -52,7 +52,21 @@ def reward_model(tmp_path_factory):
     return folder / "rm" / "model"
 
 
-def learn(make_trainer, reward_model, **changes) -> tuple[float, float]:
+class Shuffled:
+    """A reward's scores, dealt to the wrong samples."""
+
+    in_process = True
+
+    def __init__(self, reward):
+        self.reward = reward
+
+    def __call__(self, prompts, completions):
+        scores = self.reward(prompts, completions)
+        random.Random(0).shuffle(scores)
+        return scores
+
+
+def learn(make_trainer, reward, **changes) -> tuple[float, float]:
     """True share of right letters in the first and over the last steps; the policy is only told the model's score."""
     shares = []
 
@@ -61,19 +75,27 @@ def learn(make_trainer, reward_model, **changes) -> tuple[float, float]:
         shares.append(sum(found) / len(found))
         return [None] * len(found)
 
-    trainer = make_trainer([RewardModel(reward_model, device="cpu"), watching], prompts=PROMPTS, **(SETTINGS | changes))
+    trainer = make_trainer([reward, watching], prompts=PROMPTS, **(SETTINGS | changes))
     trainer.train()
     return shares[0], sum(shares[-3:]) / 3
 
 
 @pytest.mark.slow
 def test_ppo_learns_what_was_preferred(make_trainer, reward_model):
-    first, last = learn(make_trainer, reward_model)
+    first, last = learn(make_trainer, RewardModel(reward_model, device="cpu"))
     assert first < 0.15
     assert last > 0.8
 
 
 @pytest.mark.slow
 def test_nothing_is_learned_at_learning_rate_zero(make_trainer, reward_model):
-    first, last = learn(make_trainer, reward_model, optimizer__lr=0.0, critic__lr=0.0)
+    first, last = learn(
+        make_trainer, RewardModel(reward_model, device="cpu"), optimizer__lr=0.0, critic__lr=0.0, total_steps=6
+    )
     assert first < 0.15 and last < 0.15
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_from_shuffled_scores(make_trainer, reward_model):
+    first, last = learn(make_trainer, Shuffled(RewardModel(reward_model, device="cpu")))
+    assert first < 0.15 and last < 0.25

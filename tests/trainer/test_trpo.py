@@ -14,7 +14,7 @@ from fastppo.console import Reporter
 from fastppo.run_folder import read_metrics
 from tests.test_readme import load_demo
 from tests.tiny import make_model
-from tests.trainer.test_learning import learn
+from tests.trainer.test_learning import learn, shuffled
 
 TRPO = {"algorithm": "trpo", "rollout__samples_per_prompt": 4}
 
@@ -112,6 +112,20 @@ def test_it_learns_the_bandit(make_trainer, tmp_path, estimator):
     assert first < 0.15
     assert last > 0.9
     assert all(row["policy/kl"] <= 0.05 for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_from_shuffled_rewards(make_trainer, tmp_path):
+    bandit = {"algorithm": "trpo", "trpo__max_kl": 0.05, "advantage__estimator": "grpo"}
+    first, last = learn(make_trainer, tmp_path, reward=shuffled, total_steps=20, **bandit)
+    assert first < 0.15 and last < 0.25
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_within_no_distance(make_trainer, tmp_path):
+    """Its learning rate is the KL limit."""
+    first, last = learn(make_trainer, tmp_path, algorithm="trpo", trpo__max_kl=1e-12, critic__lr=0.0, total_steps=6)
+    assert first < 0.15 and last < 0.15
 
 
 @pytest.mark.slow
