@@ -46,7 +46,7 @@ def half_taught(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-WARM_UP = 60
+WARM_UP = 30
 
 
 def dealt_to_the_wrong_samples(completions, references):
