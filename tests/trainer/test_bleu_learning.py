@@ -22,6 +22,7 @@ pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "data" / "translations.jsonl"
 ROWS = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
 LONGEST = 12
+WARM_UP = 30  # epochs of teaching; after twice as many it knows nearly all of the sentences
 
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,9 +47,6 @@ def half_taught(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-WARM_UP = 30
-
-
 def dealt_to_the_wrong_samples(completions, references):
     scores = bleu(completions, references)
     random.Random(0).shuffle(scores)
@@ -66,7 +64,7 @@ def learn(tmp_path, reward=bleu, seed=0, **changes) -> tuple[float, float]:
 
     tokenizer = make_word_tokenizer()
     settings = {
-        "total_steps": 16,
+        "total_steps": 30,
         "rollout__prompts_per_step": len(ROWS),
         "rollout__samples_per_prompt": 4,
         "rollout__batch_size": 256,
@@ -74,7 +72,7 @@ def learn(tmp_path, reward=bleu, seed=0, **changes) -> tuple[float, float]:
         "optimizer__lr": 2e-3,
         "optimizer__schedule": "linear",
         "critic__lr": 2e-3,
-        "learner__epochs": 2,
+        "learner__epochs": 4,
     }
     config = tiny_config(tmp_path / "run", seed=seed, **settings | changes)
     rows = [row | {"prompt": f"{row['prompt']} ="} for row in ROWS]
@@ -87,3 +85,22 @@ def learn(tmp_path, reward=bleu, seed=0, **changes) -> tuple[float, float]:
         reporter=Reporter(config.total_steps, quiet=True),
     ).train()
     return found[0], sum(found[-3:]) / 3
+
+
+@pytest.mark.slow
+def test_ppo_learns_to_translate(tmp_path):
+    first, last = learn(tmp_path)
+    assert first < 0.3
+    assert last > 0.42
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_at_learning_rate_zero(tmp_path):
+    first, last = learn(tmp_path, optimizer__lr=0.0, critic__lr=0.0, total_steps=4)
+    assert first < 0.3 and last < 0.3
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_from_shuffled_scores(tmp_path):
+    first, last = learn(tmp_path, reward=dealt_to_the_wrong_samples)
+    assert first < 0.3 and last < 0.3
