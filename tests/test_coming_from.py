@@ -33,6 +33,12 @@ CHOICES = {
     if isinstance(choice, str)
 } | set(READY)
 
+# Of PPOConfig in TRL 1.8.0, which is not installed beside 1.16.
+TRL_PPO = set(
+    "num_mini_batches total_episodes response_length stop_token_id missing_eos_penalty reward_model_path num_ppo_epochs whiten_rewards "
+    "kl_coef kl_estimator cliprange vf_coef cliprange_value gamma lam".split()
+)
+
 
 def names(column: int, mark: str = "") -> set[str]:
     """Names in a column: those before the mark, or, without one, before none; without the values that follow some of them."""
@@ -56,6 +62,7 @@ def test_trl():
     trl = pytest.importorskip("trl")
     arguments = set(trl.GRPOTrainer.__init__.__annotations__)
     assert len(names(1)) > 40 and not names(1) - {spec.name for spec in fields(trl.GRPOConfig)}
+    assert names(1, "*") == TRL_PPO
     assert names(1, "†") == {"model", "train_dataset", "eval_dataset", "reward_funcs"} <= arguments
 
 
