@@ -111,7 +111,9 @@ def test_a_prompt_without_a_greedy_score_is_left_out(make_trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", CRITICLESS)
 def test_it_learns_without_a_critic(make_trainer, tmp_path, estimator):
-    learn(make_trainer, tmp_path, advantage__estimator=estimator, total_steps=30)
+    # Where the end is banned, what ReMax pushes down where greedy is better goes to the end's probability, unseen.
+    settings = {"total_steps": 40, "rollout__min_new_tokens": 0} if estimator == "remax" else {"total_steps": 30}
+    learn(make_trainer, tmp_path, advantage__estimator=estimator, **settings)
     rows = read_metrics(tmp_path / "run")
     scores = [row["objective/scores"] for row in rows if row["step"]]
     assert scores[0] < 0.15
