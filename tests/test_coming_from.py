@@ -63,7 +63,7 @@ def test_trl():
     arguments = set(trl.GRPOTrainer.__init__.__annotations__)
     assert len(names(1)) > 40 and not names(1) - {spec.name for spec in fields(trl.GRPOConfig)}
     assert names(1, "*") == TRL_PPO
-    assert names(1, "†") == {"model", "train_dataset", "eval_dataset", "reward_funcs"} <= arguments
+    assert names(1, "†") == {"model", "train_dataset", "eval_dataset", "reward_funcs", "peft_config"} <= arguments
 
 
 def package_file(package: str, path: str) -> str:
