@@ -1,4 +1,4 @@
-"""The command line: fastppo sft | reward-model | train | generate | export | plot | report | doctor | info | bench."""
+"""The command line: fastppo sft | reward-model | critic | train | generate | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -112,6 +112,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     reward_model = add("reward-model", _reward_model, "Train a reward model on chosen and rejected answers.")
     reward_model.add_argument("recipe", metavar="RECIPE", help="YAML file; see fastppo/reward_model_config.py")
     reward_model.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    critic = add("critic", _critic, "Pretrain a recipe's critic on stored rollouts.")
+    critic.add_argument("recipe", metavar="RECIPE", help="YAML file of the run that the critic is for")
+    critic.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    critic.add_argument(
+        "--rollouts",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="JSON Lines with prompt_ids, completion_ids and score, such as a run's samples.jsonl; repeatable",
+    )
+    critic.add_argument(
+        "-o",
+        "--out",
+        metavar="FOLDER",
+        help="where to, new or empty (default: the recipe's output_dir with -critic after it)",
+    )
     generate = add("generate", _generate, "Sample from a model, streaming to the terminal.")
     generate.add_argument("model", metavar="MODEL", help="folder in Transformers' format, or hub name")
     generate.add_argument(
@@ -279,6 +295,16 @@ def _reward_model(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides, RewardModelRecipe)
     _settle_stdout(report(train_reward_model(recipe), recipe.output_dir))
+    return 0
+
+
+def _critic(options: argparse.Namespace) -> int:
+    from fastppo.critic_training import report, train_critic
+    from fastppo.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    out = options.out or f"{recipe.output_dir.rstrip('/')}-critic"
+    _settle_stdout(report(train_critic(recipe, options.rollouts, out), options.recipe))
     return 0
 
 

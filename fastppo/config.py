@@ -9,8 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from fastppo.critic_config import CriticConfig, refuse_unused
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.lora_config import LoRAConfig
+from fastppo.ops import _checks
 from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.setting_types import STRICT, Beta, Count, Finite, NonNegative, OptionalCount, PathText, Positive, Share
@@ -55,9 +57,9 @@ class RolloutConfig:
     arXiv:2503.14476, section 3.2)."""
     max_sampling_rounds: Count = 10
     """Most rollouts of `prompts_per_step` prompts that a step with `dynamic_sampling` makes; then it learns from what it has."""
-    recompute_logprobs: Literal["auto", "always"] = "auto"
+    recompute_logprobs: Literal["auto", "always", "never"] = "auto"
     """The log-probabilities that the ratio is taken against: `always` from a forward pass of the policy; `auto` those of sampling, once a step
-    has shown that the two have the same bits (a Llama-like model in float32 on a CPU)."""
+    has shown that the two have the same bits (a Llama-like model in float32 on a CPU); `never` those of sampling whatever their bits."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> RolloutConfig:
@@ -165,8 +167,9 @@ class AdvantageConfig:
 class LossConfig:
     """The policy's loss. docs/algorithms.md has the formulas."""
 
-    objective: Literal["clip", "cispo"] = "clip"
-    """`clip` is PPO's; `cispo` (MiniMax-M1, arXiv:2506.13585) weighs the gradient of every log-prob by the clipped ratio."""
+    objective: Literal["clip", "cispo", "dis"] = "clip"
+    """`clip` is PPO's; `cispo` (MiniMax-M1, arXiv:2506.13585) weighs the gradient of every log-prob by the clipped ratio; `dis` (SAO,
+    arXiv:2607.07508, section 3.1) by the ratio, and drops tokens whose ratio is outside of the clip range, whatever their advantage's sign."""
     ratio_level: Literal["token", "sequence"] = "token"
     """The ratio of each token, or of its whole completion (GSPO-token, arXiv:2507.18071)."""
     clip_low: NonNegative = 0.2
@@ -212,9 +215,13 @@ class LossConfig:
     @model_validator(mode="after")
     def _check_terms(self) -> LossConfig:
         _check_kl_target(self)
-        if self.objective == "cispo" and self.dual_clip is not None:
+        if self.objective != "clip" and self.dual_clip is not None:
             raise ValueError(
-                f"dual_clip is {self.dual_clip}, expected none with objective cispo, whose weight is clipped already"
+                f"dual_clip is {self.dual_clip}, expected none with objective {self.objective}, whose weight is bounded already"
+            )
+        if self.objective == "dis" and self.ratio_level != "token":
+            raise ValueError(
+                f"ratio_level is {self.ratio_level}, expected token with objective dis, which drops tokens"
             )
         if self.rollout_bounds[0] > self.rollout_bounds[1]:
             raise ValueError(f"rollout_bounds is {list(self.rollout_bounds)}, expected the lower bound first")
@@ -235,23 +242,6 @@ class TRPOConfig:
     """Most lengths of the step that are tried; the policy stays as it is where none will do."""
     line_search_factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Each is this times the one before."""
-
-
-@dataclass(config=STRICT)
-class CriticConfig:
-    """The critic and its loss."""
-
-    kind: Literal["separate", "shared", "lora", "none"] | None = None
-    """A critic with its own trunk, or a value head on the policy's trunk, or that and an adapter of its own, or none; by default `separate`
-    (with `lora.r` above 0 `lora`) with the `advantage.estimator` that have a critic, and `none` with the others."""
-    lr: NonNegative = 5e-6
-    """Peak learning rate of the critic (separate trunk, or the shared trunk's value head)."""
-    warmup_steps: OptionalCount = 0
-    """First steps in which only the critic learns."""
-    value_clip: Positive | None = 0.2
-    """Clip range of the value around the rollout's value; `None` is off."""
-    vf_coef: NonNegative = 0.1
-    """Weight of the value loss. With a separate critic it only scales that critic's gradient before clipping."""
 
 
 @dataclass(config=STRICT)
@@ -372,11 +362,7 @@ class PPOConfig:
                 f"critic.kind is {self.critic.kind}, expected {' or '.join(kinds)} with advantage.estimator {estimator}"
                 + (f" and lora.r {self.lora.r}" if self.lora.r else "")
             )
-        if self.critic.kind == "none" and self.critic.warmup_steps:
-            raise ValueError(
-                f"critic.warmup_steps is {self.critic.warmup_steps}, expected 0 with advantage.estimator {estimator}, "
-                f"which has no critic"
-            )
+        refuse_unused(self.critic, estimator)
         if estimator == "vtrace" and self.loss.rollout_correction is not None:
             raise ValueError(
                 f"loss.rollout_correction is {self.loss.rollout_correction}, expected none with advantage.estimator vtrace, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ class Learner:
 
     Args:
         roles: whose weights learn.
-        optimizer, critic: rates and AdamW's settings. config: how a rollout is cut up.
+        optimizer, critic: rates and AdamW's settings, and where the critic's differ. config: how a rollout is cut up.
         total_steps: where the schedule of the learning rates ends.
         note: hears what the user should know.
     """
@@ -48,10 +49,9 @@ class Learner:
     ) -> None:
         self.roles, self.config, self.total_steps = roles, config, total_steps
         self.budget = TokenBudget(config.tokens_per_microbatch, note)
-        self._schedule = optimizer
-        peaks = {"policy": optimizer.lr, "critic": critic.lr}
+        self._critic, self._schedules = critic, {"policy": optimizer, "critic": critic_optimizer(critic, optimizer)}
         self.optimizers = {
-            name: Optimizer(module.named_parameters(), peaks[name], optimizer)
+            name: Optimizer(module.named_parameters(), self._schedules[name].lr, self._schedules[name])
             for name, module in roles.trained().items()
         }
         self.loss_scale = LossScale.for_parameters(roles.parameters())
@@ -83,7 +83,7 @@ class Learner:
         rollout: Rollout,
         want: Collection[str],
         plan: Plan,
-        recompute_logprobs: Literal["auto", "always"] = "auto",
+        recompute_logprobs: Literal["auto", "always", "never"] = "auto",
     ) -> tuple[Evaluation, Plan]:
         """`Roles.evaluate`, and the plan whose micro-batches had room for it."""
 
@@ -92,12 +92,26 @@ class Learner:
 
         return self.within_memory(attempt, plan, Lengths.of(rollout))
 
+    def critic_plan(self, rollout: Rollout, seed: int) -> Plan | None:
+        """The critic's own plan, with minibatches as `plan` has them in the epochs that both have; None where it learns by that one."""
+        if self._critic.epochs is None and self._critic.tokens_per_microbatch is None:
+            return None
+        return plan_epochs(
+            Lengths.of(rollout),
+            epochs=self._critic.epochs or self.config.epochs,
+            num_minibatches=self.config.num_minibatches,
+            max_tokens=self._critic.tokens_per_microbatch or self.budget.tokens,
+            seed=seed,
+        )
+
     def start_step(self, step: int) -> dict[str, float]:
         """Set the learning rates of `step` (0-based) and return them."""
         self.step = step
-        factor = learning_rate_factor(self._schedule, step, self.total_steps)
-        names = {"policy": "lr", "critic": "critic_lr"}
-        return {names[name]: optimizer.set_learning_rate(factor) for name, optimizer in self.optimizers.items()}
+        names, rates = {"policy": "lr", "critic": "critic_lr"}, {}
+        for name, optimizer in self.optimizers.items():
+            factor = learning_rate_factor(self._schedules[name], step, self.total_steps)
+            rates[names[name]] = optimizer.set_learning_rate(factor)
+        return rates
 
     # Gradients are on, whatever the caller or a reward function has set for its thread.
     @torch.inference_mode(mode=False)
@@ -182,6 +196,17 @@ class Learner:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.budget.load_state_dict(state.get("token_budget", self.budget.state_dict()))
+
+
+def critic_optimizer(critic: CriticConfig, optimizer: OptimizerConfig) -> OptimizerConfig:
+    """The policy's, with what is set for the critic in its place."""
+    own = {
+        "lr": critic.lr,
+        "warmup_steps": critic.lr_warmup_steps,
+        "weight_decay": critic.weight_decay,
+        "max_grad_norm": critic.max_grad_norm,
+    }
+    return replace(optimizer, **{name: value for name, value in own.items() if value is not None})
 
 
 def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, Tensor]:

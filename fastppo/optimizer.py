@@ -100,8 +100,11 @@ class Optimizer:
                     parameter.grad.div_(self.loss_scale.value)
 
     def gradient_norm(self) -> Tensor:
-        """0-d fp32: 2-norm over all gradients, before clipping."""
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        """0-d fp32: 2-norm over all gradients, before clipping; 0 where there is none."""
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        if not gradients:  # torch's 0 would be on the host
+            return torch.zeros((), dtype=torch.float32, device=next(iter(self.masters.values())).device)
+        return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, norm: Tensor) -> None:
         """Clip by `norm`, the value of `gradient_norm`, update, and round into the model's parameters."""

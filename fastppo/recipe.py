@@ -29,7 +29,7 @@ AnyRecipe = TypeVar("AnyRecipe")
 MOST_VALUES = 10_000
 # Settings that may name a file or folder; the `path` of one of `data.eval_sets` may too, and the `function` of one of `reward.functions`,
 # before its colon.
-PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"))
+PATHS = (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path"), ("critic", "model"))
 PATH_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".py")
 ENVIRONMENT = re.compile(r"\$\{env:(\w+)\}")
 
@@ -99,7 +99,7 @@ def load_recipe(
     def start_of(section: str, key: str) -> Path:
         return Path.cwd() if (section, key) in typed else path.absolute().parent
 
-    for section, key in PATHS:
+    for section, key in [place for place in PATHS if place[0] in names.sections]:
         _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))
     for index, reward in enumerate(recipe.reward.functions if isinstance(recipe, Recipe) else ()):
         _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))

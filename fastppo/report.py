@@ -60,7 +60,7 @@ def collect(run: Path) -> dict[str, Any]:
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     if not names:
         raise ValueError(f"{run} has no metrics to show yet")
-    shown = thin_out(samples, MOST_SAMPLE_BYTES)
+    shown = thin_out([_sample(row) for row in samples], MOST_SAMPLE_BYTES)
     diagnosis = examine(rows, settings)
     return {
         "name": run.resolve().name,
@@ -71,7 +71,7 @@ def collect(run: Path) -> dict[str, Any]:
         "findings": [finding._asdict() for finding in diagnosis.findings],
         "settings": settings,
         "history": _history(run),
-        "samples": [_sample(row) for row in shown],
+        "samples": shown,
         "samples_written": len(samples),
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.evaluation import Evaluation
-from fastppo.model import Critic, ValueHead, lm_head, packed_hidden
+from fastppo.model import Critic, Histogram, HistogramHead, ValueHead, lm_head, make_value_head, packed_hidden
 from fastppo.model.adapters import Adapters, TrainedAdapter
 from fastppo.model.host import on_device
 from fastppo.model.parts_trunk import trunk_of
@@ -31,6 +31,9 @@ class Outputs(NamedTuple):
     entropy: Tensor | None  # fp32 [N]
     values: Tensor | None  # fp32 [N], value of the state before each action
     final_values: Tensor | None  # fp32 [B], value of the state after each sequence's last token
+    value_logits: Tensor | None = (
+        None  # fp32 [N, C], of each value's histogram, where the head says one; the values are then constants
+    )
 
 
 class Roles(nn.Module):
@@ -40,6 +43,8 @@ class Roles(nn.Module):
         policy: a prepared model, trained in place.
         critic: "separate", a copy of the policy's trunk with a value head, "shared", a value head on the policy's trunk, "lora", a value head on
             that trunk with an adapter of its own, or "none".
+        own_critic: the separate critic; by default a copy of the policy's trunk with a new head.
+        histogram: what a new value head says; None for a number.
         with_reference: keep a frozen copy of the policy as it is now.
         gradient_checkpointing: keep one hidden state a layer for the backward pass and compute the rest again.
         adapters: of the policy, where these alone learn. The reference then is the same model without them.
@@ -50,6 +55,8 @@ class Roles(nn.Module):
         policy: PreTrainedModel,
         *,
         critic: Literal["separate", "shared", "lora", "none"] = "separate",
+        own_critic: Critic | None = None,
+        histogram: Histogram | None = None,
         with_reference: bool = False,
         gradient_checkpointing: bool = False,
         adapters: Adapters | None = None,
@@ -64,15 +71,17 @@ class Roles(nn.Module):
             policy.gradient_checkpointing_enable({"use_reentrant": False} | contexts)
         self.policy, self.adapters = policy, adapters
         # The critic's head is initialised to zero, so building the networks draws no random numbers.
-        self.critic = Critic.from_model(policy) if critic == "separate" else None
-        self.value_head = (
-            ValueHead(lm_head(policy).weight.shape[1], device=policy.device) if critic == "shared" else None
-        )
+        self.critic = (own_critic or Critic.from_model(policy, histogram)) if critic == "separate" else None
+        if own_critic is not None:
+            own_critic.train()
+            if gradient_checkpointing:
+                own_critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        self.value_head = make_value_head(policy, histogram) if critic == "shared" else None
         reference = None
         if adapters is not None:
             if critic == "lora":
                 adapters.add_critic()
-                self.critic = Critic(policy, ValueHead(lm_head(policy).weight.shape[1], device=policy.device))
+                self.critic = Critic(policy, make_value_head(policy, histogram))
             if with_reference:
                 adapters.keep_reference()
                 reference = policy
@@ -97,17 +106,12 @@ class Roles(nn.Module):
             logprobs, token_entropy = out if entropy else (out, None)
         if not values:
             return Outputs(logprobs, token_entropy, None, None)
-        state_values = self._state_values(rollout, hidden)
-        ends = on_device(rollout.bounds[1:], state_values.device) - 1
-        before, after = _rows(rollout, rollout.actions - 1), _rows(rollout, ends)
-        return Outputs(logprobs, token_entropy, state_values[before], state_values[after])
-
-    def _state_values(self, rollout: Rollout, hidden: Tensor | None) -> Tensor:
-        """fp32, a row for each token that runs: value of the state after it."""
         if self.critic is None:
-            return self.value_head(hidden)
-        with self._speaking("critic"):
-            return self.critic.head(_hidden(self.critic.trunk, rollout))
+            said = value_outputs(self.value_head, hidden, rollout)
+        else:
+            with self._speaking("critic"):
+                said = critic_outputs(self.critic, rollout)
+        return said._replace(logprobs=logprobs, entropy=token_entropy)
 
     def _speaking(self, role: str) -> AbstractContextManager:
         """Inside the block the trunk that is shared by adapters has those of this role."""
@@ -130,14 +134,18 @@ class Roles(nn.Module):
         rollout: Rollout,
         want: Collection[str],
         plan: Plan,
-        recompute_logprobs: Literal["auto", "always"] = "auto",
+        recompute_logprobs: Literal["auto", "always", "never"] = "auto",
     ) -> Evaluation:
         """What `want` names of "logprobs", "values", "final_values" and "reference".
 
         The micro-batches are those of the plan's first epoch: the same sequences side by side give the same bits there, so that the
         ratio of the first minibatch is exactly 1. It is so too with the log-probs of sampling, where the same kernels made them: "auto"
-        takes these, and the values of a shared trunk, without a forward pass, once one has had the same bits for a whole rollout.
+        takes these, and the values of a shared trunk, without a forward pass, once one has had the same bits for a whole rollout. "never"
+        takes the log-probs of sampling as they are.
         """
+        if recompute_logprobs == "never":
+            found = self._forward(rollout, set(want) - {"logprobs"}, plan)
+            return Evaluation(rollout.action_bounds, logprobs=rollout.logprobs if "logprobs" in want else None, **found)
         exact = trunk_of(self.policy) is not None
         sampled = {"logprobs": rollout.logprobs, "values": rollout.values if self.critic is None else None}
         sampled = {name: x for name, x in sampled.items() if name in want and x is not None}
@@ -197,6 +205,20 @@ class Roles(nn.Module):
     def base_sha256(self) -> str | None:
         """Fingerprint of the frozen weights under the adapters, which no checkpoint holds."""
         return None if self.adapters is None else weights_sha256(self.adapters.base_parameters())
+
+
+def critic_outputs(critic: Critic, rollout: Rollout) -> Outputs:
+    """The values of a critic with a trunk of its own, and nothing else; differentiable."""
+    return value_outputs(critic.head, _hidden(critic.trunk, rollout), rollout)
+
+
+def value_outputs(head: ValueHead | HistogramHead, hidden: Tensor, rollout: Rollout) -> Outputs:
+    """The values that a head says of hidden states, [R, H], a row for each token that runs."""
+    logits = head.logits(hidden) if isinstance(head, HistogramHead) else None
+    state_values = head(hidden) if logits is None else head.mean(logits)  # of the state after each token
+    ends = on_device(rollout.bounds[1:], state_values.device) - 1
+    before, after = _rows(rollout, rollout.actions - 1), _rows(rollout, ends)
+    return Outputs(None, None, state_values[before], state_values[after], None if logits is None else logits[before])
 
 
 def _require_trainable(policy: PreTrainedModel) -> None:

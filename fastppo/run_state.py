@@ -150,12 +150,18 @@ _DATA = {_PROMPTS: "other prompts", _EXAMPLES: "other examples"}
 _IRRELEVANT = re.compile(r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|\w+_token_id")
 
 
-def identity(config: PPOConfig, model: PreTrainedModel, prompts: PromptDataset, roles: Roles) -> dict[str, Any]:
+def identity(config: PPOConfig, roles: Roles, prompts: PromptDataset) -> dict[str, Any]:
     """Setting -> value, as JSON holds it, of all that may not change between a checkpoint and the run that goes on from it: its numbers would
     mean something else. The prompts themselves may: that is only said."""
+    critic = config.critic
     return {
-        **model_identity(model),
-        "critic.kind": config.critic.kind,
+        **model_identity(roles.policy),
+        "critic.kind": critic.kind,
+        "critic.head": critic.head,
+        "critic.bins": critic.bins,
+        "critic.value_range": None if critic.value_range is None else list(critic.value_range),
+        "critic.freeze_attention": critic.freeze_attention,
+        "critic": {} if roles.critic is None else model_shape(roles.critic.trunk),
         "reward.kl_coef": "above 0" if config.reward.kl_coef else "0",
         "loss.kl_coef": "above 0" if config.loss.kl_coef else "0",
         "seed": config.seed,
@@ -169,11 +175,13 @@ def identity(config: PPOConfig, model: PreTrainedModel, prompts: PromptDataset, 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
     """What `identity` holds of the model that is trained."""
+    return {"model": model_shape(model), "model.dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def model_shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What of a model's configuration its weights mean nothing without."""
     config = json.loads(model.config.to_json_string(use_diff=False))
-    return {
-        "model": {key: value for key, value in config.items() if not _IRRELEVANT.fullmatch(key)},
-        "model.dtype": str(model.dtype).removeprefix("torch."),
-    }
+    return {key: value for key, value in config.items() if not _IRRELEVANT.fullmatch(key)}
 
 
 def token_sha256(token_lists: Iterable[list[int]]) -> str:

@@ -1,8 +1,9 @@
 """The completions of a step that are written to samples.jsonl, with what is known of each token.
 
 A row holds `prompt`, `completion` (without special tokens), `score`, `rewards` (of each function), `ended` ("stop", "length" or "error"),
-and for the tokens that the policy chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and
-`values` too. A number that is not finite is null.
+the token ids `prompt_ids` and `completion_ids`, with `action_mask` where the policy did not choose all of the latter, and for the tokens that it
+chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and `values` too. A number that is not
+finite is null. `fastppo critic` trains on such rows.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def describe_samples(
     """
     count = min(count, len(texts))
     owners, reasons = rollout.prompt_index[:count].tolist(), rollout.finish_reasons[:count].tolist()
-    chosen = rollout.tokens[rollout.actions]
+    first = rollout.select(range(count))
+    chosen, prompts, completions, masks = (
+        rollout.tokens[rollout.actions],
+        first.prompts(),
+        first.completions(),
+        _masks(first),
+    )
     return [
         {
             "prompt": rows[owners[i]]["prompt"],
@@ -47,6 +54,9 @@ def describe_samples(
             "score": _finite(result.scores[i]),
             "rewards": {name: _finite(scores[i]) for name, scores in result.by_name.items()},
             "ended": FinishReason(reasons[i]).name.lower(),
+            "prompt_ids": prompts[i],
+            "completion_ids": completions[i],
+            **({} if all(masks[i]) else {"action_mask": masks[i]}),
             "tokens": token_texts(tokenizer, _of(chosen, rollout.action_bounds, i)),
             "logprobs": _numbers(rollout.logprobs, rollout.action_bounds, i),
         }
@@ -65,6 +75,12 @@ def add_credit(described: Sequence[dict[str, Any] | None], evaluation: Evaluatio
             for name, numbers in (("advantages", targets.advantages), ("values", evaluation.values)):
                 if numbers is not None:
                     sample[name] = _numbers(numbers, targets.action_bounds, place)
+
+
+def _masks(rollout: Rollout) -> list[list[bool]]:
+    """Of each completion's tokens, whether the policy chose them."""
+    mask, bounds = rollout.action_mask.tolist(), rollout.bounds
+    return [mask[bounds[i] + prompt : bounds[i + 1]] for i, prompt in enumerate(rollout.prompt_lengths)]
 
 
 def _of(numbers: Tensor, bounds: Sequence[int], index: int) -> list:

@@ -19,6 +19,7 @@ from fastppo.best import Best
 from fastppo.callbacks import Callback, Callbacks
 from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
+from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
 from fastppo.errors import TrainingError
@@ -112,6 +113,8 @@ class PPOTrainer(RunLoop):
         self.roles = Roles(
             self.model,
             critic=config.critic.kind,
+            own_critic=separate_critic(config.critic, self.model, self.tokenizer, self._longest()),
+            histogram=histogram_of(config.critic),
             with_reference="reference" in self.algorithm.needs,
             gradient_checkpointing=config.learner.gradient_checkpointing,
             adapters=self.adapters,
@@ -156,9 +159,12 @@ class PPOTrainer(RunLoop):
         metrics |= experience.metrics | reward_metrics(experience.all_scores)
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
+            critic_plan = self.learner.critic_plan(rollout, seed)
             recompute = self.config.rollout.recompute_logprobs
             evaluation, plan = self.learner.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
+            if warning := self.algorithm.range_warning(targets.returns):
+                self.reporter.note_once(warning)
             add_credit(experience.described, evaluation, targets)
             folder.log_samples(self.step + 1, experience.samples)
             kl_coef = self.algorithm.reward_kl.coef
@@ -167,7 +173,8 @@ class PPOTrainer(RunLoop):
         with clock("time/update"):
             self.state.whole = False
             try:
-                metrics |= self.algorithm.update(self.learner, rollout, evaluation, targets, plan, self._show_update)
+                records = rollout, evaluation, targets
+                metrics |= self.algorithm.update(self.learner, *records, plan, self._show_update, critic_plan)
             except NonFiniteUpdates as error:
                 where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
                 _dump_batch(where, rollout, evaluation, targets)
@@ -332,8 +339,12 @@ class PPOTrainer(RunLoop):
             self.rewards.check_columns(name for name in dataset[0] if name not in PROMPT_COLUMNS)
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
+    def _longest(self) -> int:
+        """Most tokens of a prompt with its completion."""
+        return max(len(row["prompt_ids"]) for row in self.prompts) + self.config.rollout.max_new_tokens
+
     def _identity(self) -> dict[str, Any]:
-        return identity(self.config, self.model, self.prompts, self.roles)
+        return identity(self.config, self.roles, self.prompts)
 
 
 def _mix(seed: int, step: int) -> int:

@@ -30,8 +30,10 @@ class Algorithm(Protocol):
         targets: Targets,
         plan: Plan,
         progress: Callable[[int, int], None] | None = None,
+        critic_plan: Plan | None = None,
     ) -> dict[str, float]:
-        """Change the weights and return metrics; `progress` is told of (minibatches done, all of them)."""
+        """Change the weights and return metrics; `progress` is told of (minibatches done, all of them). The critic learns by its own plan
+        where there is one."""
         ...
 
     def state_dict(self) -> dict[str, float]:

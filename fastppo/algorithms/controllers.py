@@ -1,4 +1,5 @@
-"""Coefficients that move from step to step, towards a target. They are in the checkpoint; fixed ones are the config's."""
+"""What moves from step to step, towards a target: coefficients, and whether the critic's warm-up is over. It is in the checkpoint; what is fixed
+is the config's."""
 
 from __future__ import annotations
 
@@ -55,7 +56,31 @@ class EntropyController:
         self.inner = self.inner + self.step if entropy < self.target else max(0.0, self.inner - self.step)
 
 
-Controller = KLController | EntropyController
+@dataclass
+class CriticWarmup:
+    """Which steps only the critic learns in: the first `steps`, and, where there is a target, those until a step's values explain as much."""
+
+    steps: int
+    target: float | None
+    """Explained variance, 1 - Var(returns - values) / Var(returns)."""
+    max_steps: int
+    """Then a warm-up that waits for the target is over in any case."""
+    over: bool = False
+    """Whether the target has been reached; it stays so."""
+
+    MOVES: ClassVar = ("over",)
+
+    def update(self, step: int, explained_variance: float) -> None:
+        """At the beginning of the update of `step` (0-based)."""
+        reached = explained_variance >= self.target or step >= self.max_steps
+        self.over = self.over or (step >= self.steps and reached)
+
+    def holds(self, step: int) -> bool:
+        """Whether the policy stays as it is in `step`."""
+        return step < self.steps or (self.target is not None and not self.over)
+
+
+Controller = KLController | EntropyController | CriticWarmup
 
 
 def states(controllers: Mapping[str, Controller]) -> dict[str, dict[str, float]]:

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from fastppo.algorithms import advantages as estimators
-from fastppo.algorithms.controllers import Controller, EntropyController, KLController, restore, states
+from fastppo.algorithms.controllers import (
+    Controller,
+    CriticWarmup,
+    EntropyController,
+    KLController,
+    restore,
+    states,
+)
 from fastppo.config import GROUP_ESTIMATORS, PPOConfig
+from fastppo.critics import histogram_of
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, Losses
+from fastppo.metrics import explained_variance
 from fastppo.ops import approx_kl, kl_shaped_rewards, masked_whiten, ppo_loss
 from fastppo.plan import Lengths, Minibatch, Plan
+from fastppo.reference.ppo_loss import Aggregation
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
 from fastppo.rollout.record import on_device
@@ -29,10 +39,13 @@ TOKEN_METRICS = {
     "policy/entropy_avg": "entropy",
 }
 CRITIC_LOSS_METRICS = {"loss/value_avg": "value_loss"}
-CRITIC_TOKEN_METRICS = {"val/clipfrac_avg": "value_clipfrac", "val/ratio": "ratio_mean"}
+CRITIC_TOKEN_METRICS = {"val/clipfrac_avg": "value_clipfrac"}
 # TRL's name for the policy's ratio is among those of the critic.
+RATIO_METRICS = {"val/ratio": "ratio_mean"}
 CRITICLESS_TOKEN_METRICS = {"policy/ratio_avg": "ratio_mean"}
 KL_LOSS_METRICS = {"loss/kl_avg": "kl_loss"}
+# What a pass of the critic's own says.
+CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg", "grad_norm/critic")
 CORRECTION_METRICS = {"rollout/weight_avg": "rollout_weight_mean", "rollout/weight_clipfrac": "rollout_clipfrac"}
 
 
@@ -51,7 +64,9 @@ class PPO:
 
     def __init__(self, config: PPOConfig) -> None:
         self.config, loss, reward = config, config.loss, config.reward
-        self.has_critic = config.critic.kind != "none"
+        self.has_critic, self.histogram = config.critic.kind != "none", histogram_of(config.critic)
+        critic = config.critic
+        self.warmup = CriticWarmup(critic.warmup_steps, critic.warmup_explained_var, critic.max_warmup_steps)
         self.reward_kl = KLController(reward.kl_coef, reward.kl_target, reward.kl_horizon)
         self.loss_kl = KLController(loss.kl_coef, loss.kl_target, loss.kl_horizon)
         self.entropy = EntropyController(loss.entropy_coef, loss.entropy_target, loss.entropy_coef_step)
@@ -62,10 +77,6 @@ class PPO:
             "greedy_scores": config.advantage.estimator == "remax",
         }
         self.needs = frozenset({"logprobs"} | {name for name, needed in wanted.items() if needed})
-        self.loss_metrics = LOSS_METRICS | (CRITIC_LOSS_METRICS if self.has_critic else {})
-        self.loss_metrics |= KL_LOSS_METRICS if loss.kl_coef > 0 else {}
-        self.token_metrics = TOKEN_METRICS | (CRITIC_TOKEN_METRICS if self.has_critic else CRITICLESS_TOKEN_METRICS)
-        self.token_metrics |= CORRECTION_METRICS if loss.rollout_correction else {}
 
     def credit(self, rollout: Rollout, evaluation: Evaluation, scores: Scores) -> Targets:
         """Advantages (whitened when asked) of all actions, and returns where there is a critic.
@@ -91,6 +102,15 @@ class PPO:
             rollout_logprobs=sampled,
             kept=kept,
             positive=positive,
+        )
+
+    def range_warning(self, returns: Tensor | None) -> str | None:
+        """A sentence where returns [N] are beyond what a histogram's bins can say."""
+        if self.histogram is None or returns is None or self.histogram.holds(returns):
+            return None
+        return (
+            f"some returns are outside of critic.value_range = [{self.histogram.low:g}, {self.histogram.high:g}], and their values are learned as "
+            f"its ends: a range that holds every score, with its KL penalties, would hold them"
         )
 
     def _estimate(
@@ -135,12 +155,40 @@ class PPO:
         targets: Targets,
         plan: Plan,
         progress: Callable[[int, int], None] | None = None,
+        critic_plan: Plan | None = None,
     ) -> dict[str, float]:
-        """An optimizer step for each minibatch of the plan; in the critic's warm-up the policy's weights stay as they are."""
-        train_policy = learner.step >= self.config.critic.warmup_steps
+        """An optimizer step for each minibatch of the plan; in the critic's warm-up the policy's weights stay as they are. With a plan of the
+        critic's own that is for it alone, after the policy's."""
         records = rollout, evaluation, targets
-        metrics = self._minimise(learner, *records, plan, progress, train_policy=train_policy)
+        train_policy = self._policy_learns(learner.step, evaluation, targets)
+        if critic_plan is None:
+            metrics = self._minimise(learner, *records, plan, progress, train_policy=train_policy)
+        else:
+            metrics = {}
+            if train_policy:
+                metrics = self._minimise(learner, *records, plan, progress, train_critic=False)
+            metrics |= self._train_critic(learner, *records, critic_plan, progress, metrics)
         return metrics | self._move_coefficients(rollout, evaluation, metrics, train_policy)
+
+    def _policy_learns(self, step: int, evaluation: Evaluation, targets: Targets) -> bool:
+        if self.warmup.target is not None and not self.warmup.over:
+            self.warmup.update(step, explained_variance(evaluation.values, targets.returns))
+        return not self.warmup.holds(step)
+
+    def _train_critic(
+        self,
+        learner: Learner,
+        rollout: Rollout,
+        evaluation: Evaluation,
+        targets: Targets,
+        plan: Plan,
+        progress: Callable[[int, int], None] | None,
+        metrics: Mapping[str, float],
+    ) -> dict[str, float]:
+        """The critic alone over a plan; what it says, beside the `metrics` of the policy's update."""
+        found = self._minimise(learner, rollout, evaluation, targets, plan, progress, train_policy=False)
+        said = {name: found[name] for name in CRITIC_METRICS if name in found}
+        return said | {"update/skipped": metrics.get("update/skipped", 0.0) + found["update/skipped"]}
 
     def _minimise(
         self,
@@ -151,12 +199,15 @@ class PPO:
         plan: Plan,
         progress: Callable[[int, int], None] | None,
         *,
-        train_policy: bool,
+        train_policy: bool = True,
+        train_critic: bool = True,
     ) -> dict[str, float]:
-        def losses(roles: Roles, minibatch: Minibatch) -> Losses:
-            return self.losses(roles, rollout, evaluation, targets, minibatch, train_policy=train_policy)
+        learns = {"train_policy": train_policy, "train_critic": train_critic}
 
-        learned = learner.optimizers.keys() if train_policy else {"critic"}
+        def losses(roles: Roles, minibatch: Minibatch) -> Losses:
+            return self.losses(roles, rollout, evaluation, targets, minibatch, **learns)
+
+        learned = [name for name in learner.optimizers if learns[f"train_{name}"]]
         return learner.minimise(losses, plan, Lengths.of(rollout), learned=learned, progress=progress)
 
     def _move_coefficients(
@@ -184,7 +235,12 @@ class PPO:
         restore(self._controllers(), state)
 
     def _controllers(self) -> dict[str, Controller]:
-        return {"reward_kl": self.reward_kl, "loss_kl": self.loss_kl, "entropy": self.entropy}
+        return {
+            "reward_kl": self.reward_kl,
+            "loss_kl": self.loss_kl,
+            "entropy": self.entropy,
+            "critic_warmup": self.warmup,
+        }
 
     def losses(
         self,
@@ -195,6 +251,7 @@ class PPO:
         minibatch: Minibatch,
         *,
         train_policy: bool = True,
+        train_critic: bool = True,
     ) -> Losses:
         """(loss, metrics) of each micro-batch: both add up to the minibatch's, however it is split.
 
@@ -203,7 +260,8 @@ class PPO:
         denominators = self._denominators(rollout, targets, [index for indices in minibatch for index in indices])
         for indices in minibatch:
             batch = rollout.select(indices), evaluation.select(indices), targets.select(indices)
-            yield self.loss(roles, *batch, denominators=denominators, train_policy=train_policy)
+            learns = {"train_policy": train_policy, "train_critic": train_critic}
+            yield self.loss(roles, *batch, denominators=denominators, **learns)
 
     def _denominators(self, rollout: Rollout, targets: Targets, indices: list[int]) -> Denominators:
         counts = [rollout.action_counts[index] for index in indices]
@@ -229,19 +287,26 @@ class PPO:
         *,
         denominators: Denominators,
         train_policy: bool = True,
+        train_critic: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of one packed micro-batch; only its N actions reach the head and the loss."""
         config, loss = self.config, self.config.loss
-        outputs = roles(rollout, policy=train_policy, values=self.has_critic)
+        has_values = self.has_critic and train_critic
+        outputs = roles(rollout, policy=train_policy, values=has_values)
         kept = _of_actions(targets.kept, rollout)
+        logprobs, advantages = outputs.logprobs if train_policy else evaluation.logprobs, targets.advantages
+        if loss.objective == "dis":
+            trusted = within_bounds(logprobs, evaluation.logprobs, loss.clip_low, loss.clip_high)
+            advantages = torch.where(trusted, advantages, 0)
+        numbers = has_values and self.histogram is None
         total, stats = ppo_loss(
-            outputs.logprobs if train_policy else evaluation.logprobs,
+            logprobs,
             evaluation.logprobs,
-            targets.advantages,
+            advantages,
             kept,
-            values=outputs.values,
-            old_values=evaluation.values,
-            returns=targets.returns,
+            values=outputs.values if numbers else None,
+            old_values=evaluation.values if numbers else None,
+            returns=targets.returns if numbers else None,
             ref_logprobs=evaluation.ref_logprobs if loss.kl_coef > 0 else None,
             entropy=outputs.entropy,
             rollout_logprobs=targets.rollout_logprobs,
@@ -255,21 +320,61 @@ class PPO:
             kl_kind=loss.kl_estimator,
             entropy_coef=self.entropy.coef if train_policy else 0.0,
             ratio_level=loss.ratio_level,
-            objective=loss.objective,
+            objective="clip"
+            if loss.objective == "dis"
+            else loss.objective,  # within the bounds their gradients are one
             rollout_correction=loss.rollout_correction,
             rollout_bounds=loss.rollout_bounds,
             aggregation=loss.aggregation,
             denominator=denominators.loss,
         )
-        metrics = {name: getattr(stats, field) for name, field in self.loss_metrics.items()}
+        loss_metrics, token_metrics = self._metric_fields(numbers)
+        metrics = {name: getattr(stats, field) for name, field in loss_metrics.items()}
         share = stats.tokens / denominators.tokens
-        metrics |= {name: getattr(stats, field) * share for name, field in self.token_metrics.items()}
+        metrics |= {name: getattr(stats, field) * share for name, field in token_metrics.items()}
+        if loss.objective == "dis":
+            dropped = ~trusted if kept is None else kept & ~trusted
+            metrics["policy/clipfrac_avg"] = dropped.sum() / denominators.tokens
+        if has_values and not numbers:
+            value_loss = self._histogram_loss(roles, outputs.value_logits, rollout, targets, kept, denominators)
+            total, metrics["loss/value_avg"] = total + config.critic.vf_coef * value_loss, value_loss.detach()
         if targets.positive is not None and train_policy:
             positive = _of_actions(targets.positive, rollout)
             positive = positive if kept is None else positive & kept
             nll = -torch.where(positive, outputs.logprobs, 0).sum() / denominators.positive_tokens
             total, metrics["loss/positive_nll_avg"] = total + loss.positive_nll_coef * nll, nll.detach()
         return total, metrics
+
+    def _histogram_loss(
+        self,
+        roles: Roles,
+        logits: Tensor,
+        rollout: Rollout,
+        targets: Targets,
+        kept: Tensor | None,
+        denominators: Denominators,
+    ) -> Tensor:
+        """0-d: the cross-entropy of the values' histograms with the returns', added up as the loss is."""
+        head = roles.value_head if roles.critic is None else roles.critic.head
+        mask = torch.ones_like(targets.returns, dtype=torch.bool) if kept is None else kept
+        aggregation, bounds = self.config.loss.aggregation, rollout.action_cu_seqlens
+        batch = Aggregation(mask, bounds, logits.dtype, aggregation, denominators.loss)
+        return batch.loss(head.cross_entropy(logits, targets.returns))
+
+    def _metric_fields(self, numbers: bool) -> tuple[dict[str, str], dict[str, str]]:
+        """Metric name -> field of the loss op's statistics, of (losses, means over tokens). numbers: the op has seen values."""
+        losses = LOSS_METRICS | (CRITIC_LOSS_METRICS if numbers else {})
+        losses |= KL_LOSS_METRICS if self.config.loss.kl_coef > 0 else {}
+        tokens = TOKEN_METRICS | (RATIO_METRICS if self.has_critic else CRITICLESS_TOKEN_METRICS)
+        tokens |= CRITIC_TOKEN_METRICS if numbers else {}
+        return losses, tokens | (CORRECTION_METRICS if self.config.loss.rollout_correction else {})
+
+
+def within_bounds(logprobs: Tensor, old_logprobs: Tensor, low: float, high: float) -> Tensor:
+    """bool [N]: 1 - low < r < 1 + high with r = exp(logprob - old_logprob), where direct double-sided importance sampling lets a token be learned
+    from (SAO, arXiv:2607.07508, section 3.1); the loss is -sg[r] A logprob there, and 0 elsewhere."""
+    ratio = (logprobs.detach() - old_logprobs).exp()
+    return (ratio > 1 - low) & (ratio < 1 + high)
 
 
 def _of_actions(of_sequences: Tensor | None, rollout: Rollout) -> Tensor | None:

@@ -25,7 +25,6 @@ from fastppo.rollout.record import on_device, places_in
 from fastppo.rollout.rollout import Rollout
 from fastppo.targets import Targets
 
-CRITIC_METRICS = ("loss/value_avg", "val/clipfrac_avg", "grad_norm/critic")
 DIFFERENCE_TRIES = 4
 CHUNK = 2**22  # logits at a time, when whole distributions are compared
 
@@ -45,10 +44,11 @@ class TRPO(PPO):
         targets: Targets,
         plan: Plan,
         progress: Callable[[int, int], None] | None = None,
+        critic_plan: Plan | None = None,
     ) -> dict[str, float]:
-        """The policy's step, then the critic's over the minibatches of the plan; in the critic's warm-up that alone."""
+        """The policy's step, then the critic's over the minibatches of its plan; in the critic's warm-up that alone."""
         metrics: dict[str, float] = {}
-        if train_policy := learner.step >= self.config.critic.warmup_steps:
+        if train_policy := self._policy_learns(learner.step, evaluation, targets):
             parameters = list(learner.optimizers["policy"].parameters.values())
 
             def attempt(plan: Plan) -> dict[str, float]:
@@ -64,9 +64,7 @@ class TRPO(PPO):
                 raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row were not finite")
         if self.has_critic:
             records = rollout, evaluation, targets
-            found = self._minimise(learner, *records, plan, progress, train_policy=False)
-            skipped = metrics.get("update/skipped", 0.0) + found["update/skipped"]
-            metrics |= {name: found[name] for name in CRITIC_METRICS if name in found} | {"update/skipped": skipped}
+            metrics |= self._train_critic(learner, *records, critic_plan or plan, progress, metrics)
         return metrics | self._move_coefficients(rollout, evaluation, metrics, train_policy)
 
     def _policy_step(self, step: PolicyStep, targets: Targets) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Transformers models as fastppo uses them: loaded, checked once, run packed, as trunk and head or, where they are built as Llama is, as parts."""
 
 from fastppo.model.attention import run_trunk
-from fastppo.model.critic import Critic, ValueHead
+from fastppo.model.critic import Critic, ValueHead, make_value_head
 from fastppo.model.endings import ending_ids
+from fastppo.model.histogram_head import Histogram, HistogramHead
 from fastppo.model.loading import load_model, load_outline, load_reward_model, load_tokenizer, resolve_device
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden
 from fastppo.model.prepare import prepare_model
@@ -11,6 +12,8 @@ from fastppo.model.tokens import encode_answered, encode_prompt
 
 __all__ = [
     "Critic",
+    "Histogram",
+    "HistogramHead",
     "LMHead",
     "SharedPrompts",
     "ValueHead",
@@ -24,6 +27,7 @@ __all__ = [
     "load_outline",
     "load_reward_model",
     "load_tokenizer",
+    "make_value_head",
     "packed_hidden",
     "prepare_model",
     "resolve_device",

@@ -1,4 +1,4 @@
-"""The critic: a trunk of its own with a value head, or a value head alone on the policy's trunk."""
+"""The critic: a trunk of its own with a value head, or a value head alone on the policy's trunk; the head says a number or a histogram."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from fastppo.model.histogram_head import Histogram, HistogramHead
 from fastppo.model.packed import lm_head, packed_hidden, require_prepared
 from fastppo.model.shared_prompts import SharedPrompts
 from fastppo.native.batch_invariant_linear import batch_invariant_linear
@@ -49,20 +50,37 @@ class _BatchInvariantValues(torch.autograd.Function):
         return d_hidden, d_values[None] @ hidden, d_values.sum(0, keepdim=True)
 
 
+def make_value_head(model: PreTrainedModel, histogram: Histogram | None = None) -> ValueHead | HistogramHead:
+    """A new head for the hidden states of a causal LM, on its device: one that says a number, or a histogram."""
+    hidden_size = lm_head(model).weight.shape[1]
+    if histogram is None:
+        return ValueHead(hidden_size, device=model.device)
+    return HistogramHead(hidden_size, histogram, device=model.device)
+
+
 class Critic(nn.Module):
     """A trunk of its own and a value head."""
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead | HistogramHead) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel) -> Critic:
-        """A critic that starts from a copy of a prepared model's trunk; nothing is shared with the model."""
+    def from_model(cls, model: PreTrainedModel, histogram: Histogram | None = None, *, share: bool = False) -> Critic:
+        """A critic that starts from a prepared model's trunk: from a copy, or with `share` on that trunk itself."""
         require_prepared(model)
-        trunk = copy.deepcopy(model.base_model)
-        hidden_size = lm_head(model).weight.shape[1]
-        return cls(trunk, ValueHead(hidden_size, device=model.device)).train(model.training)
+        trunk = model.base_model if share else copy.deepcopy(model.base_model)
+        return cls(trunk, make_value_head(model, histogram)).train(model.training)
+
+    def freeze_attention(self) -> None:
+        """Let the parameters of the attention modules stay as they are. Raises ValueError where there are none that are named so."""
+        found = [module for module in self.trunk.modules() if "attention" in type(module).__name__.lower()]
+        if not any(True for module in found for _ in module.parameters()):
+            raise ValueError(
+                f"freeze_attention is True, but {type(self.trunk).__name__} has no parameters in modules whose class is named Attention"
+            )
+        for module in found:
+            module.requires_grad_(False)
 
     def forward(
         self,

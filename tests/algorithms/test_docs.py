@@ -32,6 +32,11 @@ def test_every_setting_that_is_named_is_there():
     theirs = {
         ("rollout", "n_samples_per_prompt"),
         ("critic", "cliprange_value"),
+        ("critic", "freezing_steps"),
+        ("critic", "ppo_epochs"),
+        ("critic", "ppo_max_token_len_per_gpu"),
+        ("critic", "model_name_or_path"),
+        ("critic", "max_norm"),
     }
     missing = {(section, key) for section, key in ours - theirs if key not in KEYS[section]}
     assert len(ours) > 25 and not missing

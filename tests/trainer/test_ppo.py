@@ -46,8 +46,9 @@ class Step(NamedTuple):
         return {name: total.item() for name, total in totals.items()}
 
 
-def make_roles(critic: str, with_reference: bool = False, dtype=torch.float64) -> Roles:
-    roles = Roles(prepare_model(make_model().to(dtype)), critic=critic, with_reference=with_reference)
+def make_roles(critic: str, with_reference: bool = False, dtype=torch.float64, histogram=None) -> Roles:
+    model = prepare_model(make_model().to(dtype))
+    roles = Roles(model, critic=critic, histogram=histogram, with_reference=with_reference)
     with torch.no_grad():  # a zero head would hide every error of the values
         for name, parameter in roles.trained()["critic"].named_parameters():
             if "head" in name or critic == "shared":
