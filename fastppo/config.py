@@ -12,7 +12,6 @@ from pydantic_core import ArgsKwargs
 from fastppo.critic_config import CriticConfig, refuse_unused
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.lora_config import LoRAConfig
-from fastppo.ops import _checks
 from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.setting_types import STRICT, Beta, Count, Finite, NonNegative, OptionalCount, PathText, Positive, Share

@@ -195,7 +195,7 @@ def _update(learner: Learner, rows: list[StoredRollout], config: Recipe, seed: i
         return algorithm.losses(roles, rollout, evaluation, targets, minibatch, train_policy=False)
 
     try:
-        found = learner.minimise(losses, plan, learned=["critic"])
+        found = learner.minimise(losses, plan, Lengths.of(rollout), learned=["critic"])
     except NonFiniteUpdates as error:
         raise TrainingError(f"{error}: lower critic.lr, or look at the scores of the rollouts") from error
     return {name: found[name] for name in ("loss/value_avg", "grad_norm/critic", "update/skipped") if name in found}
