@@ -185,13 +185,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def _train(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from fastppo.recipe import load_recipe, resolve_rewards
+    from fastppo.recipe import load_recipe, resolve_environment, resolve_rewards
     from fastppo.run_folder import check_usable
 
     recipe = load_recipe(options.recipe, options.overrides)
-    _require_set(recipe, ("model", "name"), ("data", "path"), ("reward", "functions"))
+    environment = resolve_environment(recipe.environment)
+    paid_by = [] if environment is not None else [("reward", "functions")]
+    _require_set(recipe, ("model", "name"), ("data", "path"), *paid_by)
     check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
-    reward = resolve_rewards(recipe.reward)
+    reward = resolve_rewards(recipe.reward) or None
 
     from fastppo.data import load_train_and_eval
     from fastppo.model import load_tokenizer
@@ -202,6 +204,7 @@ def _train(options: argparse.Namespace) -> int:
     trainer = PPOTrainer(
         recipe.model.name,
         reward=reward,
+        environment=environment,
         prompts=train,
         eval_prompts=held_out,
         config=recipe,

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from fastppo.critic_config import CriticConfig, refuse_unused
+from fastppo.environment_config import EnvironmentConfig
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.lora_config import LoRAConfig
 from fastppo.ops.sample_tokens import TEMPERATURES
@@ -322,6 +323,7 @@ class PPOConfig:
     """Completions written to `samples.jsonl` at each step."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trpo: TRPOConfig = field(default_factory=TRPOConfig)

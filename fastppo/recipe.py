@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.recipe_config import EvalSetConfig, Recipe, RecipeRewardConfig, RewardFunctionConfig
+from fastppo.envs import READY_TOOLS, Tools
+from fastppo.recipe_config import (
+    EvalSetConfig,
+    Recipe,
+    RecipeEnvironmentConfig,
+    RecipeRewardConfig,
+    RewardFunctionConfig,
+)
 from fastppo.recipe_names import Names
 from fastppo.rewards import READY, WeightedReward
 from fastppo.yaml_numbers import NumberLoader
@@ -101,10 +108,19 @@ def load_recipe(
 
     for section, key in [place for place in PATHS if place[0] in names.sections]:
         _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))
-    for index, reward in enumerate(recipe.reward.functions if isinstance(recipe, Recipe) else ()):
-        _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))
-    for name, held_out in recipe.data.eval_sets.items() if isinstance(recipe, Recipe) else ():
-        _locate(held_out, "path", f"data.eval_sets.{name}.path", start_of("data", "eval_sets"))
+    if isinstance(recipe, Recipe):
+        for index, reward in enumerate(recipe.reward.functions):
+            _locate(reward, "function", f"reward.functions.{index}.function", start_of("reward", "functions"))
+        environment, start = recipe.environment, start_of("environment", "factory")
+        if environment.factory:
+            environment.factory = _located(environment.factory, "function", "environment.factory", start)
+        start = start_of("environment", "tools")
+        environment.tools = [
+            _located(tool, "function", f"environment.tools.{index}", start)
+            for index, tool in enumerate(environment.tools)
+        ]
+        for name, held_out in recipe.data.eval_sets.items():
+            _locate(held_out, "path", f"data.eval_sets.{name}.path", start_of("data", "eval_sets"))
     return recipe
 
 
@@ -165,23 +181,28 @@ def _explain(problem: dict[str, Any]) -> str:
 
 
 def _locate(section: Any, key: str, name: str, folder: Path) -> None:
-    """Make a path that starts in `folder` absolute. What is neither there nor looks like a path stays: a name on the hub, a module.
+    if given := getattr(section, key):
+        setattr(section, key, _located(given, key, name, folder))
+
+
+def _located(given: str, key: str, name: str, folder: Path) -> str:
+    """A path that starts in `folder`, made absolute. What is neither there nor looks like a path stays: a name on the hub, a module.
 
     Raises ValueError where the working directory has what was to stand beside the recipe.
     """
-    text, colon, function = getattr(section, key) or "", "", ""
+    text, colon, function = given, "", ""
     if key == "function":
         text, colon, function = text.rpartition(":")
     looks_like_a_path = text.startswith((".", "/")) or text.endswith(PATH_ENDINGS)
     if not text or (key == "function" and not text.endswith(".py")):
-        return
-    if (folder / text).exists() or looks_like_a_path:
-        setattr(section, key, f"{os.path.normpath(folder / text)}{colon}{function}")
+        return given
     if not (folder / text).exists() and Path(text).exists():
         raise ValueError(
             f"{name} is {text!r}, which is not beside the recipe ({folder / text} does not exist): write ./{text} as an override, which starts in "
             f"the working directory, or the path from the recipe's folder, {os.path.relpath(text, folder)}"
         )
+    is_here = (folder / text).exists() or looks_like_a_path
+    return f"{os.path.normpath(folder / text)}{colon}{function}" if is_here else given
 
 
 def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
@@ -194,6 +215,20 @@ def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
         WeightedReward(_resolve(reward, f"reward.functions.{index}"), reward.weight, reward.normalise)
         for index, reward in enumerate(config.functions)
     ]
+
+
+def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | None:
+    """What makes the environments of `environment`; None where it names none.
+
+    Raises FileNotFoundError or ValueError as `resolve_rewards` does, and TypeError for a tool that cannot be described.
+    """
+    if config.tools:
+        names = enumerate(config.tools)
+        return Tools(*(_find_function(text, f"environment.tools.{index}", READY_TOOLS) for index, text in names))
+    if not config.factory:
+        return None
+    factory, name = _find_function(config.factory, "environment.factory", {}), "environment.arguments"
+    return functools.partial(factory, **_from_environment(config.arguments, name)) if config.arguments else factory
 
 
 def _resolve(config: RewardFunctionConfig, where: str) -> Callable[..., Any]:
@@ -224,16 +259,14 @@ def _made(kind: type, arguments: dict[str, Any], name: str) -> Callable[..., Any
         raise
 
 
-def _find_function(text: str, where: str) -> Callable[..., Any]:
+def _find_function(text: str, where: str, ready: Mapping[str, Callable[..., Any]] = READY) -> Callable[..., Any]:
     module_name, colon, name = text.rpartition(":")
-    if text in READY:
-        return READY[text]
+    if text in ready:
+        return ready[text]
     if not colon or not module_name or not name:
-        near = difflib.get_close_matches(text, READY, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"{where} is {text!r}, expected the name of a ready function (the nearest is {near}), package.module:function or "
-            "path/to/file.py:function"
-        )
+        near = difflib.get_close_matches(text, ready, n=1, cutoff=0.0)
+        hint = f"the name of a ready function (the nearest is {near[0]}), " if near else ""
+        raise ValueError(f"{where} is {text!r}, expected {hint}package.module:function or path/to/file.py:function")
     module = _load_file(Path(module_name), where) if module_name.endswith(".py") else _import(module_name, where)
     function = getattr(module, name, None)
     if not callable(function):

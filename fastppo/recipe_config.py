@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastppo.config import PPOConfig, RewardConfig
+from fastppo.environment_config import EnvironmentConfig
 from fastppo.setting_types import STRICT, Count, OptionalCount, PathText, SetName
 
 
@@ -110,9 +111,30 @@ class RecipeRewardConfig(RewardConfig):
 
 
 @dataclass(config=STRICT)
+class RecipeEnvironmentConfig(EnvironmentConfig):
+    """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory` and `tools` is set."""
+
+    factory: PathText | None = None
+    """What makes an environment, a class for instance: `package.module:Name` or `path/to/file.py:Name` (relative to the recipe)."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments that it is called with."""
+    tools: list[str] = field(default_factory=list)
+    """Functions that the policy may call before it answers: `calculator`, `python` (`fastppo.envs.PythonSandbox`), or written as `factory` is."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> RecipeEnvironmentConfig:
+        if self.factory and self.tools:
+            raise ValueError(f"tools is {self.tools}, expected none beside factory, whose environment has its own")
+        if self.arguments and not self.factory:
+            raise ValueError(f"arguments is {self.arguments}, expected none without factory")
+        return self
+
+
+@dataclass(config=STRICT)
 class Recipe(PPOConfig):
     """A whole run: `fastppo train RECIPE.yaml section.key=value ...`. PPO's settings, and which model, prompts and reward they are for."""
 
     reward: RecipeRewardConfig = field(default_factory=RecipeRewardConfig)
+    environment: RecipeEnvironmentConfig = field(default_factory=RecipeEnvironmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from fastppo.console import Reporter, printable
 from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
+from fastppo.envs.episodes import Factory
+from fastppo.envs.source import Answers, rewards_of, source_of
 from fastppo.errors import TrainingError
 from fastppo.experience import Experience, sample_with_signal
 from fastppo.held_out import load_held_out
@@ -32,7 +35,7 @@ from fastppo.model import context_length, resolve_device
 from fastppo.model.adapters import adapters_of, add_adapters
 from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config
-from fastppo.rewards import RewardResult, RewardRunner
+from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
@@ -59,12 +62,14 @@ class PPOTrainer(RunLoop):
         model: a folder (text or `Path`) or hub name, or a loaded Transformers causal LM, which is trained in place; of a `peft.PeftModel` its LoRA
             adapter is.
         reward: `fn(prompts, completions, **columns) -> list[float | None]`, sync or async, or a list of them (the sum of those that apply is
-            maximised); `fastppo.rewards.WeightedReward` gives one a weight, or normalises it.
+            maximised); `fastppo.rewards.WeightedReward` gives one a weight, or normalises it. None where the environment alone pays.
         prompts: list of strings, of rows with a "prompt", a `datasets.Dataset`, a file or hub name; or, where `DataConfig` has settings for
             them, what `fastppo.data.load_prompts(source, tokenizer, DataConfig(...))` makes of these.
         config: every setting; see `PPOConfig`.
         tokenizer: needed with a loaded model; else the model's own by default.
         eval_prompts: held-out prompts, in the same forms; or several sets of them, a mapping from name to prompts.
+        environment: makes what the policy talks to in episodes of several turns, a class for instance (`fastppo.envs.Environment`). What it pays
+            is added to `reward`, where there is one.
         callbacks: called between the steps; see `Callback`.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
@@ -80,8 +85,9 @@ class PPOTrainer(RunLoop):
         self,
         model: str | os.PathLike | PreTrainedModel | PeftModel,
         *,
-        reward: Reward | Sequence[Reward],
+        reward: Reward | Sequence[Reward] | None = None,
         prompts: Any,
+        environment: Factory | None = None,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_prompts: Any = None,
@@ -98,7 +104,8 @@ class PPOTrainer(RunLoop):
         self.recipe, self.total_steps = recipe or default_recipe(config, model), config.total_steps
         # First, so that the processes which run rewards hold no copy of the model.
         with naming("reward"):
-            self.rewards = RewardRunner(reward, timeout=config.reward.timeout, retries=config.reward.retries)
+            timing = {"timeout": config.reward.timeout, "retries": config.reward.retries}
+            self.rewards = rewards_of(reward, environment, **timing)
         self.adapters = adapters_of(model, config.lora)
         model = model if self.adapters is None else self.adapters.model
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
@@ -129,6 +136,8 @@ class PPOTrainer(RunLoop):
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
+        with naming("environment"):
+            self.source = source_of(environment, self.engine, self.tokenizer, self.prompts.chat, config.environment)
         pools = DifficultyPools.of(config.difficulty, len(self.prompts), normalised=self.rewards.normalises)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed, pools)
         self.best = Best(config.evaluation)
@@ -140,8 +149,10 @@ class PPOTrainer(RunLoop):
     def _evaluates(self) -> bool:
         return self.held_out is not None
 
-    def _resources(self) -> RewardRunner:
-        return self.rewards
+    @contextmanager
+    def _resources(self) -> Iterator[None]:
+        with self.rewards, self.source:
+            yield
 
     def evaluate(self) -> dict[str, float]:
         """What `fastppo.held_out` measures on the held-out prompts; a function of the weights and the seed alone."""
@@ -202,26 +213,27 @@ class PPOTrainer(RunLoop):
     def _sample(self, clock: Clock, seed: int, folder: RunFolder | None) -> Experience:
         """Completions of the next prompts and their scores; some of them are written to the folder."""
         with clock("time/rollout"):
-            rollout, rows = self._collect(seed)
-        metrics = engine_metrics(self.engine.stats)
-        if self.step == 0 and (warning := cut_off_warning(rollout, *self._stops())):
-            self.reporter.note_once(warning)
+            answers, rows = self._collect(seed)
+        metrics = engine_metrics(self.engine.stats) | answers.metrics()
+        if self.step == 0 and not answers.many_turns:
+            if warning := cut_off_warning(answers.rollout, *self._stops()):
+                self.reporter.note_once(warning)
         greedy = None
         if "greedy_scores" in self.algorithm.needs:
             with clock("time/baseline"):
-                greedy = self._greedy_scores(rows)
+                greedy = self._greedy_scores(rows, seed)
         with clock("time/reward"):
-            experience = self._score(rollout, rows, folder, greedy)
+            experience = self._score(answers, rows, folder, greedy)
         solved_score = self.config.reward.solved_score
-        metrics |= self.sampler.saw(rollout.prompt_index, experience.all_scores.values, solved_score)
+        metrics |= self.sampler.saw(answers.rollout.prompt_index, experience.all_scores.values, solved_score)
         return experience._replace(metrics=metrics)
 
-    def _collect(self, seed: int) -> tuple[Rollout, list[Row]]:
+    def _collect(self, seed: int) -> tuple[Answers, list[Row]]:
         """Completions of the next prompts, and the rows that these stand in."""
         rows = [self.prompts[index] for index in self.sampler.next()]
-        prompts, sampling = [row["prompt_ids"] for row in rows], self.config.rollout.sampling(seed)
-        heard = {"progress": self._show_rollout, "on_tokens": self._interruption.check}
-        return self.engine.generate(prompts, sampling, **heard, value_head=self.roles.value_head), rows
+        sampling, check = self.config.rollout.sampling(seed), self._interruption.check
+        options = {"progress": self._show_rollout, "value_head": self.roles.value_head}
+        return self.source.sample(rows, sampling, self.prompts.chat, check, **options), rows
 
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise, and what the settings would want besides."""
@@ -242,28 +254,27 @@ class PPOTrainer(RunLoop):
         stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
         self.reporter.phase("update", done, total, stopping)
 
-    def _greedy_scores(self, rows: list[Row]) -> Tensor:
-        """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid."""
-        greedy = dataclasses.replace(self.config.rollout.sampling(0), n=1, temperature=0.0)
-        prompts, heard = [row["prompt_ids"] for row in rows], {"on_tokens": self._interruption.check}
-        rollout = self.engine.generate(prompts, greedy, **heard)
-        result, _ = self._call_rewards(rollout, rows)
+    def _greedy_scores(self, rows: list[Row], seed: int) -> Tensor:
+        """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid. seed: of an environment's chance."""
+        greedy = dataclasses.replace(self.config.rollout.sampling(seed), n=1, temperature=0.0)
+        answers = self.source.sample(rows, greedy, self.prompts.chat, self._interruption.check)
+        rollout, (result, _) = answers.rollout, self._call_rewards(answers, rows)
         self._note_errors(result)
         return (
             Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
         )
 
-    def _score(self, rollout: Rollout, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None) -> Experience:
+    def _score(self, answers: Answers, rows: list[Row], folder: RunFolder | None, greedy: Tensor | None) -> Experience:
         """The samples that have a valid reward, with their scores.
 
         folder: where samples are written; None describes none.
         greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
-        result, texts = self._call_rewards(rollout, rows)
+        rollout, (result, texts) = answers.rollout, self._call_rewards(answers, rows)
         logged = 0 if folder is None else self.config.num_logged_samples
-        samples = describe_samples(rollout, rows, texts, result, self.tokenizer, logged)
-        scores = Scores.of(result, rollout.tokens.device)
+        samples = answers.described(describe_samples(rollout, rows, texts, result, self.tokenizer, logged))
+        scores = answers.scores(result)
         if greedy is not None:
             baselines = greedy[rollout.prompt_index]
             values = torch.where(baselines.isnan(), torch.nan, scores.values)
@@ -282,23 +293,24 @@ class PPOTrainer(RunLoop):
 
     def _complete(self, rows: Sequence[Row], sampling: SamplingParams) -> tuple[Rollout, RewardResult]:
         """Held-out prompts' completions and their scores."""
-        prompts, heard = [row["prompt_ids"] for row in rows], {"on_tokens": self._interruption.check}
-        rollout = self.engine.generate(prompts, sampling, **heard)
-        result, _ = self._call_rewards(rollout, rows, normalise=False)
+        answers = self.source.sample(rows, sampling, self.prompts.chat, self._interruption.check)
+        result, _ = self._call_rewards(answers, rows, normalise=False)
         self._note_errors(result)
-        return rollout, result
+        return answers.rollout, result
 
     def _call_rewards(
-        self, rollout: Rollout, rows: Sequence[Row], *, normalise: bool = True
+        self, answers: Answers, rows: Sequence[Row], *, normalise: bool = True
     ) -> tuple[RewardResult, list[str]]:
         """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
+        rollout = answers.rollout
         owners = [rows[index] for index in rollout.prompt_index.tolist()]
         completion_ids = rollout.completions()
         texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
         columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
         with self._interruption.at_once():
-            result = self.rewards([row["prompt"] for row in owners], texts, columns, completion_ids, normalise)
-        return result, texts
+            said, prompts = answers.completions(texts), [row["prompt"] for row in owners]
+            result = self.rewards(prompts, said, columns, completion_ids, normalise)
+        return answers.scored(result), texts
 
     def _note_errors(self, result: RewardResult) -> None:
         for error in result.errors:

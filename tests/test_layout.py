@@ -28,6 +28,8 @@ FLOORS = [
     (
         "fastppo.rollout",
         "fastppo.rewards",
+        "fastppo.envs",
+        "fastppo.environment_config",
         "fastppo.config",
         "fastppo.evaluation_config",
         "fastppo.setting_types",

@@ -134,10 +134,11 @@ class PPO:
         return estimators.generalised(rewards, evaluation.values, final_values, bounds, config)
 
     def shaped_rewards(self, rollout: Rollout, evaluation: Evaluation, scores: Scores) -> Tensor:
-        """fp32 [N]: the KL penalty at each action, and the score at the last."""
+        """fp32 [N]: the KL penalty at each action, and the score at the last, or what an environment paid at each turn's."""
         reward, logprobs = self.config.reward, evaluation.logprobs
+        by_turn = scores.by_action is not None
         rewards = kl_shaped_rewards(
-            scores.values,
+            torch.zeros_like(scores.values) if by_turn else scores.values,
             logprobs,
             logprobs if evaluation.ref_logprobs is None else evaluation.ref_logprobs,
             torch.ones_like(logprobs, dtype=torch.bool),
@@ -145,6 +146,7 @@ class PPO:
             kind=reward.kl_estimator,
             cu_seqlens=rollout.action_cu_seqlens,
         )
+        rewards = rewards + scores.by_action if by_turn else rewards
         return masked_whiten(rewards, None, shift_mean=False) if reward.whiten else rewards
 
     def update(

@@ -46,11 +46,17 @@ class ChatTemplate:
             raise ValueError(
                 f"system_prompt is set, but the conversation of row {number} begins with a system message of its own"
             )
-        system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
         try:
-            return self._render(system + messages, tools, options, begin_turn)
+            return self.render(messages, tools, options, begin_turn=begin_turn)
         except Exception as error:  # a template is a program that raises what it likes
             raise ValueError(f"the tokenizer's chat template refuses the prompt of row {number}: {error}") from error
+
+    def render(
+        self, messages: list[Row], tools: list | None = None, options: Row | None = None, *, begin_turn: bool = True
+    ) -> str:
+        """Raises what the template raises. begin_turn: the model's own turn is begun at the end."""
+        system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
+        return self._render(system + messages, tools, options, begin_turn)
 
     def mark_in(self, text: str) -> str | None:
         """What shows that a text was rendered already: a special token that the template writes, or at the text's end what it writes after

@@ -57,6 +57,8 @@ class PromptDataset:
         self._rows = [write({name: row.get(name) for name in columns}, first_row + i) for i, row in enumerate(rows)]
         write.finish()
         self._numbers = list(range(first_row, first_row + len(rows)))
+        self.chat = write.chat
+        """What rendered the prompts; None where no chat template did."""
         self._tokenizer, self._drop_long_prompts = tokenizer, config.drop_long_prompts
         self._limit(config.max_prompt_tokens)
 

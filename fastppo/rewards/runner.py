@@ -63,7 +63,7 @@ class RewardRunner:
     def __call__(
         self,
         prompts: Sequence[str | Conversation],
-        completions: Sequence[str],
+        completions: Sequence[str | Conversation],
         columns: Mapping[str, Sequence[Any]],
         completion_ids: Sequence[Sequence[int]] | None = None,
         normalise: bool = True,
@@ -71,7 +71,7 @@ class RewardRunner:
         """Scores of B completions.
 
         Args:
-            prompts: [B] texts or conversations. completions: [B] texts. columns: name -> [B] values.
+            prompts: [B] texts or conversations. completions: [B] texts, or messages that follow upon a conversation. columns: name -> [B] values.
             completion_ids: [B] token ids, for functions that ask for them.
             normalise: False leaves out the normalisation that a `WeightedReward` asks for, which makes scores of different batches
                 comparable (an evaluation's).
@@ -227,7 +227,7 @@ def _named_terms(functions: Reward | Sequence[Reward]) -> dict[str, WeightedRewa
 
 def _arguments(
     prompts: Sequence[str | Conversation],
-    completions: Sequence[str],
+    completions: Sequence[str | Conversation],
     columns: Mapping[str, Sequence[Any]],
     completion_ids: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
@@ -237,8 +237,8 @@ def _arguments(
             raise ValueError(
                 f"columns has {name!r}, which is the name of a reward function's own argument: rename the column"
             )
-    for index, text in enumerate(completions):
-        if not isinstance(text, str):
+    for index, (prompt, text) in enumerate(zip(prompts, completions, strict=False)):
+        if not isinstance(text, str) and not (isinstance(text, list) and isinstance(prompt, list)):
             raise TypeError(f"completions[{index}] is {type(text).__name__}, expected str")
     arguments: dict[str, Any] = {"prompts": list(prompts), "completions": list(completions)}
     if completion_ids is not None:
@@ -251,8 +251,8 @@ def _arguments(
     return arguments
 
 
-def _as_in_prompt(prompt: str | Conversation, text: str) -> str | Conversation:
-    if isinstance(prompt, str):
+def _as_in_prompt(prompt: str | Conversation, text: str | Conversation) -> str | Conversation:
+    if isinstance(prompt, str) or isinstance(text, list):
         return text
     if isinstance(prompt, list):
         return [{"role": "assistant", "content": text}]

@@ -114,12 +114,15 @@ class Engine:
                     progress(done, total)
             return generation.pack()
 
-    def open(self, sampling: SamplingParams, *, max_length: int | None = None) -> Session:
+    def open(
+        self, sampling: SamplingParams, *, max_length: int | None = None, value_head: ValueHead | None = None
+    ) -> Session:
         """A session of many turns, for `with engine.open(sampling) as session`.
 
         Args:
             sampling: `max_new_tokens`, `min_new_tokens` and what ends a completion hold for each turn.
             max_length: most tokens of a sequence: prompt, turns and what is given between them. By default the model's context.
+            value_head: as `generate` takes it.
 
         Raises:
             ValueError: stop strings without a tokenizer; a `max_length` beyond the model's context, or none where that has no limit.
@@ -134,7 +137,8 @@ class Engine:
         pages = 2 * slots * pages_for(longest)  # as many sequences between two turns as in one
         with self.runner.alone(), lending:
             lent = lending.enter_context(self.runner.lend(slots, longest, pages=pages))
-            generation = self._generation(*lent, sampling, slots=slots, max_length=longest, many_turns=True)
+            options = dict(slots=slots, max_length=longest, many_turns=True, value_head=value_head)
+            generation = self._generation(*lent, sampling, **options)
             return Session(generation, self.runner, self._encode_one, lending.pop_all())
 
     def _encode_one(self, prompt: Sequence[int] | str) -> list[int]:

@@ -122,10 +122,14 @@ class Generation:
 
     # What the caller asks for
 
-    def add(self, tokens: list[int], n: int, name: str) -> list[Sequence]:
-        """n sequences that begin with the prompt `tokens`, called `name` in errors. Raises ValueError where the cache can never hold one of them."""
+    def add(self, tokens: list[int], n: int, name: str, streams: list[int] | None = None) -> list[Sequence]:
+        """n sequences that begin with the prompt `tokens`, called `name` in errors. Raises ValueError where the cache can never hold one of them.
+
+        streams: [n] what their draws come from; by default their numbers.
+        """
         first, limit = len(self.sequences), self._limit(tokens)
-        added = [Sequence(first + i, self.prompts, list(tokens), limit) for i in range(n)]
+        streams = list(range(first, first + n)) if streams is None else streams
+        added = [Sequence(first + i, streams[i], self.prompts, list(tokens), limit) for i in range(n)]
         self.admission.add(name, tokens, added)
         self.sequences += added
         self.prompts += 1
@@ -142,14 +146,15 @@ class Generation:
     def fork(self, sequence: Sequence) -> Sequence:
         """A sequence of its own with the same past."""
         past = dict(tokens=list(sequence.tokens), chosen=list(sequence.chosen), draws=list(sequence.draws))
-        twin = replace(sequence, id=len(self.sequences), closed=False, **past)
+        number = len(self.sequences)
+        twin = replace(sequence, id=number, stream=number, closed=False, **past)
         self.admission.share(sequence, twin)
         self.sequences.append(twin)
         return twin
 
-    def close(self, sequence: Sequence) -> None:
-        """No turn will follow."""
-        sequence.closed = True
+    def close(self, sequence: Sequence, tokens: list[int]) -> None:
+        """No turn will follow, only these tokens."""
+        sequence.closed, sequence.tokens = True, sequence.tokens + tokens
         self.admission.forget(sequence)
 
     def _limit(self, tokens: list[int]) -> int:
@@ -196,7 +201,7 @@ class Generation:
         first = len(self.rows)
         self.rows += [_Row(sequence, len(sequence.tokens), sequence.limit) for sequence in sequences]
         rows, width = slice(first, len(self.rows)), max(len(sequence.pages) for sequence in sequences)
-        self.state["sequence"][rows] = self._tensor([sequence.id for sequence in sequences])
+        self.state["sequence"][rows] = self._tensor([sequence.stream for sequence in sequences])
         self.state["length"][rows] = self._tensor([len(sequence.tokens) for sequence in sequences])
         pages = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in sequences]
         self.block_table[rows, :width] = self._tensor(pages, torch.int32)

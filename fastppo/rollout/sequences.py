@@ -30,7 +30,8 @@ class Turn(NamedTuple):
 class Sequence:
     """A conversation as the host knows it."""
 
-    id: int  # its draws come from this number
+    id: int
+    stream: int  # its draws come from this number
     prompt: int  # which prompt it continues
     tokens: list[int]  # given and chosen
     limit: int = 0  # tokens that its turn may get

@@ -58,17 +58,33 @@ class Session:
     def stats(self) -> GenerationStats:
         return self._generation.stats
 
-    def add(self, prompt: Many[int] | str, n: int | None = None) -> list[int]:
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a sequence."""
+        return self._generation.max_length
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is under way, or has ended and the caller has not been given it."""
+        return bool(self._untold) or self._generation.busy
+
+    def add(self, prompt: Many[int] | str, n: int | None = None, *, streams: Many[int] | None = None) -> list[int]:
         """The numbers of `n` (by default `sampling.n`) new sequences, which share what is computed of the prompt and get their first turn.
+
+        streams: [n] numbers that their draws come from instead of their own: what a sequence says then does not depend on when it was added.
 
         Raises as `Engine.generate` does for a prompt.
         """
         self._require_open()
         n = self._generation.sampling.n if n is None else _checks.integer_number("n", n, at_least=1)
-        tokens, most = self._encode(prompt), self._generation.max_length - 1
+        tokens, most = self._encode(prompt), self.max_length - 1
         if len(tokens) > most:
             raise ValueError(f"prompt has {len(tokens)} tokens, expected at most {most}: one new token needs a place")
-        return [sequence.id for sequence in self._generation.add(tokens, n, "prompt")]
+        if streams is not None:
+            streams = [_checks.integer_number(f"streams[{i}]", stream) for i, stream in enumerate(streams)]
+            if len(streams) != n:
+                raise ValueError(f"streams has {len(streams)} numbers, expected {n}, one for each new sequence")
+        return [sequence.id for sequence in self._generation.add(tokens, n, "prompt", streams)]
 
     def append(self, id: int, tokens: Many[int]) -> None:
         """Give tokens (what a tool or a person answered) to a sequence whose turn has ended, and it the next turn.
@@ -76,16 +92,10 @@ class Session:
         With no tokens it goes on where it ended, say at `max_new_tokens`. Raises ValueError where its turn has not ended, where its logits
         were not finite, for an id outside the vocabulary, and where no room is left for one new token.
         """
-        sequence, given, top = self._resting(id), list(tokens), self._vocab_size - 1
-        for i, token in enumerate(given):
-            given[i] = _checks.integer_number(f"tokens[{i}]", token, at_most=top)
+        sequence = self._resting(id)
+        given = self._given(sequence, tokens)
         if sequence.finish_reason == FinishReason.ERROR:
             raise ValueError(f"sequence {id} ended because its logits were not finite, expected one that can go on")
-        length, most = len(sequence.tokens) + len(given), self._generation.max_length - 1
-        if length > most:
-            raise ValueError(
-                f"sequence {id} would have {length} tokens with those given, expected at most {most}: one new token needs a place"
-            )
         self._generation.append(sequence, given)
 
     def fork(self, id: int) -> int:
@@ -95,9 +105,13 @@ class Session:
         """
         return self._generation.fork(self._ended(id)).id
 
-    def close(self, id: int) -> None:
-        """No turn of the sequence will follow: its pages are free. Raises ValueError where its turn has not ended."""
-        self._generation.close(self._resting(id))
+    def close(self, id: int, tokens: Many[int] = ()) -> None:
+        """No turn of the sequence will follow: its pages are free. `tokens` (the last answer of a tool) end it.
+
+        Raises ValueError where its turn has not ended, and as `append` for tokens.
+        """
+        sequence = self._resting(id)
+        self._generation.close(sequence, self._given(sequence, tokens) if len(tokens) else [])
 
     def step(self) -> list[Turn]:
         """One step of all turns under way; those that ended with it."""
@@ -110,7 +124,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Turn]:
         """Turns as they end, also those that begin meanwhile, until none is under way."""
-        while self._untold or self._generation.busy:
+        while self.busy:
             if not self._untold:
                 with self._sampling():
                     while self._generation.busy and not self._untold:
@@ -159,6 +173,17 @@ class Session:
         if sequence.closed:
             raise ValueError(f"sequence {id} is closed, expected an open one")
         return sequence
+
+    def _given(self, sequence: Sequence, tokens: Many[int]) -> list[int]:
+        """Token ids that the vocabulary has and the sequence has room for."""
+        top = self._vocab_size - 1
+        given = [_checks.integer_number(f"tokens[{i}]", token, at_most=top) for i, token in enumerate(tokens)]
+        length, most = len(sequence.tokens) + len(given), self.max_length - 1
+        if length > most:
+            raise ValueError(
+                f"sequence {sequence.id} would have {length} tokens with those given, expected at most {most}: one new token needs a place"
+            )
+        return given
 
 
 def _versions(model: PreTrainedModel) -> list[tuple[int, int]]:

@@ -83,6 +83,37 @@ def test_one_turn_is_what_generate_samples(model):
     assert_same(conversations(engine, turns=1), engine.generate(PROMPTS, SAMPLING))
 
 
+def test_draws_come_from_the_streams_that_are_asked_for(model):
+    """Sequences that are added in another order, each with its own stream, say what they would have said."""
+    expected, count = conversations(Engine(model), turns=1, sampling=SAMPLING), len(PROMPTS) * 2
+    with Engine(model).open(SAMPLING) as session:
+        for place in reversed(range(len(PROMPTS))):
+            session.add(PROMPTS[place], streams=[2 * place + 1, 2 * place])
+        for turn in session:
+            session.close(turn.id)
+        rollout = session.rollout().select(reversed(range(count)))
+    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.logprobs, expected.logprobs)
+    with Engine(model).open(SAMPLING) as session:
+        with pytest.raises(ValueError, match="streams has 1 numbers, expected 2, one for each new sequence"):
+            session.add(PROMPTS[0], streams=[0])
+        with pytest.raises(ValueError, match=r"streams\[1\] is -1"):
+            session.add(PROMPTS[0], streams=[0, -1])
+
+
+def test_last_words_end_a_sequence(model):
+    with Engine(model).open(SamplingParams(max_new_tokens=4, seed=5), max_length=20) as session:
+        session.add(PROMPTS[2])
+        [turn] = session
+        with pytest.raises(ValueError, match=r"tokens\[1\] is 96"):
+            session.close(turn.id, [1, VOCAB_SIZE])
+        with pytest.raises(ValueError, match="would have .* tokens with those given, expected at most 19"):
+            session.close(turn.id, [1] * 15)
+        session.close(turn.id, [3, 4])
+        rollout = session.rollout()
+    assert rollout.tokens.tolist() == PROMPTS[2] + turn.tokens + [3, 4]
+    assert rollout.action_mask.tolist() == [False] * 5 + [True] * len(turn.tokens) + [False] * 2
+
+
 def test_a_turn_is_what_generate_samples_after_the_same_tokens(model):
     """To the last bit: the draws come from seed, number and position, the keys from the pages of the turns before."""
     rollout = conversations(Engine(model), prompts=PROMPTS[:1], sampling=SamplingParams(max_new_tokens=9, seed=5))

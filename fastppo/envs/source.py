@@ -1,0 +1,222 @@
+"""Where completions come from, and what they are paid: single answers of the engine, or episodes with an environment."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.data.chat import ChatTemplate
+from fastppo.environment_config import EnvironmentConfig
+from fastppo.envs.dialogue import Dialogue
+from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row
+from fastppo.envs.tools import has_tools, pays
+from fastppo.model.host import on_device
+from fastppo.rewards import RewardResult, RewardRunner
+from fastppo.rewards.runner import Reward
+from fastppo.rewards.scores import Scores
+from fastppo.rollout import Engine, Rollout, SamplingParams
+
+NAME = "environment"  # of what episodes earned, among the rewards
+
+
+class Answers:
+    """Completions of one turn, which reward functions alone pay."""
+
+    many_turns = False
+
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout = rollout
+
+    def scored(self, result: RewardResult) -> RewardResult:
+        """What the completions come to, where reward functions said `result` of them."""
+        return result
+
+    def scores(self, result: RewardResult) -> Scores:
+        """What `scored` returned, as tensors."""
+        return Scores.of(result, self.rollout.tokens.device)
+
+    def completions(self, texts: list[str]) -> list[Any]:
+        """What reward functions are given, of completions whose whole text is `texts`."""
+        return texts
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl, of the first completions, with what else there is to say of them."""
+        return samples
+
+
+class Episodes(Answers):
+    """Conversations with an environment, which pays for each turn; what reward functions pay besides is paid at the end."""
+
+    many_turns = True
+
+    def __init__(self, played: Played) -> None:
+        super().__init__(played.rollout)
+        self._played = played
+        self._earned = [episode.total_reward for episode in played.episodes]
+
+    def scored(self, result: RewardResult) -> RewardResult:
+        """The sum; invalid where either is."""
+        count = len(self._earned)
+        scores = [a + b for a, b in zip(result.scores, self._earned, strict=True)]
+        failed = Counter(episode.error for episode in self._played.episodes if episode.error is not None)
+        errors = [f"{times} of {count} episodes are invalid: {why}" for why, times in failed.items()]
+        by_name = {NAME: self._earned} | result.by_name
+        return RewardResult(scores, by_name, sum(map(math.isnan, scores)), errors + result.errors)
+
+    def scores(self, result: RewardResult) -> Scores:
+        earned = on_device(self._earned, self.rollout.tokens.device, torch.float32)
+        return super().scores(result).paid_by_turn(self._played.turn_rewards(), earned, self.rollout)
+
+    def completions(self, texts: list[str]) -> list[Any]:
+        """Messages where the prompt is a conversation; else the turns of the policy alone, a line each, so that nothing is paid for what the
+        environment said."""
+        return [
+            episode.messages()
+            if isinstance(episode.row["prompt"], list)
+            else "\n".join(turn.completion for turn in episode.turns)
+            for episode in self._played.episodes
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """Of the valid episodes, and of what waiting for environments cost."""
+        episodes = self._played.episodes
+        valid = [episode for episode in episodes if episode.error is None]
+        metrics = {
+            "failure_rate": 1 - len(valid) / len(episodes),
+            "waited_seconds": self._played.waited,
+            "hanging_calls": float(self._played.hanging),
+        }
+        if valid:
+            metrics["turns"] = sum(len(episode.turns) for episode in valid) / len(valid)
+            metrics["return"] = sum(episode.total_reward for episode in valid) / len(valid)
+            metrics["truncated_ratio"] = sum(episode.truncated for episode in valid) / len(valid)
+        return {f"{NAME}/{name}": value for name, value in metrics.items()}
+
+    def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            sample
+            | {
+                "turns": [
+                    {"completion": turn.completion, "reward": turn.reward, "observation": turn.observation}
+                    for turn in episode.turns
+                ],
+                "error": episode.error,
+            }
+            for sample, episode in zip(samples, self._played.episodes, strict=False)
+        ]
+
+
+class AnswerSource:
+    """Single answers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> AnswerSource:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """There is nothing to end."""
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        chat: ChatTemplate | None,
+        check: Callable[..., None],
+        **options: Any,
+    ) -> Answers:
+        """`sampling.n` completions of each row.
+
+        Args:
+            chat: what rendered the prompts. check: called often; what it raises ends the sampling.
+            options: `progress` and `value_head`, as `Engine.generate` takes them.
+        """
+        prompts = [row["prompt_ids"] for row in rows]
+        return Answers(self._engine.generate(prompts, sampling, on_tokens=check, **options))
+
+
+class EpisodeSource(AnswerSource):
+    """Episodes. Between `__enter__` and `__exit__` environments stay open for the next ones, else they are closed after each `sample`."""
+
+    def __init__(
+        self, factory: Factory, engine: Engine, tokenizer: PreTrainedTokenizerBase, config: EnvironmentConfig
+    ) -> None:
+        self._player, self._tokenizer, self._kept = EpisodePlayer(factory, engine, config), tokenizer, False
+
+    def __enter__(self) -> EpisodeSource:
+        self._kept = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept = False
+        self._player.close()
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        chat: ChatTemplate | None,
+        check: Callable[..., None],
+        **options: Any,
+    ) -> Episodes:
+        dialogue = Dialogue(self._tokenizer, chat)
+        try:
+            return Episodes(self._player.play(rows, sampling, dialogue, check=check, **options))
+        finally:
+            if not self._kept:
+                self._player.close()
+
+
+def source_of(
+    environment: Factory | None,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate | None,
+    config: EnvironmentConfig,
+) -> AnswerSource:
+    """Raises TypeError for what makes no environment, ValueError where the chat template cannot render its episodes."""
+    if environment is None:
+        return AnswerSource(engine)
+    if has_tools(environment):
+        Dialogue(tokenizer, chat).check_tools()
+    elif chat is not None and isinstance(environment, type) and not hasattr(environment, "tools"):
+        Dialogue(tokenizer, chat).check("user")
+    return EpisodeSource(environment, engine, tokenizer, config)
+
+
+class NoRewards:
+    """In place of a `RewardRunner` where the environment alone pays: 0 for everything."""
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], *_: Any) -> RewardResult:
+        return RewardResult([0.0] * len(completions), {}, 0, [])
+
+    normalises = False
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """No column is asked for."""
+
+    def __enter__(self) -> NoRewards:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """There is nothing to end."""
+
+
+def rewards_of(
+    reward: Reward | Sequence[Reward] | None, environment: Factory | None, **timing: Any
+) -> RewardRunner | NoRewards:
+    """Raises ValueError where nobody pays. timing: as `RewardRunner` takes it."""
+    if reward is not None:
+        return RewardRunner(reward, **timing)
+    if environment is None or not pays(environment):
+        raise ValueError("None pays nothing, expected a function, or an environment that pays (tools alone do not)")
+    return NoRewards()
