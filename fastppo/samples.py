@@ -2,9 +2,9 @@
 
 A row holds `prompt`, `completion` (without special tokens), `score`, `rewards` (of each function), `ended` ("stop", "length" or "error"),
 the token ids `prompt_ids` and `completion_ids`, with `action_mask` where the policy did not choose all of the latter, and for the tokens that it
-chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and `values` too; of an episode with an environment
-also its `turns` (`completion`, `reward`, `observation`) and the `error` that made it invalid. A number that is not finite is null. `fastppo critic`
-trains on such rows.
+chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and `values` too; of an episode with an
+environment also its `turns` (`completion`, `reward`, `observation`) and the `error` that made it invalid. A number that is not finite is null.
+`fastppo critic` trains on such rows.
 """
 
 from __future__ import annotations
