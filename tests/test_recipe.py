@@ -79,7 +79,7 @@ def test_values_and_overrides(tmp_path):
         ("optimizer.lr", "has no '='"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
         ("optimizer.lr=-1", "optimizer.lr is -1: expected greater than or equal to 0"),
-        ("critic.kind=both", "critic.kind is 'both': expected 'separate', 'shared' or 'none'"),
+        ("critic.kind=both", "critic.kind is 'both': expected 'separate', 'shared', 'lora' or 'none'"),
         ("total_steps=2.5", "total_steps is 2.5"),
         ("rollout.min_new_tokens=1000", "rollout.min_new_tokens is 1000, expected at most max_new_tokens = 256"),
         ("optimizer.lr=[", "not valid YAML"),
