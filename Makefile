@@ -25,7 +25,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.dependencies setup.py $(SOURCES)
 	@echo "Building fastppo's kernels ..."
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,data,math,plot,bleu,json-schema]'
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,data,math,plot,bleu,json-schema,control]'
 	@touch $@
 
 $(VENV)/.peers: peers.txt $(VENV)/.installed

@@ -1,7 +1,6 @@
 """Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477), over the actions of packed rollouts.
 
-One policy step a rollout: the natural gradient by conjugate gradients, as long as the KL limit lets it be, cut back until the KL that is measured
-keeps within the limit and the surrogate has grown (appendix C). The critic learns as PPO's does.
+One policy step a rollout, within a trust region (`trust_region.py`). The critic learns as PPO's does.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.algorithms.ppo import PPO
+from fastppo.algorithms.trust_region import Comparison, flat, line_search, longest_step
 from fastppo.config import PPOConfig
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
@@ -76,20 +76,13 @@ class TRPO(PPO):
             self.skipped_in_a_row += 1
             return {"update/skipped": 1.0}
         self.skipped_in_a_row = 0
-        direction, curvature = natural_gradient(
-            step.fisher_vector, gradient, iterations=config.cg_iterations, damping=config.cg_damping
-        )
-        full = direction * math.sqrt(2 * config.max_kl / curvature) if curvature > 0 else torch.zeros_like(direction)
-        old, before, share = step.distributions(), targets.advantages.mean().item(), 1.0
-        for _ in range(config.line_search_steps if norm > 0 and curvature > 0 else 0):
-            step.move_to(share * full)
-            found = step.compare(old, targets.advantages)
-            if found.kl <= config.max_kl and found.surrogate > before:
-                break
-            share *= config.line_search_factor
-        else:
-            step.move_to(torch.zeros_like(full))
-            found, share = step.compare(old, targets.advantages), 0.0
+        old, before = step.distributions(), targets.advantages.mean().item()
+
+        def move_and_compare(along: Tensor) -> Comparison:
+            step.move_to(along)
+            return step.compare(old, targets.advantages)
+
+        share, found = line_search(move_and_compare, longest_step(step.fisher_vector, gradient, config), before, config)
         return {
             "loss/policy_avg": -found.surrogate,
             "policy/kl": found.kl,
@@ -115,14 +108,6 @@ class Distributions(NamedTuple):
     head: LMHead
 
 
-class Comparison(NamedTuple):
-    kl: float
-    """KL(old || new), the mean over the states, of whole distributions."""
-    surrogate: float
-    """The mean of ratio times advantage over the actions."""
-    old_entropy: float
-
-
 class PolicyStep:
     """A policy at its weights θ and around them, on one rollout.
 
@@ -138,7 +123,7 @@ class PolicyStep:
             (rollout.select(indices), on_device(places_in(rollout.action_bounds, indices), device))
             for indices in micro_batches
         ]
-        self.theta = _flat([parameter.detach() for parameter in parameters])
+        self.theta = flat([parameter.detach() for parameter in parameters])
         self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
         """How far the weights were moved for the last difference."""
 
@@ -161,7 +146,7 @@ class PolicyStep:
         for batch, places in self.batches:
             logprobs = self.roles(batch, values=False, entropy=False).logprobs
             (logprobs @ weights[places].to(logprobs.dtype) / self.rollout.num_actions).backward()
-        gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        gradient = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
         return gradient
@@ -228,30 +213,7 @@ class PolicyStep:
         return Comparison(*(sums / count).tolist())
 
 
-def natural_gradient(
-    fisher_vector: Callable[[Tensor], Tensor], gradient: Tensor, *, iterations: int, damping: float
-) -> tuple[Tensor, float]:
-    """(x, x^T F x) with x near (F + damping I)^-1 gradient, by at most `iterations` conjugate gradients (Hestenes and Stiefel 1952)."""
-    x, residual = torch.zeros_like(gradient), gradient.clone()
-    p, squared = residual, residual.dot(residual)
-    enough = squared * torch.finfo(gradient.dtype).eps
-    for _ in range(iterations):
-        if not squared > enough:
-            break
-        product = fisher_vector(p) + damping * p
-        along = squared / p.dot(product)
-        x, residual = x + along * p, residual - along * product
-        before, squared = squared, residual.dot(residual)
-        p = residual + squared / before * p
-    curvature = x.dot(gradient - residual) - damping * x.dot(x)
-    return x, curvature.item()
-
-
 def require_float32(model: PreTrainedModel) -> None:
     """Raises ValueError where differences of log-probs along a direction would drown in the rounding of the weights."""
     if model.dtype != torch.float32:
         raise ValueError(f"the model's dtype is {model.dtype}, expected torch.float32 with algorithm trpo")
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in tensors])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fastppo.algorithms.trpo import TRPO, PolicyStep, natural_gradient, require_float32
+from fastppo.algorithms.trpo import TRPO, PolicyStep, require_float32
+from fastppo.algorithms.trust_region import natural_gradient
 from fastppo.learner import NonFiniteUpdates
 from tests.tiny import make_model, ppo_config
 from tests.tolerance import assert_as_exact_as_native, assert_rounds_to
