@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastppo.data.sources import is_task
 from fastppo.recipe import load_recipe, resolve_rewards
 from fastppo.recipe_config import Recipe, RecipeRewardConfig, RewardFunctionConfig
 from fastppo.reward_model_config import RewardModelRecipe
@@ -50,7 +51,7 @@ def test_our_recipes_need_nothing_outside_the_repository_but_the_hub(path):
     for name in (recipe.model.name, recipe.model.tokenizer, recipe.data.path, recipe.data.eval_path):
         if name:
             hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not name.startswith(".")
-            assert hub_name or (Path(name).is_relative_to(ROOT) and Path(name).exists()), name
+            assert hub_name or is_task(name) or (Path(name).is_relative_to(ROOT) and Path(name).exists()), name
 
 
 def test_values_and_overrides(tmp_path):
