@@ -79,6 +79,28 @@ def test_the_model_folder_is_merged_and_the_adapter_stands_beside_it(make_traine
         assert torch.equal(found[name], x)
 
 
+def test_the_best_step_is_written_merged(make_trainer, tmp_path):
+    """That of the start, where the adapter changes nothing yet; the trainer's own adapter stays the newest."""
+    changes = {
+        "total_steps": 1,
+        "eval_prompts": ["ab"],
+        "evaluation__metric": "eval/own",
+        "evaluation__keep_best": True,
+    }
+    trainer = make_trainer(**LORA | changes)
+    trainer.evaluate = lambda: {"eval/own": -float(trainer.step)}
+    trainer.train()
+    best, newest = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("best", "model"))
+    expected = trainer.roles.adapters.merged_state()
+    assert all(torch.equal(x, newest[name]) for name, x in expected.items() if name in newest)
+    assert all(torch.equal(x, best[name]) for name, x in make_model().state_dict().items() if name in best)
+    assert any(not torch.equal(x, newest[name]) for name, x in best.items())
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    exported = export_run(tmp_path / "run", tmp_path / "exported", best=True, model=tmp_path / "base")
+    assert all(torch.equal(x, best[name]) for name, x in load_file(exported / "model.safetensors").items())
+
+
 @pytest.mark.parametrize("make", [make_model, wrapped])
 def test_a_resumed_run_goes_on_bitwise(make_trainer, tmp_path, make):
     settings = LORA | ({} if make is make_model else {"lora__r": 0, "critic__kind": "lora"})
