@@ -145,6 +145,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     generate.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
     )
+    _add_search(generate)
     export = add("export", _export, "Write the policy of a run's newest checkpoint, or of another, as a model folder.")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("folder", metavar="FOLDER", nargs="?", help="where to (default: model in the run folder)")
@@ -180,6 +181,33 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     doctor.add_argument("run", metavar="RUN", help="run folder")
     commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
     return parser, commands.choices
+
+
+def _add_search(generate: argparse.ArgumentParser) -> None:
+    search = generate.add_argument_group("search", "for one good answer to each prompt; docs/search.md")
+    search.add_argument(
+        "--search",
+        choices=("majority", "best-of-n", "value-guided", "puct"),
+        help="what most of -n answers say, or the one that the critic likes best; its choice of each token; a tree of steps",
+    )
+    search.add_argument(
+        "--critic", metavar="RUN", help="run folder whose newest checkpoint has the critic; MODEL is its policy"
+    )
+    search.add_argument(
+        "--answer", metavar="REGEX", help="majority: what an answer says is the last match, or its first group"
+    )
+    search.add_argument(
+        "--budget", type=int, metavar="N", help="most tokens for an answer (default 8 times --max-new-tokens)"
+    )
+    search.add_argument(
+        "--width", type=int, metavar="N", help="tokens looked at (default 8), or steps sampled at a time (2)"
+    )
+    search.add_argument(
+        "--step", metavar="TEXT", action="append", help="puct: ends a step; repeatable (default a newline)"
+    )
+    search.add_argument("--step-tokens", type=int, metavar="N", help="puct: longest step (default 64)")
+    search.add_argument("--simulations", type=int, metavar="N", help="puct: descents for each step (default 32)")
+    search.add_argument("--c-puct", type=float, metavar="C", help="puct: weight of prior and novelty (default 1)")
 
 
 def _train(options: argparse.Namespace) -> int:

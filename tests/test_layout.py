@@ -65,6 +65,7 @@ FLOORS = [
         "fastppo.tracking",
         "fastppo.doctor",
         "fastppo.report",
+        "fastppo.search",
     ),
     (
         "fastppo.recipe",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TextStreamer
 
+from fastppo.commands import search
 from fastppo.console import printable
 from fastppo.model import load_model, load_tokenizer
 from fastppo.model.decoding import decodable, decode
@@ -19,6 +20,7 @@ from fastppo.rollout import Engine, SamplingParams
 
 
 def run(options: argparse.Namespace) -> int:
+    search.check(options)
     sampling = SamplingParams(
         n=options.n,
         temperature=options.temperature,
@@ -35,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
         prompts = [_as_message(tokenizer, text) for text in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = Engine(load_model(options.model, dtype=options.dtype, device=device), tokenizer)
+    if options.search is not None:
+        return search.run(options, engine, prompts, sampling)
     if len(prompts) * options.n == 1:
         streamer = _streamer(tokenizer)
 

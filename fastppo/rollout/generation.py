@@ -135,10 +135,10 @@ class Generation:
         self.prompts += 1
         return added
 
-    def append(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Give tokens to a sequence whose turn has ended, and it the next turn. Raises as `add`."""
+    def append(self, sequence: Sequence, tokens: list[int], most: int) -> None:
+        """Give tokens to a sequence whose turn has ended, and it the next turn, of at most so many. Raises as `add`."""
         whole = sequence.tokens + tokens
-        longer = replace(sequence, tokens=whole, limit=self._limit(whole))
+        longer = replace(sequence, tokens=whole, limit=min(self._limit(whole), most))
         self.admission.require_room(f"sequence {sequence.id}", longer, longer.pages_for_turn)
         sequence.tokens, sequence.limit, sequence.finish_reason = whole, longer.limit, None
         self.admission.resume(sequence)

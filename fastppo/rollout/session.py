@@ -86,17 +86,22 @@ class Session:
                 raise ValueError(f"streams has {len(streams)} numbers, expected {n}, one for each new sequence")
         return [sequence.id for sequence in self._generation.add(tokens, n, "prompt", streams)]
 
-    def append(self, id: int, tokens: Many[int]) -> None:
+    def append(self, id: int, tokens: Many[int], *, max_new_tokens: int | None = None) -> None:
         """Give tokens (what a tool or a person answered) to a sequence whose turn has ended, and it the next turn.
+
+        max_new_tokens: of this turn, where it may have fewer than `sampling` says.
 
         With no tokens it goes on where it ended, say at `max_new_tokens`. Raises ValueError where its turn has not ended, where its logits
         were not finite, for an id outside the vocabulary, and where no room is left for one new token.
         """
+        most_new = self._generation.sampling.max_new_tokens
+        if max_new_tokens is not None:
+            most_new = _checks.integer_number("max_new_tokens", max_new_tokens, at_least=1, at_most=most_new)
         sequence = self._resting(id)
         given = self._given(sequence, tokens)
         if sequence.finish_reason == FinishReason.ERROR:
             raise ValueError(f"sequence {id} ended because its logits were not finite, expected one that can go on")
-        self._generation.append(sequence, given)
+        self._generation.append(sequence, given, most_new)
 
     def fork(self, id: int) -> int:
         """The number of a new sequence with the same past as one whose turn has ended, be it closed. `append` gives it its next turn.

@@ -394,3 +394,25 @@ class TestErrors:
             session.close(0)
             session.add([1] * 20)
             assert len(list(session)) == 1
+
+
+def test_a_turn_may_be_shorter_than_the_others(model):
+    """And what it says is the beginning of what it would have said."""
+    said = []
+    for most in (None, 3):
+        with Engine(model).open(SamplingParams(max_new_tokens=6, ignore_eos=True, seed=1)) as session:
+            session.add(PROMPTS[2], n=1)
+            (first,) = session
+            session.append(first.id, [3, 4], max_new_tokens=most)
+            said += list(session)
+    assert [len(turn.tokens) for turn in said] == [6, 3] and said[0].tokens[:3] == said[1].tokens
+    assert said[1].finish_reason == FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("most", [0, 7])
+def test_a_turn_is_never_longer_than_the_settings_say(model, most):
+    with Engine(model).open(SamplingParams(max_new_tokens=6)) as session:
+        session.add(PROMPTS[2], n=1)
+        (first,) = session
+        with pytest.raises(ValueError, match=f"max_new_tokens is {most}, expected an integer from 1 to 6"):
+            session.append(first.id, [], max_new_tokens=most)

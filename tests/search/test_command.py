@@ -1,0 +1,101 @@
+"""`fastppo generate --search`, with the critic of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastppo import cli
+from fastppo.errors import CheckpointError
+from fastppo.model import load_model, prepare_model
+from fastppo.search import critic_values, load_critic
+from tests.tiny import make_model
+from tests.tiny_trainer import build_trainer
+
+
+@pytest.fixture(scope="module", params=["shared", "separate"])
+def trainer(request, tmp_path_factory):
+    """After a step, with a run folder."""
+    trainer = build_trainer(tmp_path_factory.mktemp("run") / request.param, critic__kind=request.param, total_steps=1)
+    trainer.train()
+    return trainer
+
+
+def generate(trainer, *arguments):
+    run = trainer.config.output_dir
+    return cli.main(["generate", f"{run}/model", "--prompt", "ab", "--max-new-tokens", "6", *arguments])
+
+
+def test_the_critic_of_a_run_is_the_trainers(trainer):
+    run, states = trainer.config.output_dir, [[2, 3], [4], [2, 3, 4]]
+    model = prepare_model(load_model(f"{run}/model", dtype="float32", device="cpu"))
+    said = critic_values(load_critic(run, model))(states)
+    assert said == critic_values(trainer.roles)(states) and len(set(said)) == 3
+
+
+def test_a_critic_of_another_model_is_refused(trainer, tmp_path):
+    run = trainer.config.output_dir
+    with pytest.raises(CheckpointError, match="another model|its own policy"):
+        load_critic(run, prepare_model(make_model(hidden_size=16)))
+    with pytest.raises(ValueError, match="has no checkpoints"):
+        load_critic(tmp_path, trainer.model)
+    none = build_trainer(tmp_path / "none", critic__kind="none", advantage__estimator="rloo", total_steps=1,
+                         rollout__samples_per_prompt=2)  # fmt: skip
+    none.train()
+    with pytest.raises(ValueError, match="has no critic"):
+        load_critic(tmp_path / "none", trainer.model)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--search", "value-guided", "--width", "3", "--budget", "18"),
+        (
+            "--search",
+            "puct",
+            "--step",
+            "b",
+            "--step-tokens",
+            "3",
+            "--simulations",
+            "4",
+            "--width",
+            "2",
+            "--c-puct",
+            "0.5",
+        ),
+        ("--search", "best-of-n", "-n", "3"),
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_an_answer_is_searched(trainer, capsys, arguments):
+    assert generate(trainer, *arguments, "--critic", trainer.config.output_dir) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1 and f"{arguments[1]}: score " in printed.err and " tokens" in printed.err
+    assert generate(trainer, "--prompt", "c", *arguments, "--critic", trainer.config.output_dir) == 0
+    assert capsys.readouterr().out.startswith("--- prompt 0\n")
+
+
+def test_most_votes_win(trainer, capsys):
+    assert generate(trainer, "--search", "majority", "-n", "9", "--answer", "([a-h]|[i-p])") == 0
+    assert "majority: score " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--width", "3"), "--width is given without --search"),
+        (("--search", "puct"), "--search puct needs --critic"),
+        (("--search", "majority", "-n", "3"), "--search majority needs --answer"),
+        (("--search", "majority", "--answer", "a"), "-n is 1, expected 2 or more"),
+        (("--search", "majority", "-n", "3", "--answer", "("), "--answer is '('"),
+        (("--search", "best-of-n", "-n", "3", "--critic", "RUN", "--step", "b"), "does not take --step"),
+        (("--search", "puct", "--critic", "nowhere"), "nowhere has no checkpoints"),
+        (("--search", "puct", "--critic", "RUN", "--simulations", "0"), "simulations is 0"),
+        (("--search", "puct", "--critic", "RUN", "--temperature", "0"), "temperature is 0"),
+        (("--search", "value-guided", "--critic", "RUN", "-n", "2"), "sampling.n is 2"),
+    ],
+)
+def test_mistakes_are_named(trainer, capsys, arguments, message):
+    arguments = [trainer.config.output_dir if text == "RUN" else text for text in arguments]
+    assert generate(trainer, *arguments) == 2
+    assert message in capsys.readouterr().err
