@@ -260,12 +260,15 @@ def test_nothing_leaks(monkeypatch, pages):
 
     monkeypatch.setattr(engine, "open", remembered)
     sampling = SamplingParams(max_new_tokens=12, seed=3)
-    values = lambda states: [(sum(state) % 7) / 7 for state in states]  # noqa: E731
+
+    def values(states):
+        return [(sum(state) % 7) / 7 for state in states]
+
     found = puct(engine, [[5] * 60, [9] * 10], sampling, values, TreeParams((), 4, 3, 5))
     pool = held[0]._generation.admission.pool
     left = [s for s in held[0]._generation.sequences if not s.closed]
     for sequence in left:
-        held[0]._generation.close(sequence)
+        held[0]._generation.close(sequence, [])
     assert pool.available == pool.pages
     assert found == puct(Engine(model), [[5] * 60, [9] * 10], sampling, values, TreeParams((), 4, 3, 5))
 
