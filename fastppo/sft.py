@@ -99,8 +99,7 @@ class SFTTrainer(RunLoop):
             raise ValueError("eval_examples is None, expected held-out examples to evaluate on")
         total, count = 0.0, 0
         with torch.no_grad():
-            every, lengths = range(len(self.eval_examples)), _lengths(self.eval_examples)
-            for indices in split_microbatches(every, lengths, self.learner.budget.tokens):
+            for indices in self._microbatches(self.eval_examples, range(len(self.eval_examples))):
                 self._interruption.check()
                 logprobs = self._logprobs([self.eval_examples[i] for i in indices])
                 total, count = total - logprobs.double().sum().item(), count + len(logprobs)
@@ -118,7 +117,7 @@ class SFTTrainer(RunLoop):
         metrics = self.learner.start_step(self.step)
         done = self.step % self.steps_per_epoch * self.config.learner.minibatch_size
         indices = self.sampler.next(min(self.config.learner.minibatch_size, len(self.examples) - done))
-        plan = [[split_microbatches(indices, self._lengths, self.learner.budget.tokens)]]
+        plan = [[self._microbatches(self.examples, indices)]]
         with clock("time/update"):
             self.state.whole = False
             try:
@@ -161,6 +160,10 @@ class SFTTrainer(RunLoop):
     def _targets(self, example: Example) -> Sequence[int]:
         """The places of the tokens whose likelihood counts."""
         return range(1, len(example.tokens)) if self.config.learner.loss_tokens == "all" else example.targets
+
+    def _microbatches(self, examples: ExampleDataset, indices: Sequence[int]) -> Minibatch:
+        lengths = self._lengths if examples is self.examples else _lengths(examples)
+        return split_microbatches(indices, lengths, self.learner.budget.tokens)
 
     # Set-up, checkpoints
 
