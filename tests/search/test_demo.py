@@ -33,5 +33,4 @@ def demo(monkeypatch):
 def test_search_beats_as_many_tokens_of_samples(demo, tmp_path):
     solved = demo.main(["--output", str(tmp_path / "run")])
     sampled = max(solved["one sample"], solved["majority of 8"])
-    print(solved)
     assert min(solved["value-guided"], solved["PUCT"], solved["best of 8 by the critic"]) > sampled + 0.2
