@@ -32,7 +32,20 @@ COLUMNS = {
     "s": ("time/step", "{:.1f}"),
 }
 # On a narrow terminal these give way, the first of them first.
-LEAST_NEEDED = ("tok/s", "clipped", "off band", "s", "held out", "perplexity", "critic EV", "length", "entropy", "KL")
+LEAST_NEEDED = (
+    "tok/s",
+    "clipped",
+    "off band",
+    "s",
+    "held out",
+    "perplexity",
+    "held-out loss",
+    "critic EV",
+    "length",
+    "entropy",
+    "KL",
+    "loss",
+)
 PARTS_OF_A_STEP = ("rollout", "reward", "score", "update")
 COLUMN_GAP = 2
 SHOWN_STEPS = 12

@@ -130,8 +130,8 @@ def test_what_a_run_has_sampled_is_what_it_learns_from(make_trainer, recipe, tmp
     stored, others = read_rollouts([tmp_path / "run" / "samples.jsonl"], make_tokenizer(), limits)
     assert others == 0 and len(stored) == 32
     again = as_rollout(stored, torch.device("cpu"))
-    for index, (rollout, _) in enumerate(rollouts):
-        part = again.select(range(16 * index, 16 * index + 16))
+    for index, (answers, _) in enumerate(rollouts):
+        part, rollout = again.select(range(16 * index, 16 * index + 16)), answers.rollout
         assert torch.equal(part.tokens, rollout.tokens) and torch.equal(part.action_mask, rollout.action_mask)
         assert torch.equal(part.position_ids, rollout.position_ids) and part.bounds == rollout.bounds
     assert not any("action_mask" in row for row in read_samples(tmp_path / "run"))

@@ -54,13 +54,29 @@ def test_every_other_line_runs_in_the_order_shown(
         elif command == "train":
             steps = 2 if "--resume" in arguments else 1
             arguments[1:1] = [*TOY, *toy[arguments[0]], f"total_steps={steps}"]
+        elif command == "critic":
+            arguments[1:1] = [*TOY, *toy[arguments[0]]]
         elif command == "generate":
             arguments += ["--max-new-tokens", "8"]
         elif command == "bench":
             arguments += ["--quick", "--op", "gae"]
         assert cli.main([command, *arguments]) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
         shown.append(command)
-    expected = ["sft", "train", "train", "train", "generate", "export", "plot", "report", "doctor", "info", "info"]
+    expected = [
+        "sft",
+        "train",
+        "train",
+        "train",
+        "critic",
+        "generate",
+        "generate",
+        "export",
+        "plot",
+        "report",
+        "doctor",
+        "info",
+        "info",
+    ]
     expected += ["bench"]
     assert shown == expected
     assert (tmp_path / "runs" / "stories" / "curve.png").exists()

@@ -20,6 +20,7 @@ from fastppo.integrations.deferred_logits import runs_plainly
 from fastppo.integrations.model_patch import ModelPatch, language_model, lock, restore_class, subclass
 from fastppo.integrations.patching import logger
 from fastppo.model.attention import IMPLEMENTATION
+from fastppo.model.lora import lora_layers
 from fastppo.model.parts import LlamaParts, UnlikeLlama
 from fastppo.model.parts_trunk import Layouts, trunk_of
 
@@ -80,6 +81,8 @@ def _require_served(trunk: PreTrainedModel) -> None:
         LlamaParts(trunk)
         if _is_more(trunk):
             raise UnlikeLlama("it has hooks of the backward pass, or parameters that are no plain tensors")
+        if lora_layers(trunk):
+            raise UnlikeLlama("a LoRA Linear is no plain linear layer: merge the adapters")
         with torch.autocast("cpu", enabled=False):
             if trunk_of(trunk) is None:
                 raise UnlikeLlama("its layers give other numbers, or attend in another way")
@@ -126,7 +129,7 @@ def _run(model: PreTrainedModel, given: dict[str, object]) -> BaseModelOutputWit
     _require_nothing_more(model, given)
     rows = _Rows.of(given.get("input_ids"), given.get("attention_mask"), given.get("position_ids"))
     _require_plain_attention(model)
-    trunk = None if _is_more(model) else trunk_of(model)
+    trunk = None if _is_more(model) or lora_layers(model) else trunk_of(model)
     if trunk is None:
         raise _RunsItsOwn(
             "expected plain modules and float32 parameters on the CPU, without autocast, adapters or hooks"

@@ -19,7 +19,14 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
 INTRODUCTION, OWN = TEXT.partition("\n## ")[0], "Your own trainer"
 MODULES = sorted(path.stem for path in Path(fastppo.integrations.__file__).parent.glob("[a-z]*.py"))
-UNDERNEATH = ("deferred_logits", "masks", "model_patch", "patching", "transformers_layers")  # of other modules
+UNDERNEATH = (
+    "deferred_logits",
+    "masks",
+    "model_patch",
+    "patching",
+    "transformers_layers",
+    "verl_aggregation",
+)  # of other modules
 
 
 def blocks(text: str) -> list[str]:

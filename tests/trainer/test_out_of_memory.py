@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.algorithms import trpo
+from fastppo.algorithms import trpo, trust_region
 from fastppo.errors import TrainingError
 from fastppo.out_of_memory import is_out_of_memory
 from fastppo.plan import Lengths, plan_epochs, split_again, tokens_of
@@ -129,7 +129,7 @@ def test_trpo_is_back_at_its_weights(make_trainer, monkeypatch):
     def failing(self, *records):
         calls.append(len(self.batches))
         if len(calls) == 1:
-            moved.append(not torch.equal(trpo._flat([p.detach() for p in self.parameters]), self.theta))
+            moved.append(not torch.equal(trust_region.flat([p.detach() for p in self.parameters]), self.theta))
             raise ERRORS["gpu"]
         if len(calls) == 2:
             moved.append(self.theta)
@@ -137,7 +137,7 @@ def test_trpo_is_back_at_its_weights(make_trainer, monkeypatch):
 
     monkeypatch.setattr(trpo.PolicyStep, "compare", failing)
     trainer = make_trainer(algorithm="trpo", total_steps=1, rollout__samples_per_prompt=4)
-    before = trpo._flat([p.detach().clone() for p in trainer.learner.optimizers["policy"].parameters.values()])
+    before = trust_region.flat([p.detach().clone() for p in trainer.learner.optimizers["policy"].parameters.values()])
     trainer.train()
     assert moved[0] and torch.equal(moved[1], before) and calls[1] > calls[0]
 

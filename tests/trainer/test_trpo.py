@@ -134,13 +134,13 @@ def test_it_learns_arithmetic(tmp_path):
     demo, rng = load_demo(), random.Random(0)
     torch.manual_seed(0)
     tokenizer = demo.make_tokenizer()
-    model, problems = demo.make_model(tokenizer), demo.make_problems(rng, 2048)
-    demo.warm_up(model, tokenizer, [row["prompt"] for row in problems], rng)
+    model, problems = demo.make_model(tokenizer), demo.make_problems(rng, demo.TRAIN)
+    demo.imitate(model, tokenizer, [row["prompt"] for row in problems], rng, str(tmp_path / "imitation"))
     config = PPOConfig(
         algorithm="trpo",
         output_dir=str(tmp_path / "run"),
         device="cpu",
-        total_steps=7,
+        total_steps=10,
         rollout={
             "prompts_per_step": 64,
             "samples_per_prompt": 4,
@@ -157,7 +157,7 @@ def test_it_learns_arithmetic(tmp_path):
         prompts=problems,
         config=config,
         tokenizer=tokenizer,
-        reporter=Reporter(7, quiet=True),
+        reporter=Reporter(10, quiet=True),
     ).train()
     rows = read_metrics(tmp_path / "run")
     assert rows[0]["objective/scores"] < 0.3
