@@ -11,7 +11,9 @@ import pytest
 
 from fastppo import cli
 from fastppo.run_folder import read_metrics
+from tests.envs.chat import make_chat_tokenizer, trl_template
 from tests.test_cli import TINY_STEPS
+from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "recipes" / "data"
@@ -101,3 +103,15 @@ def test_our_translations_are_whole_and_licensed():
     rows = [json.loads(line) for line in (DATA / "translations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 55 and all(row.keys() == {"prompt", "references"} and all(row.values()) for row in rows)
     assert "Copyright (c) Django Software Foundation" in (DATA / "translations.LICENSE").read_text()
+
+
+@pytest.mark.parametrize("name", ["tools", "sandbox"])
+def test_tools(train, gsm8k_train, gsm8k_test, tmp_path, name):
+    """On a model of single characters that writes no call: each episode is one turn, scored by its answer."""
+    tokenizer = make_chat_tokenizer(trl_template("qwen2_5"))
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=8192)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    files = [f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}", "data.max_prompt_tokens=1500"]
+    metrics = train(name, *files, f"model.name={tmp_path / 'chat'}")
+    assert metrics[-1]["environment/turns"] >= 1 and "rewards/gsm8k/mean" in metrics[-1]
