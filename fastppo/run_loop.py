@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
 
 
-class RunLoop:
+class RunLoop(ABC):
     """What trainers share. Each sets the attributes below, and says what a step is and how its model is judged."""
 
     config: Any
@@ -51,23 +52,20 @@ class RunLoop:
     # A trainer's own
 
     @property
+    @abstractmethod
     def _evaluates(self) -> bool:
         """Whether there is anything to evaluate on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Metrics of what is held out; a function of the weights and the seed alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _train_step(self, folder: RunFolder) -> None:
         """Make one step, and tell `state` that it is done."""
-        raise NotImplementedError
-
-    def _say_what_holds(self) -> None:
-        """Notes before the first step."""
 
     def _resources(self) -> AbstractContextManager[Any]:
-        """What is open while the run goes on."""
+        """What is open while the run goes on; to open it may say what holds for the run."""
         return nullcontext()
 
     # Public
@@ -127,7 +125,6 @@ class RunLoop:
     def _run(self, folder: RunFolder) -> dict[str, float]:
         """Steps until there are `total_steps`, or the run is stopped; the last one's metrics."""
         metrics: dict[str, float] = {}
-        self._say_what_holds()
         self.callbacks.call("on_begin", self)
         while self.state.unrecorded is not None or not self._over():
             if self.state.unrecorded is None:

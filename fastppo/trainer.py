@@ -152,6 +152,7 @@ class PPOTrainer(RunLoop):
     @contextmanager
     def _resources(self) -> Iterator[None]:
         with self.rewards, self.source:
+            self._say_what_holds()
             yield
 
     def evaluate(self) -> dict[str, float]:
