@@ -54,10 +54,15 @@ def output_bytes(outputs: Tensors, inputs: Tensors) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in given)
 
 
-def cpu_peak(run: Provider, inputs: Tensors) -> int:
+def trim_heap() -> None:
+    """Give back the free pages that earlier calls left in glibc's heap: they would hide those of what is measured next."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def cpu_peak(run: Provider, inputs: Tensors) -> int:
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # pages that earlier calls left in the heap would hide the call's own
+        trim_heap()
         CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
     except (OSError, AttributeError) as error:
         raise CannotMeasure(

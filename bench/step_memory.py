@@ -3,7 +3,8 @@
 `python -m fastppo.bench.step_memory` prints a Markdown table. Each row is measured in a process of its own, forked before anything was computed:
 networks are made and two steps taken, of which the second finds the optimizers' moments there. A peak is that of the pages really touched
 (VmHWM), less what the process held after a tiny step, before the networks: weights, gradients, moments, keys and values, activations. What is
-larger than 1 MiB is given back to the system when it is free (M_MMAP_THRESHOLD): glibc's heap may hold on to more.
+larger than 1 MiB is given back to the system when it is free (M_MMAP_THRESHOLD): glibc's heap may hold on to more. Its free pages are given
+back first, those too that the process which forks has left there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastppo import PPOConfig
 from fastppo.algorithms.ppo import PPO
-from fastppo.bench.memory import CLEAR_REFS, RESET_HIGH_WATER_MARK, in_a_child, status_bytes
+from fastppo.bench.memory import CLEAR_REFS, RESET_HIGH_WATER_MARK, in_a_child, status_bytes, trim_heap
 from fastppo.learner import Learner
 from fastppo.lora_config import LoRAConfig
 from fastppo.model import prepare_model
@@ -91,6 +92,7 @@ def step_peaks(row: Row) -> list[int]:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     two_steps(row._replace(vocabulary=64, hidden=32, layers=1, prompts=2, new_tokens=2))  # loads code
+    trim_heap()
     before = status_bytes("VmRSS")
     return [peak - before for peak in two_steps(row)]
 
