@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastppo.errors import CheckpointError
+from fastppo.low_bit import joined, parts_of
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
@@ -200,7 +201,8 @@ def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON state) of an optimizer, keyed by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`.
+    """(tensors, JSON state) of an optimizer, keyed by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`; of moments in 8 bits
+    `exp_avg.codes/<name>` and so on.
 
     The tensors are the optimizer's own, not copies. Raises ValueError when it holds a parameter that `named` does not name, or state that is
     no tensor.
@@ -213,7 +215,8 @@ def flatten_optimizer(
         for key, value in values.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{key} of {names[parameter]} is {type(value).__name__}, expected a tensor")
-            tensors[f"{key}/{names[parameter]}"] = value
+            for part, tensor in parts_of(value).items():
+                tensors[f"{key}{part}/{names[parameter]}"] = tensor
     return tensors, {"parameters": sorted(named), "tensors": sorted(tensors)}
 
 
@@ -235,12 +238,17 @@ def restore_optimizer(
             raise CheckpointError(
                 f"the checkpoint's optimizer has other {what} than this model: {', '.join(different[:5])}"
             )
-    restored: dict[nn.Parameter, dict[str, Tensor]] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key_and_name, value in tensors.items():
         key, name = key_and_name.split("/", 1)
+        key, dot, part = key.partition(".")
+        parts.setdefault((name, key), {})[dot + part] = value.to(named[name].device, copy=True)
+    restored: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for (name, key), own in parts.items():
         parameter = named[name]
+        value = joined(key, own, parameter.dtype)
         if key != "step" and value.shape != parameter.shape:
             raise CheckpointError(f"{key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
-        restored.setdefault(parameter, {})[key] = value.to(parameter.device, copy=True)
+        restored.setdefault(parameter, {})[key] = value
     optimizer.state.clear()
     optimizer.state.update(restored)

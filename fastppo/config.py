@@ -248,6 +248,11 @@ class TRPOConfig:
 class OptimizerConfig:
     """AdamW and the schedule of the learning rates, policy's and critic's alike."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits, with a scale for each 256 of them (Dettmers et al. 2021, arXiv:2110.02861); needs torchao."""
+    bf16_stochastic_round: bool = False
+    """bfloat16 weights without fp32 masters: they are rounded up or down at random, so that small updates are not lost on average (Zamirai et
+    al. 2020, arXiv:2010.06192); their moments are bfloat16 too, or 8 bits. Needs torchao."""
     lr: NonNegative = 1e-6
     """Peak learning rate of the policy."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

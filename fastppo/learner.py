@@ -49,6 +49,8 @@ class Learner:
     ) -> None:
         self.roles, self.config, self.total_steps = roles, config, total_steps
         self.budget = TokenBudget(config.tokens_per_microbatch, note)
+        if optimizer.bf16_stochastic_round:
+            _require_bfloat16(roles)
         self._critic, self._schedules = critic, {"policy": optimizer, "critic": critic_optimizer(critic, optimizer)}
         self.optimizers = {
             name: Optimizer(module.named_parameters(), self._schedules[name].lr, self._schedules[name])
@@ -196,6 +198,14 @@ class Learner:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.budget.load_state_dict(state.get("token_budget", self.budget.state_dict()))
+
+
+def _require_bfloat16(roles: Roles) -> None:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in roles.parameters() if p.requires_grad}
+    if "bfloat16" not in dtypes:
+        raise ValueError(
+            f"optimizer.bf16_stochastic_round is true, expected false where the weights that learn are {' and '.join(sorted(dtypes))}, none bfloat16"
+        )
 
 
 def critic_optimizer(critic: CriticConfig, optimizer: OptimizerConfig) -> OptimizerConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastppo.checkpoint import flatten_optimizer, restore_optimizer
 from fastppo.config import OptimizerConfig
+from fastppo.low_bit import drawn_from, make_adamw
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -70,7 +72,8 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) over named parameters.
 
     Parameters that are not fp32 get an fp32 master copy: gradients accumulate into it in fp32 (also over micro-batches), AdamW updates it, and
-    the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights.
+    the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights. With
+    `bf16_stochastic_round` a bf16 parameter has none: it is rounded up or down at random, with its gradient still summed in fp32.
     """
 
     def __init__(
@@ -79,18 +82,20 @@ class Optimizer:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         self.peak_lr, self.max_grad_norm = lr, config.max_grad_norm
         self.loss_scale = LossScale(1.0)
+        self._rounds_at_random = config.bf16_stochastic_round
         self.masters = {name: self._master(parameter) for name, parameter in self.parameters.items()}
         decayed = [master for master in self.masters.values() if master.dim() > 1]
         rest = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+        self.adamw = make_adamw(groups, lr, config)
 
     def set_learning_rate(self, factor: float) -> float:
         """Set every group to `factor` times the peak and return that rate."""
+        rate = self.peak_lr * factor
         for group in self.adamw.param_groups:
-            group["lr"] = self.peak_lr * factor
-        return self.peak_lr * factor
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        return rate
 
     def unscale(self) -> None:
         """Take the loss scale off the gradients of fp32 parameters, a value head's say; those of separate masters have lost it on their way."""
@@ -109,8 +114,13 @@ class Optimizer:
     def step(self, norm: Tensor) -> None:
         """Clip by `norm`, the value of `gradient_norm`, update, and round into the model's parameters."""
         torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
-        self.adamw.step()
+        with drawn_from(self._steps()) if self._rounds_at_random else nullcontext():
+            self.adamw.step()
         self._publish()
+
+    def _steps(self) -> int:
+        """That were made."""
+        return max((int(state["step"]) for state in self.adamw.state.values()), default=0)
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -140,8 +150,11 @@ class Optimizer:
             master.copy_(saved[name])
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        """`parameter` itself when it is fp32, else an fp32 copy that its gradients flow into as they are made."""
+        """`parameter` itself when it is fp32 or needs no copy, else an fp32 one that its gradients flow into as they are made."""
         if parameter.dtype == torch.float32:
+            return parameter
+        if parameter.dtype == torch.bfloat16 and self._rounds_at_random:
+            parameter.grad_dtype = torch.float32
             return parameter
         master = nn.Parameter(parameter.detach().float())
 

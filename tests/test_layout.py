@@ -45,7 +45,14 @@ FLOORS = [
     ),
     ("fastppo.roles", "fastppo.learner", "fastppo.algorithms", "fastppo.evaluation", "fastppo.targets", "fastppo.plan")
     + ("fastppo.experience", "fastppo.held_out", "fastppo.best", "fastppo.callbacks", "fastppo.out_of_memory")
-    + ("fastppo.optimizer", "fastppo.checkpoint", "fastppo.console", "fastppo.run_folder", "fastppo.metrics")
+    + (
+        "fastppo.optimizer",
+        "fastppo.low_bit",
+        "fastppo.checkpoint",
+        "fastppo.console",
+        "fastppo.run_folder",
+        "fastppo.metrics",
+    )
     + (
         "fastppo.plot",
         "fastppo.interruption",
