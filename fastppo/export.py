@@ -59,6 +59,8 @@ def export_run(
         (trained if adapters is None else adapters.trained("policy")).load_state_dict(policy)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds the weights of another model than {name}: {error}") from error
+    if identity.get("lora.quantization"):
+        adapters.quantize_base()
     folder.mkdir(parents=True, exist_ok=True)
     if adapter:
         adapters.save(folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastppo.setting_types import STRICT, OptionalCount, Positive
@@ -25,3 +25,14 @@ class LoRAConfig:
     """What an adapter adds is multiplied by alpha / r."""
     target_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = None
     """Names of the linear layers that get one, such as `[q_proj, v_proj]`; by default all but the output head."""
+    quantization: Literal["nf4"] | None = None
+    """Hold the weights beside the adapters in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); needs bitsandbytes. Sampling and training
+    then run the model's own modules; what is written in the end is the adapters merged into these weights at full width."""
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> LoRAConfig:
+        if self.quantization and not self.r:
+            raise ValueError(
+                f"lora.quantization is {self.quantization}, expected null with lora.r = 0: weights that learn are not quantised"
+            )
+        return self

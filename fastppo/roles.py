@@ -201,6 +201,11 @@ class Roles(nn.Module):
             return weights_sha256(own.items()) if own else None
         return None if self.reference is None else weights_sha256(self.reference.named_parameters())
 
+    def quantize_base(self) -> None:
+        """`Adapters.quantize_base`. The fingerprint stays that of the weights as they were."""
+        if self.base_sha256 is not None:
+            self.adapters.quantize_base()
+
     @cached_property
     def base_sha256(self) -> str | None:
         """Fingerprint of the frozen weights under the adapters, which no checkpoint holds."""

@@ -169,6 +169,7 @@ def identity(config: PPOConfig, roles: Roles, prompts: PromptDataset) -> dict[st
         _PROMPTS: token_sha256(row["prompt_ids"] for row in prompts),
         _REFERENCE: roles.reference_sha256,
         "lora": None if roles.adapters is None else roles.adapters.description(),
+        "lora.quantization": config.lora.quantization,
         _BASE: roles.base_sha256,
     }
 

@@ -126,6 +126,8 @@ class PPOTrainer(RunLoop):
             gradient_checkpointing=config.learner.gradient_checkpointing,
             adapters=self.adapters,
         )
+        if config.lora.quantization:
+            self.roles.quantize_base()
         self.learner = Learner(
             self.roles,
             optimizer=config.optimizer,

@@ -162,6 +162,30 @@ class Adapters:
         """Of the reference's own adapter; empty where it has none."""
         return {} if self._roles["reference"] is None else self.parameters(REFERENCE)
 
+    @torch.no_grad()
+    def quantize_base(self) -> None:
+        """Hold the weights that stand beside adapters in 4 bits (NF4 with double quantisation: QLoRA, Dettmers et al. 2023, arXiv:2305.14314), where
+        they lie. The layers then run bitsandbytes' products, in the type that the weights had."""
+        nn4 = _imported_bitsandbytes().nn
+        for layer in self._layers:
+            plain = layer.base_layer
+            if type(plain) is not nn.Linear:
+                raise ValueError(
+                    f"lora.quantization is nf4, expected null with adapters on {type(plain).__name__}, of which there is no kind with 4 bits"
+                )
+            made = nn4.Linear4bit(
+                plain.in_features,
+                plain.out_features,
+                plain.bias is not None,
+                compute_dtype=plain.weight.dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            made.weight = nn4.Params4bit(plain.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
+            made.weight = made.weight.to(plain.weight.device)
+            made.bias = plain.bias
+            layer.base_layer = made
+
     def description(self) -> dict[str, Any]:
         """peft's settings of the policy's adapter, as JSON holds them, as far as they decide what it computes."""
         settings = self._wrapped.peft_config[self.policy].to_dict()
@@ -174,13 +198,14 @@ class Adapters:
         """The state of the model without adapters, the policy's merged into its weights."""
         layers = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(self.model)}
         return {
-            without_adapters(name): self._merged(layers[name], value) if name in layers else value
+            without_adapters(name): self._merged(layers[name]) if name in layers else value
             for name, value in self.model.state_dict().items()
-            if ".lora_" not in name
+            if ".lora_" not in name and ".base_layer.weight." not in name  # of weights in 4 bits, their scales
         }
 
     @torch.no_grad()
-    def _merged(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def _merged(self, layer: nn.Module) -> Tensor:
+        weight = _plain(layer.base_layer)
         if is_plain_lora(layer):
             return merged(weight, active_factors(layer))
         return weight + layer.get_delta_weight(self.policy).to(weight.dtype)
@@ -235,7 +260,8 @@ def adapters_of(model: Any, settings: Any) -> Adapters | None:
 
 def add_adapters(model: PreTrainedModel, settings: Any, seed: int) -> Adapters:
     """A new adapter in a prepared model, as `lora` has it."""
-    adapters = Adapters.new(model, **asdict(settings), seed=seed)
+    own = {name: value for name, value in asdict(settings).items() if name != "quantization"}
+    adapters = Adapters.new(model, **own, seed=seed)
     prepare_model(model)  # looks whether one stands where it would never learn
     return adapters
 
@@ -246,6 +272,24 @@ def _imported_peft() -> ModuleType:
     except ImportError as error:
         raise ImportError("LoRA adapters need peft, which is not installed: pip install 'fastppo[lora]'") from error
     return peft
+
+
+def _imported_bitsandbytes() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "lora.quantization needs bitsandbytes, which is not installed: pip install 'fastppo[qlora]'"
+        ) from error
+    return bitsandbytes
+
+
+def _plain(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, also of one that holds it in 4 bits."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.detach()
+    return _imported_bitsandbytes().functional.dequantize_4bit(layer.weight.data, state)
 
 
 def _only_adapter(wrapped: nn.Module) -> str:
