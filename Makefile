@@ -31,6 +31,7 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py $(SOURCES)
 $(VENV)/.peers: peers.txt $(VENV)/.installed
 	@$(PIP) install -q --no-deps -r peers.txt
 	@$(PIP) install -q --no-deps --target $(VENV)/trl-1.8 trl==1.8.0 # the last that is tested with a PPO trainer
+	@$(PIP) install -q --no-deps --target $(VENV)/torchao torchao==0.18.0 # apart: it tells every process which libraries it misses
 	@touch $@
 
 peers: $(VENV)/.peers

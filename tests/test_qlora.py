@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +19,7 @@ from fastppo.model.parts_trunk import trunk_of
 from fastppo.run_folder import MODEL
 from tests.tiny import make_model, make_tokenizer
 from tests.tiny_trainer import build_trainer
+from tests.tolerance import assert_as_exact_as_model
 
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -47,7 +50,8 @@ def test_layers_compute_with_the_rounded_weights():
                 module.weight.copy_(in_four_bits(module.weight))
     tokens = torch.tensor([[3, 4, 5, 6, 7]])
     got, wanted = model(tokens).logits, expected(tokens).logits
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    exact = copy.deepcopy(expected).double()(tokens).logits
+    assert_as_exact_as_model(got, wanted, exact)
     assert (got - plain(tokens).logits).abs().max() > 1e-3
     layer = model.model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.nbytes == 64 * 128 // 2 and trunk_of(model) is None
