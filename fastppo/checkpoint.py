@@ -52,7 +52,7 @@ def save_checkpoint(
     anything else fails: nothing is left behind, and the checkpoints that were there still are.
     """
     root = Path(root)
-    target, temporary = root / f"step-{step:06d}", root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
+    target, temporary = checkpoint_path(root, step), root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
     replaced = root / f"{_REPLACED}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,11 @@ def save_checkpoint(
         if old not in spared:
             _remove(up_to_now[old])
     return target
+
+
+def checkpoint_path(root: str | Path, step: int) -> Path:
+    """Where `save_checkpoint` writes."""
+    return Path(root) / f"step-{step:06d}"
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

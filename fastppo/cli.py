@@ -6,15 +6,20 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fastppo import __version__
 from fastppo.errors import is_users
 
 if TYPE_CHECKING:
+    from fastppo.distributed import Ranks
+    from fastppo.recipe_config import Recipe
     from fastppo.run_loop import RunLoop
+    from fastppo.sft import SFTTrainer
+    from fastppo.sft_config import SFTRecipe
+    from fastppo.trainer import PPOTrainer
 
 # Heavy packages are imported inside the commands: `fastppo --help` answers at once.
 
@@ -211,16 +216,26 @@ def _add_search(generate: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    import dataclasses
-
-    from fastppo.recipe import load_recipe, resolve_environment, resolve_rewards
-    from fastppo.run_folder import check_usable
+    from fastppo.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    with _connected(recipe) as ranks:
+        trainer = _ppo_trainer(recipe, options, ranks)
+    result = ["reward", "eval/scores", "objective/scores"]
+    return _run_to_the_end(trainer, options, recipe.output_dir, command="train", length="total_steps", result=result)
+
+
+def _ppo_trainer(recipe: Recipe, options: argparse.Namespace, ranks: Ranks) -> PPOTrainer:
+    import dataclasses
+
+    from fastppo.recipe import resolve_environment, resolve_rewards
+    from fastppo.run_folder import check_usable
+
     environment = resolve_environment(recipe.environment)
     paid_by = [] if environment is not None else [("reward", "functions")]
     _require_set(recipe, ("model", "name"), ("data", "path"), *paid_by)
-    check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
+    if ranks.first:  # before minutes go by in loading a model
+        check_usable(recipe.output_dir, resume=options.resume or ranks.restarted)
     reward = resolve_rewards(recipe.reward) or None
 
     from fastppo.data import load_train_and_eval
@@ -229,7 +244,7 @@ def _train(options: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
     train, held_out = load_train_and_eval(recipe.data, tokenizer)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         recipe.model.name,
         reward=reward,
         environment=environment,
@@ -240,8 +255,16 @@ def _train(options: argparse.Namespace) -> int:
         dtype=recipe.model.dtype,
         recipe=dataclasses.asdict(recipe),
     )
-    result = ["reward", "eval/scores", "objective/scores"]
-    return _run_to_the_end(trainer, options, recipe.output_dir, command="train", length="total_steps", result=result)
+
+
+@contextmanager
+def _connected(recipe: Recipe | SFTRecipe) -> Iterator[Ranks]:
+    """This process among those that torchrun has started; what goes wrong in one of them inside ends all."""
+    from fastppo.distributed import device_of, ranks_of
+
+    ranks = ranks_of(recipe.distributed, device_of(recipe.device))
+    with ranks.together("the run's preparation"):
+        yield ranks
 
 
 def _run_to_the_end(
@@ -249,13 +272,17 @@ def _run_to_the_end(
 ) -> int:
     """Train, and print what came of it: what it is called, and its metrics, of which the first that there is counts. length: the setting that
     makes a run longer."""
+    first = trainer.ranks.first
     try:
         metrics = trainer.train(resume=options.resume)
     except (KeyboardInterrupt, SystemExit) as end:
         with suppress(OSError):  # a terminal that is gone
-            print(f"fastppo: interrupted; {_how_to_go_on(options, command, output_dir)}", file=sys.stderr)
+            if first:
+                print(f"fastppo: interrupted; {_how_to_go_on(options, command, output_dir)}", file=sys.stderr)
         _settle_stdout()
         return end.code if isinstance(end, SystemExit) else 130
+    if not first:
+        return 0
     if not metrics:
         _settle_stdout(f"nothing to do: {output_dir} {_why_over(trainer.stopped, length)}")
         return 0
@@ -290,15 +317,24 @@ def _how_to_go_on(options: argparse.Namespace, command: str, output_dir: str) ->
 
 
 def _sft(options: argparse.Namespace) -> int:
-    import dataclasses
-
     from fastppo.recipe import load_recipe
-    from fastppo.run_folder import check_usable
     from fastppo.sft_config import SFTRecipe
 
     recipe = load_recipe(options.recipe, options.overrides, SFTRecipe)
+    with _connected(recipe) as ranks:
+        trainer = _sft_trainer(recipe, options, ranks)
+    result = ["loss", "eval/nll", "loss/nll"]
+    return _run_to_the_end(trainer, options, recipe.output_dir, command="sft", length="learner.epochs", result=result)
+
+
+def _sft_trainer(recipe: SFTRecipe, options: argparse.Namespace, ranks: Ranks) -> SFTTrainer:
+    import dataclasses
+
+    from fastppo.run_folder import check_usable
+
     _require_set(recipe, ("model", "name"), ("data", "path"))
-    check_usable(recipe.output_dir, resume=options.resume)  # before minutes go by in loading a model
+    if ranks.first:  # before minutes go by in loading a model
+        check_usable(recipe.output_dir, resume=options.resume or ranks.restarted)
 
     from fastppo.data.examples import load_train_and_eval_examples
     from fastppo.model import load_tokenizer
@@ -306,7 +342,7 @@ def _sft(options: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
     train, held_out = load_train_and_eval_examples(recipe.data, tokenizer)
-    trainer = SFTTrainer(
+    return SFTTrainer(
         recipe.model.name,
         examples=train,
         eval_examples=held_out,
@@ -315,24 +351,26 @@ def _sft(options: argparse.Namespace) -> int:
         dtype=recipe.model.dtype,
         recipe=dataclasses.asdict(recipe),
     )
-    result = ["loss", "eval/nll", "loss/nll"]
-    return _run_to_the_end(trainer, options, recipe.output_dir, command="sft", length="learner.epochs", result=result)
 
 
 def _reward_model(options: argparse.Namespace) -> int:
+    from fastppo.distributed import refuse_several
     from fastppo.recipe import load_recipe
     from fastppo.reward_model_config import RewardModelRecipe
     from fastppo.reward_model_training import report, train_reward_model
 
     recipe = load_recipe(options.recipe, options.overrides, RewardModelRecipe)
+    refuse_several("fastppo reward-model")
     _settle_stdout(report(train_reward_model(recipe), recipe.output_dir))
     return 0
 
 
 def _critic(options: argparse.Namespace) -> int:
     from fastppo.critic_training import report, train_critic
+    from fastppo.distributed import refuse_several
     from fastppo.recipe import load_recipe
 
+    refuse_several("fastppo critic")
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or f"{recipe.output_dir.rstrip('/')}-critic"
     _settle_stdout(report(train_critic(recipe, options.rollouts, out), options.recipe))

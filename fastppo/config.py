@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from fastppo.critic_config import CriticConfig, refuse_unused
+from fastppo.distributed_config import DistributedConfig
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.lora_config import LoRAConfig
@@ -340,6 +341,7 @@ class PPOConfig:
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @model_validator(mode="before")
     @classmethod

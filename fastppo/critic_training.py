@@ -23,7 +23,7 @@ from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import explained_variance
 from fastppo.model import Critic, context_length, load_model, load_tokenizer, prepare_model, resolve_device
-from fastppo.plan import Lengths, Minibatch, plan_epochs, split_microbatches
+from fastppo.plan import Lengths, Microbatch, Minibatch, plan_epochs, split_microbatches
 from fastppo.recipe_config import Recipe
 from fastppo.roles import Outputs, critic_outputs
 from fastppo.rollout import Rollout
@@ -191,8 +191,8 @@ def _update(learner: Learner, rows: list[StoredRollout], config: Recipe, seed: i
         seed=seed,
     )
 
-    def losses(roles: nn.Module, minibatch: Minibatch):
-        return algorithm.losses(roles, rollout, evaluation, targets, minibatch, train_policy=False)
+    def losses(roles: nn.Module, minibatch: Minibatch, own: list[Microbatch]):
+        return algorithm.losses(roles, rollout, evaluation, targets, minibatch, own, train_policy=False)
 
     try:
         found = learner.minimise(losses, plan, Lengths.of(rollout), learned=["critic"])

@@ -22,7 +22,11 @@ ENDING = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """What is in hand is dropped because of a signal."""
+    """What is in hand is dropped because of a signal, `number`, which came here or to another rank."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Interruption:
@@ -55,12 +59,12 @@ class Interruption:
         self.number = number
         self._let_go()
         if self._at_once:
-            raise Interrupted
+            raise Interrupted(number)
 
     def check(self, *ignored: object) -> None:
         """Raise Interrupted when a signal has come; serves as a callback, whatever that is given."""
         if self.number is not None:
-            raise Interrupted
+            raise Interrupted(self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -72,8 +76,9 @@ class Interruption:
         finally:
             self._at_once = False
 
-    def end(self) -> NoReturn:
-        """End as the signal asked to: KeyboardInterrupt for SIGINT, else an exit with the code that shells give for it (143 for SIGTERM)."""
-        if self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.number)
+
+def end(interrupted: Interrupted) -> NoReturn:
+    """End as the signal asked to: KeyboardInterrupt for SIGINT, else an exit with the code that shells give for it (143 for SIGTERM)."""
+    if interrupted.number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + interrupted.number)

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
+from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
 from fastppo.out_of_memory import Found, TokenBudget
-from fastppo.plan import Lengths, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
+from fastppo.plan import Lengths, Microbatch, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
 from fastppo.roles import Roles
 from fastppo.rollout.rollout import Rollout
 
 Losses = Iterator[tuple[Tensor, Mapping[str, Tensor]]]
-"""(loss, metrics) of each micro-batch of a minibatch, which add up."""
+"""(loss, metrics) of some micro-batches of a minibatch, which add up."""
+MakeLosses = Callable[[Roles, Minibatch, list[Microbatch]], Losses]
+"""(roles, a minibatch, those of its micro-batches that are run here) -> their losses, as parts of the whole minibatch's"""
 
 
 class NonFiniteUpdates(RuntimeError):
@@ -35,6 +38,7 @@ class Learner:
         optimizer, critic: rates and AdamW's settings, and where the critic's differ. config: how a rollout is cut up.
         total_steps: where the schedule of the learning rates ends.
         note: hears what the user should know.
+        ranks: among which the micro-batches are divided. Each has all weights, and makes the same steps with the same sums of gradients.
     """
 
     def __init__(
@@ -46,9 +50,10 @@ class Learner:
         config: LearnerConfig,
         total_steps: int,
         note: Callable[[str], None] = lambda sentence: None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.roles, self.config, self.total_steps = roles, config, total_steps
-        self.budget = TokenBudget(config.tokens_per_microbatch, note)
+        self.roles, self.config, self.total_steps, self.ranks = roles, config, total_steps, ranks
+        self.budget = TokenBudget(config.tokens_per_microbatch, note, ranks)
         if optimizer.bf16_stochastic_round:
             _require_bfloat16(roles)
         self._critic, self._schedules = critic, {"policy": optimizer, "critic": critic_optimizer(critic, optimizer)}
@@ -73,6 +78,7 @@ class Learner:
             num_minibatches=self.config.num_minibatches,
             max_tokens=self.budget.tokens,
             seed=seed,
+            ranks=self.ranks.size,
         )
 
     def within_memory(self, attempt: Callable[[Plan], Found], plan: Plan, lengths: Lengths) -> tuple[Found, Plan]:
@@ -90,7 +96,7 @@ class Learner:
         """`Roles.evaluate`, and the plan whose micro-batches had room for it."""
 
         def attempt(plan: Plan) -> Evaluation:
-            return self.roles.evaluate(rollout, want, plan, recompute_logprobs)
+            return self.roles.evaluate(rollout, want, plan, recompute_logprobs, self.ranks)
 
         return self.within_memory(attempt, plan, Lengths.of(rollout))
 
@@ -104,6 +110,7 @@ class Learner:
             num_minibatches=self.config.num_minibatches,
             max_tokens=self._critic.tokens_per_microbatch or self.budget.tokens,
             seed=seed,
+            ranks=self.ranks.size,
         )
 
     def start_step(self, step: int) -> dict[str, float]:
@@ -119,7 +126,7 @@ class Learner:
     @torch.inference_mode(mode=False)
     def minimise(
         self,
-        losses: Callable[[Roles, Minibatch], Losses],
+        losses: MakeLosses,
         plan: Plan,
         lengths: Lengths,
         *,
@@ -141,7 +148,7 @@ class Learner:
         for done, minibatch in enumerate(minibatches, start=1):
             single = [[minibatch]]
             if self.budget.tokens != planned_for:
-                single = split_again(single, lengths, self.budget.tokens)
+                single = split_again(single, lengths, self.budget.tokens, self.ranks.size)
             (metrics, norms, finite), _ = self.within_memory(gradients, single, lengths)
             if finite:
                 for name in learned:
@@ -157,13 +164,12 @@ class Learner:
                 progress(done, len(minibatches))
         return _means(applied) | {"update/skipped": float(len(minibatches) - len(applied))}
 
-    def _gradients(
-        self, losses: Callable[[Roles, Minibatch], Losses], minibatch: Minibatch
-    ) -> tuple[dict[str, float], dict[str, Tensor], bool]:
+    def _gradients(self, losses: MakeLosses, minibatch: Minibatch) -> tuple[dict[str, float], dict[str, Tensor], bool]:
         """The minibatch's metrics, its gradient norms, and whether these are finite. Where fp16 gradients have overflowed, again at a
         smaller scale. All numbers come to the host at once: it waits for the device once a minibatch."""
         while True:
-            totals = accumulate_gradients(losses(self.roles, minibatch), self.loss_scale.value)
+            own = [batch for batch in self.ranks.own(minibatch) if batch]
+            totals = self._summed(accumulate_gradients(losses(self.roles, minibatch, own), self.loss_scale.value))
             for optimizer in self.optimizers.values():
                 optimizer.unscale()
             norms = {name: optimizer.gradient_norm() for name, optimizer in self.optimizers.items()}
@@ -172,6 +178,23 @@ class Learner:
             if self.loss_scale.keep(finite):
                 return metrics, norms, finite
             self._clear_gradients()
+
+    def _summed(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of all ranks' micro-batches together; the gradients become theirs too, where any rank has one."""
+        if self.ranks.size == 1:
+            return totals
+        masters = [master for optimizer in self.optimizers.values() for master in optimizer.masters.values()]
+        found = self.ranks.exchange("what is learned", (list(totals), [master.grad is not None for master in masters]))
+        names = next((names for names, _ in found if names), [])
+        for master, learned in zip(masters, zip(*(present for _, present in found), strict=True), strict=True):
+            if any(learned) and master.grad is None:
+                master.grad = torch.zeros_like(master)
+        metrics = masters[0].new_zeros(len(names), dtype=torch.float64)
+        if totals:
+            metrics += torch.stack(list(totals.values()))
+        self.ranks.sum_("metrics", [metrics])
+        self.ranks.sum_("gradients", [master.grad for master in masters if master.grad is not None])
+        return dict(zip(names, metrics.unbind(), strict=True))
 
     def _clear_gradients(self) -> None:
         for optimizer in self.optimizers.values():
@@ -227,7 +250,7 @@ def accumulate_gradients(losses: Losses, scale: float = 1.0) -> dict[str, Tensor
         (loss if scale == 1 else loss * scale).backward()
         names, found = list(metrics), torch.stack(list(metrics.values()))
         totals = found if totals is None else totals + found
-    return dict(zip(names, totals.unbind(), strict=True))
+    return {} if totals is None else dict(zip(names, totals.unbind(), strict=True))
 
 
 def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from fastppo.errors import TrainingError
 from fastppo.plan import Lengths, Plan, split_again, tokens_of
+
+if TYPE_CHECKING:
+    from fastppo.distributed import Ranks
 
 Found = TypeVar("Found")
 # What PyTorch's allocator of the CPU and cuBLAS say in a RuntimeError without a type of its own.
@@ -29,10 +32,11 @@ class TokenBudget:
     Args:
         setting: `learner.tokens_per_microbatch`.
         note: hears a sentence each time.
+        ranks: where memory runs out on one of them, all cut smaller.
     """
 
-    def __init__(self, setting: int, note: Callable[[str], None]) -> None:
-        self.setting, self.tokens, self._note = setting, setting, note
+    def __init__(self, setting: int, note: Callable[[str], None], ranks: Ranks) -> None:
+        self.setting, self.tokens, self._note, self._ranks = setting, setting, note, ranks
 
     def fit(
         self, attempt: Callable[[Plan], Found], plan: Plan, lengths: Lengths, undo: Callable[[], None]
@@ -44,7 +48,9 @@ class TokenBudget:
         """
         while True:
             try:
-                return attempt(plan), plan
+                with self._ranks.together("work within the token budget"):
+                    found = attempt(plan)
+                return found, plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -59,7 +65,7 @@ class TokenBudget:
     def _smaller(self, plan: Plan, lengths: Lengths, reason: str) -> Plan:
         batches = [batch for epoch in plan for minibatch in epoch for batch in minibatch]
         largest = max(tokens_of(batch, lengths) for batch in batches)
-        if all(len(batch) == 1 for batch in batches):
+        if all(len(batch) <= 1 for batch in batches):
             raise TrainingError(
                 f"memory ran out for one sequence of at most {largest} tokens alone ({reason}): learner.gradient_checkpointing=true, lora.r "
                 "or shorter sequences (rollout.max_new_tokens, data.max_prompt_tokens) need less"
@@ -69,7 +75,7 @@ class TokenBudget:
             f"memory ran out ({reason}): from here on at most {self.tokens} tokens run together, not {largest}; nothing that is learned changes, "
             f"and learner.tokens_per_microbatch={self.tokens} would spare the failed attempt"
         )
-        return split_again(plan, lengths, self.tokens)
+        return split_again(plan, lengths, self.tokens, self._ranks.size)
 
     def state_dict(self) -> dict[str, int]:
         return {"setting": self.setting, "tokens": self.tokens}

@@ -12,7 +12,11 @@ from fastppo.rollout.rollout import Rollout
 Microbatch = list[int]
 Minibatch = list[Microbatch]
 Plan = list[list[Minibatch]]
-"""plan[epoch][minibatch][microbatch] = sequence indices."""
+"""plan[epoch][minibatch][microbatch] = sequence indices. Of R ranks each has every R-th micro-batch, from its own number on: all have as many, of
+which some may be empty."""
+
+EVEN = 1.05
+"""Most tokens of a rank in a minibatch, as a multiple of the mean, for which the samples of a prompt stay on one rank."""
 
 
 class Lengths(NamedTuple):
@@ -47,8 +51,48 @@ def split_minibatches(lengths: Lengths, num_minibatches: int, generator: torch.G
     return [order[count * i // parts : count * (i + 1) // parts] for i in range(parts)]
 
 
-def split_microbatches(indices: Sequence[int], lengths: Lengths, max_tokens: int) -> Minibatch:
-    """Group `indices` into micro-batches that run at most `max_tokens` tokens; a longer sequence stands alone.
+def split_microbatches(indices: Sequence[int], lengths: Lengths, max_tokens: int, ranks: int = 1) -> Minibatch:
+    """Group `indices` into micro-batches that run at most `max_tokens` tokens; a longer sequence stands alone. Of several ranks each gets as many
+    micro-batches, and about as many tokens.
+    """
+    shares = [_split(share, lengths, max_tokens) for share in split_evenly(indices, lengths, ranks)]
+    most = max(map(len, shares))
+    padded = [share + [[]] * (most - len(share)) for share in shares]
+    return [list(batch) for row in zip(*padded, strict=True) for batch in row]
+
+
+def split_evenly(indices: Sequence[int], lengths: Lengths, ranks: int) -> list[list[int]]:
+    """A share of `indices` for each rank, of about as many tokens: the samples of a prompt together where that is within `EVEN`, else sequence by
+    sequence."""
+    if ranks == 1:
+        return [list(indices)]
+    by_group = _spread(lengths.members(indices), lengths, ranks)
+    if _unevenness(by_group, lengths) <= EVEN:
+        return by_group
+    one_by_one = _spread([[index] for index in indices], lengths, ranks)
+    return min(by_group, one_by_one, key=lambda shares: _unevenness(shares, lengths))
+
+
+def _spread(parts: Sequence[list[int]], lengths: Lengths, ranks: int) -> list[list[int]]:
+    """The largest part first, each to the rank that has the fewest tokens (Graham 1969, longest processing time first)."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens, prompts = [0] * ranks, [set[int]() for _ in range(ranks)]
+    for part in sorted(parts, key=lambda part: (-tokens_of(part, lengths), part[0])):
+        rank, group = tokens.index(min(tokens)), lengths.groups[part[0]]
+        shares[rank] += part
+        tokens[rank] += tokens_of(part, lengths) - (lengths.prompts[part[0]] if group in prompts[rank] else 0)
+        prompts[rank].add(group)
+    return shares
+
+
+def _unevenness(shares: Sequence[list[int]], lengths: Lengths) -> float:
+    """The most tokens of a share, as a multiple of the mean."""
+    tokens = [tokens_of(share, lengths) for share in shares]
+    return max(tokens) * len(tokens) / max(sum(tokens), 1)
+
+
+def _split(indices: Sequence[int], lengths: Lengths, max_tokens: int) -> Minibatch:
+    """Micro-batches of one rank.
 
     The samples of a prompt stand side by side, the longest first, and a group that does not fit goes on in the next micro-batch with its
     prompt once more. Groups are sorted by their longest sequence, so that attention wastes little on padding.
@@ -82,10 +126,13 @@ def tokens_of(microbatch: Microbatch, lengths: Lengths) -> int:
     )
 
 
-def split_again(plan: Plan, lengths: Lengths, max_tokens: int) -> Plan:
+def split_again(plan: Plan, lengths: Lengths, max_tokens: int, ranks: int = 1) -> Plan:
     """The same minibatches in micro-batches of another size: what `plan_epochs` gives for it."""
     return [
-        [split_microbatches([i for batch in minibatch for i in batch], lengths, max_tokens) for minibatch in epoch]
+        [
+            split_microbatches([i for batch in minibatch for i in batch], lengths, max_tokens, ranks)
+            for minibatch in epoch
+        ]
         for epoch in plan
     ]
 
@@ -103,12 +150,14 @@ def split_groups_warning(lengths: Lengths, max_tokens: int) -> str | None:
     return None
 
 
-def plan_epochs(lengths: Lengths, *, epochs: int, num_minibatches: int, max_tokens: int, seed: int) -> Plan:
-    """A function of its arguments alone, so that a resumed run repeats it."""
+def plan_epochs(
+    lengths: Lengths, *, epochs: int, num_minibatches: int, max_tokens: int, seed: int, ranks: int = 1
+) -> Plan:
+    """A function of its arguments alone, so that a resumed run repeats it; the minibatches are the same for any number of ranks."""
     generator = torch.Generator().manual_seed(seed)
     return [
         [
-            split_microbatches(minibatch, lengths, max_tokens)
+            split_microbatches(minibatch, lengths, max_tokens, ranks)
             for minibatch in split_minibatches(lengths, num_minibatches, generator)
         ]
         for _ in range(epochs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.model import Critic, Histogram, HistogramHead, ValueHead, lm_head, make_value_head, packed_hidden
 from fastppo.model.adapters import Adapters, TrainedAdapter
@@ -135,8 +136,9 @@ class Roles(nn.Module):
         want: Collection[str],
         plan: Plan,
         recompute_logprobs: Literal["auto", "always", "never"] = "auto",
+        ranks: Ranks = ALONE,
     ) -> Evaluation:
-        """What `want` names of "logprobs", "values", "final_values" and "reference".
+        """What `want` names of "logprobs", "values", "final_values" and "reference"; every rank runs its own micro-batches and learns of all.
 
         The micro-batches are those of the plan's first epoch: the same sequences side by side give the same bits there, so that the
         ratio of the first minibatch is exactly 1. It is so too with the log-probs of sampling, where the same kernels made them: "auto"
@@ -144,21 +146,21 @@ class Roles(nn.Module):
         takes the log-probs of sampling as they are.
         """
         if recompute_logprobs == "never":
-            found = self._forward(rollout, set(want) - {"logprobs"}, plan)
+            found = self._forward(rollout, set(want) - {"logprobs"}, plan, ranks)
             return Evaluation(rollout.action_bounds, logprobs=rollout.logprobs if "logprobs" in want else None, **found)
         exact = trunk_of(self.policy) is not None
         sampled = {"logprobs": rollout.logprobs, "values": rollout.values if self.critic is None else None}
         sampled = {name: x for name, x in sampled.items() if name in want and x is not None}
         if exact and self._sampling_is_exact and recompute_logprobs == "auto":
-            found = self._forward(rollout, set(want) - sampled.keys(), plan) | sampled
+            found = self._forward(rollout, set(want) - sampled.keys(), plan, ranks) | sampled
         else:
-            found = self._forward(rollout, set(want), plan)
+            found = self._forward(rollout, set(want), plan, ranks)
             if "logprobs" in want:
                 self._sampling_is_exact = exact and all(torch.equal(found[name], x) for name, x in sampled.items())
         return Evaluation(rollout.action_bounds, **found)
 
-    def _forward(self, rollout: Rollout, want: Collection[str], plan: Plan) -> dict[str, Tensor]:
-        """The fields of an evaluation that `want` asks for, from forward passes over the micro-batches."""
+    def _forward(self, rollout: Rollout, want: Collection[str], plan: Plan, ranks: Ranks) -> dict[str, Tensor]:
+        """The fields of an evaluation that `want` asks for, from forward passes over the micro-batches of all ranks."""
         names = {
             "logprobs": "logprobs",
             "values": "values",
@@ -172,7 +174,9 @@ class Roles(nn.Module):
             for wanted, name in names.items()
             if wanted in want
         }
-        for indices in first_epoch(plan) if found else ():
+        for indices in ranks.own(first_epoch(plan)) if found else ():
+            if not indices:
+                continue
             batch = rollout.select(indices)
             actions = on_device(places_in(rollout.action_bounds, indices), device)
             places = {"final_values": on_device(indices, device)}
@@ -182,6 +186,7 @@ class Roles(nn.Module):
                 outputs["ref_logprobs"] = self.reference_logprobs(batch)
             for name, tensor in found.items():
                 tensor[places.get(name, actions)] = outputs[name].float()
+        ranks.sum_("evaluation", list(found.values()))
         return found
 
     def trained(self) -> dict[str, nn.Module | TrainedAdapter]:

@@ -76,7 +76,7 @@ class RunFolder:
         if before is not None and not (self.path / HISTORY).exists():
             self._append(HISTORY, {"step": 0, "settings": before})
         self._record_settings(step, settings)
-        return [] if before is None else differences(before, _as_written(settings))
+        return [] if before is None else differences(before, as_written(settings))
 
     @property
     def checkpoints(self) -> Path:
@@ -121,7 +121,7 @@ class RunFolder:
             _write_whole(path, "".join(map(_line, rows)))
 
     def _record_settings(self, step: int, settings: Mapping[str, Any]) -> None:
-        config, given, settings = self.path / CONFIG, _plain(settings), _as_written(settings)
+        config, given, settings = self.path / CONFIG, _plain(settings), as_written(settings)
         if settings != given:
             warnings.warn(
                 f"arguments in reward.functions hold what looks like a secret: {CONFIG} names environment variables in its place",
@@ -151,6 +151,29 @@ class RunFolder:
             yield
         finally:
             _release_lock(self.path, descriptor)
+
+
+class Onlooker(RunFolder):
+    """The folder of a run that another rank records: nothing is written to it here, and nothing is checked."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Rank 0's."""
+
+    def resume(self, settings: Mapping[str, Any], step: int, *, metrics_step: int | None = None) -> list[str]:
+        return []
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Rank 0's."""
+
+    def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Rank 0's."""
+
+    @contextmanager
+    def lock(self, note: Callable[[str], None]) -> Iterator[None]:
+        yield
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -316,7 +339,7 @@ _SECRET_NAME = re.compile(
 _SECRET_TEXT = re.compile(r"(sk-|hf_|gh[pousr]_|xox[abp]-|AKIA|eyJ)[\w.-]{8,}")
 
 
-def _as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Without tuples, which YAML has not, and without what looks like a secret among the rewards' arguments."""
     settings = _plain(settings)
     for reward in settings.get("reward", {}).get("functions", []):

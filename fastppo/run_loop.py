@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.best import Best
 from fastppo.callbacks import Callbacks
+from fastppo.config import TrackingConfig
 from fastppo.console import Reporter
+from fastppo.distributed import ALONE, Ranks, versions
 from fastppo.errors import TrainingError
-from fastppo.interruption import Interrupted, Interruption
+from fastppo.interruption import Interrupted, Interruption, end
 from fastppo.learner import Learner
 from fastppo.model import load_model, load_tokenizer, prepare_model
 from fastppo.model.adapters import Adapters
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
-from fastppo.run_folder import ADAPTER, BEST, MODEL, RunFolder
+from fastppo.run_folder import ADAPTER, BEST, MODEL, Onlooker, RunFolder, as_written
 from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
 
@@ -43,6 +45,8 @@ class RunLoop(ABC):
     reporter: Reporter
     learner: Learner
     state: RunState
+    ranks: Ranks = ALONE
+    """The processes that make the run. Rank 0 records it; the others do the same without a word."""
     callbacks = Callbacks(())
     best: Best | None = None
     """Of the evaluations; None where nothing hangs on which was the best."""
@@ -92,25 +96,38 @@ class RunLoop(ABC):
         checkpoint is written; then KeyboardInterrupt is raised, or SystemExit with the code 128 + signal. A second signal ends at once.
         Whatever else ends the run, the steps that are done are saved too; `train(resume=True)` goes on, here or in a new process.
 
+        Of several ranks every one calls it. What ends one ends all. Where torchrun has started them again after a failure, they go on from the newest
+        checkpoint, whatever `resume` is.
+
         Raises TrainingError when the run cannot go on, ValueError or CheckpointError where it cannot be recorded or resumed; what was written stays.
         """
         refuse_autocast("train() is called", self.model.device)
-        folder, note = RunFolder(self.config.output_dir, resume=resume), self.reporter.note
+        with self.ranks.together("end of the run"):
+            return self._train(resume or self.ranks.restarted)
+
+    def _train(self, resume: bool) -> dict[str, float]:
+        note = self.reporter.note
+        output_dir = self.config.output_dir
+        folder = RunFolder(output_dir, resume=resume) if self.ranks.first else Onlooker(output_dir)
         self._stop_reason = None
         with folder.lock(note):
             self.state.begin(folder, self.recipe, resume=resume, evaluate=self._evaluates, note=note)
             known = {"next_step": self.state.next_record, "resumed": self.step > 0}
-            self.tracking = Tracking(self.config.tracking, folder, **known, note=note)
+            trackers = self.config.tracking if self.ranks.first else TrackingConfig()
+            self.tracking = Tracking(trackers, folder, **known, note=note)
             with Interruption() as self._interruption, self.tracking, self.reporter, self._resources():
                 try:
-                    metrics = self._run(folder)
+                    with self.ranks.together("end of the steps"):
+                        metrics = self._run(folder)
                 except BaseException as error:
                     self.state.save_before(error, folder, keep=self.config.checkpoint.keep, note=note)
+                    self.ranks.part("last checkpoint")
                     if isinstance(error, Interrupted):
-                        self._interruption.end()
+                        end(error)
                     raise
-            self._write_model(folder)
-            self._plot(folder)
+            if self.ranks.first:
+                self._write_model(folder)
+                self._plot(folder)
             self.callbacks.call("on_end", self, metrics)
         return metrics
 
@@ -126,17 +143,25 @@ class RunLoop(ABC):
         """Steps until there are `total_steps`, or the run is stopped; the last one's metrics."""
         metrics: dict[str, float] = {}
         self.callbacks.call("on_begin", self)
+        self._agree()
         while self.state.unrecorded is not None or not self._over():
             if self.state.unrecorded is None:
                 self._train_step(folder)
             metrics = self._record(folder)
+            self._agree()
             if self._due_to_save():
                 path = self.state.save(folder, keep=self.config.checkpoint.keep)
                 self.callbacks.call("on_checkpoint", self, path)
+                self._agree()
             self._interruption.check()
         if self.step < self.total_steps:
             self.reporter.note(f"ended after step {self.step} of {self.total_steps}: {self.stopped}")
         return metrics
+
+    def _agree(self) -> None:
+        """A callback that ends the run on one rank ends it on all."""
+        said = self.ranks.exchange("end of a step", self._stop_reason)
+        self._stop_reason = next((reason for reason in said if reason is not None), None)
 
     def _record(self, folder: RunFolder) -> dict[str, float]:
         """Write the metrics of the step that is done, with those of an evaluation where one is due."""
@@ -184,6 +209,15 @@ class RunLoop(ABC):
                 f"once the cause is gone, `fastppo export {folder.path}{option}` writes them"
             ) from error
 
+    def _reporter(self, reporter: Reporter) -> Reporter:
+        """Rank 0's is the one that shows something."""
+        return reporter if self.ranks.first else Reporter(reporter.total_steps, quiet=True)
+
+    def _require_same_ranks(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Raises ValueError naming a setting, a version of a package or one of these facts that differs between ranks."""
+        if self.ranks.size > 1:
+            self.ranks.require_same(as_written(self.recipe) | versions() | facts())
+
     def _plot(self, folder: RunFolder) -> None:
         try:
             plot_run(folder.path)
@@ -203,6 +237,7 @@ def ready_model(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     device: torch.device,
+    ranks: Ranks,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, loaded where it is a name, that fastppo runs and can write, and its tokenizer. Raises ValueError or TypeError where it cannot."""
     if tokenizer is None and not is_name(model):
@@ -210,7 +245,8 @@ def ready_model(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device=device) if is_name(model) else model
     prepared = prepare_model(loaded, device)
-    require_writable(prepared, tokenizer)
+    if ranks.first:  # Transformers writes nothing on the others
+        require_writable(prepared, tokenizer)
     return prepared, tokenizer
 
 

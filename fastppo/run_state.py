@@ -16,9 +16,17 @@ from transformers import PreTrainedModel
 from fastppo.algorithms import Algorithm
 from fastppo.best import Best
 from fastppo.callbacks import Callbacks
-from fastppo.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
+from fastppo.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest_checkpoint,
+    save_checkpoint,
+)
 from fastppo.config import PPOConfig
 from fastppo.data import PromptDataset, PromptSampler
+from fastppo.distributed import LostRank
 from fastppo.errors import CheckpointError
 from fastppo.learner import Learner
 from fastppo.roles import Roles
@@ -46,7 +54,7 @@ class RunState:
         callbacks: Callbacks | None = None,
     ) -> None:
         self._learner, self._algorithm, self._sampler, self._make_identity = learner, algorithm, sampler, identity
-        self._best = best
+        self._best, self._ranks = best, learner.ranks
         self._more = {name: part for name, part in {"best": best, "callbacks": callbacks}.items() if part is not None}
         self.step = 0
         self.unrecorded: dict[str, float] | None = None
@@ -78,11 +86,12 @@ class RunState:
     ) -> None:
         """Put this state and the folder where the run starts, with an evaluation or without, or goes on. Nothing is written before all is
         found to fit."""
-        found = load_latest_checkpoint(folder.checkpoints) if resume else None
+        found = self._newest(folder) if resume else None
         if found is not None:
             changes = self._go_back_to(folder, settings, *found)
             note(f"resumed from {found[0]}" + (f", with changes: {'; '.join(changes)}" if changes else ""))
-            if lost := self._spared - list_checkpoints(folder.checkpoints).keys():
+            kept = self._ranks.broadcast("checkpoints that are kept", list(list_checkpoints(folder.checkpoints)))
+            if lost := self._spared - set(kept):
                 self._best.forget()
                 note(f"the best step, {lost.pop()}, has no checkpoint: the best is chosen anew")
             return
@@ -98,6 +107,12 @@ class RunState:
         if resume:
             where = "" if aside is None else f"; the records of before are in {aside}"
             note(f"no checkpoint in {folder.checkpoints}: starting from step 0{where}")
+
+    def _newest(self, folder: RunFolder) -> tuple[Path, Checkpoint] | None:
+        """Rank 0 says which is the newest that is whole; the others read the same one."""
+        found = load_latest_checkpoint(folder.checkpoints) if self._ranks.first else None
+        path = self._ranks.broadcast("newest checkpoint", None if found is None else found[0])
+        return (path, load_checkpoint(path)) if found is None and path is not None else found
 
     def _go_back_to(
         self, folder: RunFolder, settings: Mapping[str, Any], path: Path, checkpoint: Checkpoint
@@ -123,7 +138,13 @@ class RunState:
         return changes + [what for name, what in _DATA.items() if saved.get(name) != self._identity.get(name)]
 
     def save(self, folder: RunFolder, *, keep: int) -> Path:
-        """Returns where."""
+        """Returns where. Ranks have the same weights: the first one writes them."""
+        if not self._ranks.first:
+            self._saved = self.step
+            return checkpoint_path(folder.checkpoints, self.step)
+        return self._write(folder, keep)
+
+    def _write(self, folder: RunFolder, keep: int) -> Path:
         tensors, state = self._learner.state_dict()
         state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
         if self._algorithm is not None:
@@ -138,10 +159,21 @@ class RunState:
         its weights may be what is wrong."""
         if not self.whole or self.step in (0, self._saved) or isinstance(error, CheckpointError):
             return
+        keep = keep if isinstance(error, KeyboardInterrupt) else keep + 1
         try:
-            self.save(folder, keep=keep if isinstance(error, KeyboardInterrupt) else keep + 1)
+            if self._ranks.first:
+                self._write(folder, keep)
+            elif isinstance(error, LostRank):
+                self._write_as_heir(folder, keep, note)
         except Exception as failure:  # `error` is what the user has to hear of
             note(f"step {self.step} could not be saved: {failure}")
+
+    def _write_as_heir(self, folder: RunFolder, keep: int, note: Note) -> None:
+        """Where rank 0 is the one that is lost, whoever gets its folder saves: raises ValueError where another rank has it."""
+        own = RunFolder(folder.path, resume=True)
+        with own.lock(note):
+            if max(list_checkpoints(own.checkpoints), default=0) < self.step:
+                self._write(own, keep)
 
 
 _REFERENCE, _PROMPTS, _EXAMPLES, _BASE = "reference_sha256", "prompts_sha256", "examples_sha256", "base_sha256"

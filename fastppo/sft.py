@@ -15,15 +15,16 @@ from fastppo.console import Reporter
 from fastppo.data import PromptSampler
 from fastppo.data.example_writer import Example
 from fastppo.data.examples import ExampleDataset, load_examples
+from fastppo.distributed import device_of, ranks_of
 from fastppo.errors import TrainingError
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, Losses, NonFiniteUpdates
 from fastppo.metrics import Clock
-from fastppo.model import context_length, lm_head, packed_hidden, resolve_device
+from fastppo.model import context_length, lm_head, packed_hidden
 from fastppo.model.host import on_device
 from fastppo.ops import linear_token_logprobs
-from fastppo.plan import Lengths, Minibatch, split_microbatches
-from fastppo.roles import Roles
+from fastppo.plan import Lengths, Microbatch, Minibatch, split_microbatches
+from fastppo.roles import Roles, weights_sha256
 from fastppo.rollout.record import bounds_of
 from fastppo.run_folder import RunFolder
 from fastppo.run_loop import RunLoop, default_recipe, naming, ready_model, refuse_autocast
@@ -69,17 +70,19 @@ class SFTTrainer(RunLoop):
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or SFTConfig()
-        device = resolve_device(config.device)
+        device = device_of(config.device)
         refuse_autocast("SFTTrainer is made", device)
         check_installed(config.tracking)
         self.recipe = recipe or default_recipe(config, model)
-        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
+        self.ranks = ranks_of(config.distributed, device)
+        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
         self.examples = self._load(examples, "examples")
         self.eval_examples = None if eval_examples is None else self._load(eval_examples, "eval_examples")
         self._lengths = _lengths(self.examples)
         self.steps_per_epoch = -(-len(self.examples) // config.learner.minibatch_size)
         self.total_steps = config.learner.epochs * self.steps_per_epoch
-        self.reporter = reporter or Reporter(self.total_steps, every=-(-self.total_steps // SHOWN_STEPS))
+        every = -(-self.total_steps // SHOWN_STEPS)
+        self.reporter = self._reporter(reporter or Reporter(self.total_steps, every=every))
         shared = ("tokens_per_microbatch", "max_skipped_updates", "gradient_checkpointing")
         self.learner = Learner(
             Roles(self.model, critic="none", gradient_checkpointing=config.learner.gradient_checkpointing),
@@ -88,22 +91,28 @@ class SFTTrainer(RunLoop):
             config=LearnerConfig(**{name: getattr(config.learner, name) for name in shared}),
             total_steps=self.total_steps,
             note=self.reporter.note,
+            ranks=self.ranks,
         )
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
         self.state = RunState(self.learner, None, self.sampler, self._identity)
         self._interruption = Interruption()
+        self._require_same_ranks(
+            lambda: {"weights": weights_sha256(self.learner.roles.named_parameters())} | self._identity()
+        )
 
     def evaluate(self) -> dict[str, float]:
         """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""
         if self.eval_examples is None:
             raise ValueError("eval_examples is None, expected held-out examples to evaluate on")
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for indices in self._microbatches(self.eval_examples, range(len(self.eval_examples))):
+        total = count = 0.0
+        with torch.no_grad(), self.ranks.together("evaluation of the held-out examples"):
+            for indices in self.ranks.own(self._microbatches(self.eval_examples, range(len(self.eval_examples)))):
                 self._interruption.check()
-                logprobs = self._logprobs([self.eval_examples[i] for i in indices])
-                total, count = total - logprobs.double().sum().item(), count + len(logprobs)
-        nll = total / count
+                if indices:
+                    logprobs = self._logprobs([self.eval_examples[i] for i in indices])
+                    total, count = total - logprobs.double().sum().item(), count + len(logprobs)
+            found = self.ranks.exchange("held-out loss", (total, count))
+        nll = sum(total for total, _ in found) / sum(count for _, count in found)
         return {"eval/nll": nll, "eval/perplexity": torch.tensor(nll, dtype=torch.float64).exp().item()}
 
     # One step
@@ -128,12 +137,13 @@ class SFTTrainer(RunLoop):
                     f"{error}, the last of them from the examples of the rows {rows}: lower optimizer.lr"
                 ) from error
         metrics["epoch"] = (self.step + 1) / self.steps_per_epoch
-        self.state.step_done(metrics | clock.metrics(sum(len(self.examples[i].tokens) for i in indices)))
+        metrics |= clock.metrics(sum(len(self.examples[i].tokens) for i in indices)) | self.ranks.step_metrics()
+        self.state.step_done(metrics)
 
-    def _losses(self, roles: Roles, minibatch: Minibatch) -> Losses:
-        """Each micro-batch's part of the mean over the whole minibatch."""
+    def _losses(self, roles: Roles, minibatch: Minibatch, own: list[Microbatch] | None = None) -> Losses:
+        """Each micro-batch's, or of those in `own`, part of the mean over the whole minibatch."""
         count = sum(len(self._targets(self.examples[i])) for indices in minibatch for i in indices)
-        for indices in minibatch:
+        for indices in minibatch if own is None else own:
             loss = -self._logprobs([self.examples[i] for i in indices]).sum() / count
             yield loss, {"loss/nll": loss.detach()}
 
@@ -163,7 +173,7 @@ class SFTTrainer(RunLoop):
 
     def _microbatches(self, examples: ExampleDataset, indices: Sequence[int]) -> Minibatch:
         lengths = self._lengths if examples is self.examples else _lengths(examples)
-        return split_microbatches(indices, lengths, self.learner.budget.tokens)
+        return split_microbatches(indices, lengths, self.learner.budget.tokens, self.ranks.size)
 
     # Set-up, checkpoints
 

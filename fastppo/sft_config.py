@@ -17,6 +17,7 @@ from fastppo.config import (
     PathText,
     TrackingConfig,
 )
+from fastppo.distributed_config import DistributedConfig
 from fastppo.recipe_config import DataConfig, ModelConfig
 
 
@@ -121,6 +122,7 @@ class SFTConfig:
     evaluation: SFTEvaluationConfig = field(default_factory=SFTEvaluationConfig)
     checkpoint: SFTCheckpointConfig = field(default_factory=SFTCheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(config=STRICT)

@@ -18,11 +18,13 @@ from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.trpo import TRPO, require_float32
 from fastppo.best import Best
 from fastppo.callbacks import Callback, Callbacks
+from fastppo.collection import Collector
 from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
 from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
+from fastppo.distributed import device_of, ranks_of
 from fastppo.envs.episodes import Factory
 from fastppo.envs.source import Answers, rewards_of, source_of
 from fastppo.errors import TrainingError
@@ -31,14 +33,13 @@ from fastppo.held_out import load_held_out
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics
-from fastppo.model import context_length, resolve_device
+from fastppo.model import context_length
 from fastppo.model.adapters import adapters_of, add_adapters
-from fastppo.model.decoding import decode
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
-from fastppo.roles import Roles
+from fastppo.roles import Roles, weights_sha256
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
 from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import RunFolder
@@ -97,7 +98,7 @@ class PPOTrainer(RunLoop):
         recipe: dict[str, Any] | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        device = resolve_device(config.device)
+        device = device_of(config.device)
         refuse_autocast("PPOTrainer is made", device)
         check_installed(config.tracking)
         self.callbacks = Callbacks(callbacks)
@@ -106,12 +107,13 @@ class PPOTrainer(RunLoop):
         with naming("reward"):
             timing = {"timeout": config.reward.timeout, "retries": config.reward.retries}
             self.rewards = rewards_of(reward, environment, **timing)
+        self.ranks = ranks_of(config.distributed, device)
         self.adapters = adapters_of(model, config.lora)
         model = model if self.adapters is None else self.adapters.model
-        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device)
+        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
         self.prompts = self._load(prompts, "prompts")
         self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)
-        self.reporter = reporter or Reporter(config.total_steps)
+        self.reporter = self._reporter(reporter or Reporter(config.total_steps))
         if config.algorithm == "trpo":
             require_float32(self.model)
         self.algorithm = {"ppo": PPO, "trpo": TRPO}[config.algorithm](config)
@@ -135,17 +137,20 @@ class PPOTrainer(RunLoop):
             config=config.learner,
             total_steps=config.total_steps,
             note=self.reporter.note,
+            ranks=self.ranks,
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         with naming("environment"):
             self.source = source_of(environment, self.engine, self.tokenizer, self.prompts.chat, config.environment)
+        self.collector = Collector(self.source, self.rewards, self.tokenizer, self.prompts.chat, device, self.ranks)
         pools = DifficultyPools.of(config.difficulty, len(self.prompts), normalised=self.rewards.normalises)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed, pools)
         self.best = Best(config.evaluation)
         more = {"best": self.best, "callbacks": self.callbacks}
         self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity, **more)
         self._interruption = Interruption()
+        self._require_same_ranks(self._prompt_facts)
 
     @property
     def _evaluates(self) -> bool:
@@ -161,7 +166,8 @@ class PPOTrainer(RunLoop):
         """What `fastppo.held_out` measures on the held-out prompts; a function of the weights and the seed alone."""
         if self.held_out is None:
             raise ValueError("eval_prompts is None, expected held-out prompts to evaluate on")
-        return self.held_out.evaluate(self._complete, self.reporter.note)
+        with self.ranks.together("evaluation of the held-out prompts"):
+            return self.held_out.evaluate(self._complete, self.reporter.note)
 
     # One step
 
@@ -183,7 +189,8 @@ class PPOTrainer(RunLoop):
             folder.log_samples(self.step + 1, experience.samples)
             kl_coef = self.algorithm.reward_kl.coef
             metrics |= rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
-        self._interruption.check()
+        with self.ranks.together("beginning of the update"):
+            self._interruption.check()
         with clock("time/update"):
             self.state.whole = False
             try:
@@ -191,9 +198,11 @@ class PPOTrainer(RunLoop):
                 metrics |= self.algorithm.update(self.learner, *records, plan, self._show_update, critic_plan)
             except NonFiniteUpdates as error:
                 where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
-                _dump_batch(where, rollout, evaluation, targets)
+                if self.ranks.first:
+                    _dump_batch(where, rollout, evaluation, targets)
                 raise TrainingError(f"{error}; the batch is in {where}") from error
-        self.state.step_done(metrics | clock.metrics(experience.tokens))
+        metrics |= clock.metrics(experience.tokens) | self.ranks.step_metrics()
+        self.state.step_done(metrics)
 
     def _experience(self, clock: Clock, seed: int, folder: RunFolder) -> Experience:
         """Completions to learn from, with their scores."""
@@ -236,7 +245,7 @@ class PPOTrainer(RunLoop):
         rows = [self.prompts[index] for index in self.sampler.next()]
         sampling, check = self.config.rollout.sampling(seed), self._interruption.check
         options = {"progress": self._show_rollout, "value_head": self.roles.value_head}
-        return self.source.sample(rows, sampling, self.prompts.chat, check, **options), rows
+        return self.collector.sample(rows, sampling, check, **options), rows
 
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise, and what the settings would want besides."""
@@ -260,8 +269,8 @@ class PPOTrainer(RunLoop):
     def _greedy_scores(self, rows: list[Row], seed: int) -> Tensor:
         """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid. seed: of an environment's chance."""
         greedy = dataclasses.replace(self.config.rollout.sampling(seed), n=1, temperature=0.0)
-        answers = self.source.sample(rows, greedy, self.prompts.chat, self._interruption.check)
-        rollout, (result, _) = answers.rollout, self._call_rewards(answers, rows)
+        answers = self.collector.sample(rows, greedy, self._interruption.check)
+        rollout, (result, _) = answers.rollout, self.collector.score(answers, rows, self._interruption.at_once)
         self._note_errors(result)
         return (
             Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
@@ -274,7 +283,7 @@ class PPOTrainer(RunLoop):
         greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
-        rollout, (result, texts) = answers.rollout, self._call_rewards(answers, rows)
+        rollout, (result, texts) = answers.rollout, self.collector.score(answers, rows, self._interruption.at_once)
         logged = 0 if folder is None else self.config.num_logged_samples
         samples = answers.described(describe_samples(rollout, rows, texts, result, self.tokenizer, logged))
         scores = answers.scores(result)
@@ -296,24 +305,10 @@ class PPOTrainer(RunLoop):
 
     def _complete(self, rows: Sequence[Row], sampling: SamplingParams) -> tuple[Rollout, RewardResult]:
         """Held-out prompts' completions and their scores."""
-        answers = self.source.sample(rows, sampling, self.prompts.chat, self._interruption.check)
-        result, _ = self._call_rewards(answers, rows, normalise=False)
+        answers = self.collector.sample(rows, sampling, self._interruption.check)
+        result, _ = self.collector.score(answers, rows, self._interruption.at_once, normalise=False)
         self._note_errors(result)
         return answers.rollout, result
-
-    def _call_rewards(
-        self, answers: Answers, rows: Sequence[Row], *, normalise: bool = True
-    ) -> tuple[RewardResult, list[str]]:
-        """Rewards of every completion, in the rollout's order; the text excludes special tokens."""
-        rollout = answers.rollout
-        owners = [rows[index] for index in rollout.prompt_index.tolist()]
-        completion_ids = rollout.completions()
-        texts = [decode(self.tokenizer, ids, skip_special_tokens=True) for ids in completion_ids]
-        columns = {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
-        with self._interruption.at_once():
-            said, prompts = answers.completions(texts), [row["prompt"] for row in owners]
-            result = self.rewards(prompts, said, columns, completion_ids, normalise)
-        return answers.scored(result), texts
 
     def _note_errors(self, result: RewardResult) -> None:
         for error in result.errors:
@@ -357,6 +352,13 @@ class PPOTrainer(RunLoop):
     def _longest(self) -> int:
         """Most tokens of a prompt with its completion."""
         return max(len(row["prompt_ids"]) for row in self.prompts) + self.config.rollout.max_new_tokens
+
+    def _prompt_facts(self) -> dict[str, Any]:
+        """What every rank has to be given alike."""
+        return {
+            "weights": weights_sha256(self.roles.named_parameters()),
+            **identity(self.config, self.roles, self.prompts),
+        }
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config, self.roles, self.prompts)

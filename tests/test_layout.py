@@ -36,6 +36,7 @@ FLOORS = [
         "fastppo.lora_config",
         "fastppo.recipe_config",
         "fastppo.critic_config",
+        "fastppo.distributed_config",
         "fastppo.setting_types",
         "fastppo.reward_model_config",
         "fastppo.sft_config",
@@ -63,6 +64,8 @@ FLOORS = [
     )
     + (
         "fastppo.calibration",
+        "fastppo.collection",
+        "fastppo.distributed",
         "fastppo.reward_model_training",
         "fastppo.sft",
         "fastppo.samples",

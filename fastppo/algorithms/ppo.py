@@ -23,7 +23,7 @@ from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, Losses
 from fastppo.metrics import explained_variance
 from fastppo.ops import approx_kl, kl_shaped_rewards, masked_whiten, ppo_loss
-from fastppo.plan import Lengths, Minibatch, Plan
+from fastppo.plan import Lengths, Microbatch, Minibatch, Plan
 from fastppo.reference.ppo_loss import Aggregation
 from fastppo.rewards.scores import Scores
 from fastppo.roles import Roles
@@ -206,8 +206,8 @@ class PPO:
     ) -> dict[str, float]:
         learns = {"train_policy": train_policy, "train_critic": train_critic}
 
-        def losses(roles: Roles, minibatch: Minibatch) -> Losses:
-            return self.losses(roles, rollout, evaluation, targets, minibatch, **learns)
+        def losses(roles: Roles, minibatch: Minibatch, own: list[Microbatch]) -> Losses:
+            return self.losses(roles, rollout, evaluation, targets, minibatch, own, **learns)
 
         learned = [name for name in learner.optimizers if learns[f"train_{name}"]]
         return learner.minimise(losses, plan, Lengths.of(rollout), learned=learned, progress=progress)
@@ -251,16 +251,17 @@ class PPO:
         evaluation: Evaluation,
         targets: Targets,
         minibatch: Minibatch,
+        own: list[Microbatch] | None = None,
         *,
         train_policy: bool = True,
         train_critic: bool = True,
     ) -> Losses:
-        """(loss, metrics) of each micro-batch: both add up to the minibatch's, however it is split.
+        """(loss, metrics) of each micro-batch, or of those in `own`: both add up to the minibatch's, however it is split.
 
         Every micro-batch's loss is divided by the denominator of the whole minibatch.
         """
         denominators = self._denominators(rollout, targets, [index for indices in minibatch for index in indices])
-        for indices in minibatch:
+        for indices in minibatch if own is None else own:
             batch = rollout.select(indices), evaluation.select(indices), targets.select(indices)
             learns = {"train_policy": train_policy, "train_critic": train_critic}
             yield self.loss(roles, *batch, denominators=denominators, **learns)

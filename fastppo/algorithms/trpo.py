@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.trust_region import Comparison, flat, line_search, longest_step
 from fastppo.config import PPOConfig
+from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.model import LMHead, lm_head
@@ -52,7 +53,7 @@ class TRPO(PPO):
             parameters = list(learner.optimizers["policy"].parameters.values())
 
             def attempt(plan: Plan) -> dict[str, float]:
-                step = PolicyStep(learner.roles, parameters, rollout, first_epoch(plan))
+                step = PolicyStep(learner.roles, parameters, rollout, first_epoch(plan), learner.ranks)
                 try:
                     return self._policy_step(step, targets)
                 except BaseException:
@@ -102,27 +103,35 @@ class TRPO(PPO):
 
 
 class Distributions(NamedTuple):
-    """Of the next token before each of N actions."""
+    """Of the next token before each of n actions, this rank's."""
 
-    states: Tensor  # [N, H]
+    states: Tensor  # [n, H]
     head: LMHead
 
 
 class PolicyStep:
     """A policy at its weights θ and around them, on one rollout.
 
-    `parameters` are moved in place; `micro_batches` are the sequences that run together.
+    `parameters` are moved in place, alike on all ranks; `micro_batches` are the sequences that run together, of which each rank has its share.
     """
 
     def __init__(
-        self, roles: Roles, parameters: list[nn.Parameter], rollout: Rollout, micro_batches: list[Microbatch]
+        self,
+        roles: Roles,
+        parameters: list[nn.Parameter],
+        rollout: Rollout,
+        micro_batches: list[Microbatch],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.roles, self.parameters, self.rollout = roles, parameters, rollout
+        self.roles, self.parameters, self.rollout, self.ranks = roles, parameters, rollout, ranks
         device = rollout.tokens.device
         self.batches = [
             (rollout.select(indices), on_device(places_in(rollout.action_bounds, indices), device))
-            for indices in micro_batches
+            for indices in ranks.own(micro_batches)
+            if indices
         ]
+        self.own = torch.cat([on_device([], device), *(places for _, places in self.batches)])
+        """int64 [n]: the places of this rank's actions, in the order of its batches."""
         self.theta = flat([parameter.detach() for parameter in parameters])
         self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
         """How far the weights were moved for the last difference."""
@@ -149,6 +158,7 @@ class PolicyStep:
         gradient = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
+        self.ranks.sum_("gradient of the policy", [gradient])
         return gradient
 
     def fisher_vector(self, v: Tensor) -> Tensor:
@@ -180,9 +190,10 @@ class PolicyStep:
     def _logprobs(self, step: Tensor) -> Tensor:
         """[N] at θ + step."""
         self.move_to(step)
-        found = step.new_empty(self.rollout.num_actions)
+        found = step.new_zeros(self.rollout.num_actions)
         for batch, places in self.batches:
             found[places] = self.roles(batch, values=False, entropy=False).logprobs
+        self.ranks.sum_("log-probs along a direction", [found])
         return found
 
     @torch.no_grad()
@@ -193,23 +204,24 @@ class PolicyStep:
         return Distributions(self._states(), head._replace(weight=head.weight.clone(), bias=bias))
 
     def _states(self) -> Tensor:
-        found = [(self.roles.action_states(batch), places) for batch, places in self.batches]
-        states = found[0][0].new_empty(self.rollout.num_actions, found[0][0].shape[1])
-        for of_batch, places in found:
-            states[places] = of_batch
-        return states
+        """[n, H]: of this rank's actions."""
+        width = lm_head(self.roles.policy).weight.shape[1]
+        none = self.theta.new_empty(0, width)
+        return torch.cat([none, *(self.roles.action_states(batch) for batch, _ in self.batches)])
 
     @torch.no_grad()
     def compare(self, old: Distributions, advantages: Tensor) -> Comparison:
         """The policy as it is now with the old one. A few states at a time: whole distributions are as wide as the vocabulary."""
         new, count = Distributions(self._states(), lm_head(self.roles.policy)), self.rollout.num_actions
-        actions, temperature = self.rollout.tokens[self.rollout.actions], self.rollout.temperature
+        actions, temperature = self.rollout.tokens[self.rollout.actions[self.own]], self.rollout.temperature
+        advantages = advantages[self.own]
         sums = torch.zeros(3, dtype=torch.float64, device=actions.device)
-        for rows in torch.arange(count, device=actions.device).split(max(1, CHUNK // old.head.weight.shape[0])):
+        for rows in torch.arange(len(actions), device=actions.device).split(max(1, CHUNK // old.head.weight.shape[0])):
             p, q = ((x.head.logits(x.states[rows]) / temperature).log_softmax(-1) for x in (old, new))
             kl, entropy = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1)
             ratio = (q - p).gather(-1, actions[rows, None]).squeeze(-1).exp()
             sums += torch.stack([x.double().sum() for x in (kl, ratio * advantages[rows], entropy)])
+        self.ranks.sum_("comparison with the old policy", [sums])
         return Comparison(*(sums / count).tolist())
 
 

@@ -97,6 +97,12 @@ class Played:
     hanging: int
     """Calls that took too long and have not returned since, each of which keeps a thread."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Played], rollout: Rollout) -> Played:
+        """Episodes of the same rows that were played in several places at once. rollout: theirs, in the order of their numbers."""
+        episodes = sorted((episode for part in parts for episode in part.episodes), key=lambda episode: episode.number)
+        return cls(rollout, episodes, max(part.waited for part in parts), sum(part.hanging for part in parts))
+
     def turn_rewards(self) -> Tensor:
         """fp32 [N]: at each turn's last action what the environment paid for it, else 0."""
         rewards = [0.0] * self.rollout.num_actions
@@ -142,6 +148,7 @@ class EpisodePlayer:
         progress: Callable[[int, int], None] = lambda done, total: None,
         check: Callable[[], None] = lambda: None,
         value_head: ValueHead | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Played:
         """`sampling.n` episodes of each row, whose turns are sampled side by side.
 
@@ -153,10 +160,12 @@ class EpisodePlayer:
             dialogue: how texts become tokens.
             progress: called with (ended episodes, all). check: called often; what it raises ends the play.
             value_head: as `Engine.generate` takes it.
+            numbers: which of the rows are played here, the others being played elsewhere; by default all.
         """
         options = dict(max_length=self._config.max_tokens, value_head=value_head)
         with self._engine.open(sampling, **options) as session:
-            play = _Play(self, session, rows, sampling, dialogue, self._config)
+            numbers = range(len(rows)) if numbers is None else numbers
+            play = _Play(self, session, rows, numbers, sampling, dialogue, self._config)
             try:
                 waited = play.run(progress, check)
                 rollout = play.rollout(self._engine.model.device)
@@ -208,16 +217,16 @@ class _Play:
         player: EpisodePlayer,
         session: Session,
         rows: Sequence[Row],
+        numbers: Sequence[int],
         sampling: SamplingParams,
         dialogue: Dialogue,
         config: EnvironmentConfig,
     ) -> None:
         self._player, self._session, self._dialogue = player, session, dialogue
         self._sampling, self._config = sampling, config
-        seeds = [_seed(sampling.seed, prompt) for prompt in range(len(rows))]
-        numbers = itertools.product(range(len(rows)), range(sampling.n))
         self.episodes = [
-            Episode(number, prompt, rows[prompt], seeds[prompt]) for number, (prompt, _) in enumerate(numbers)
+            Episode(prompt * sampling.n + sample, prompt, rows[prompt], _seed(sampling.seed, prompt))
+            for prompt, sample in itertools.product(numbers, range(sampling.n))
         ]
         self._to_begin = self.episodes[::-1]
         self._workers: dict[int, Worker] = {}  # by the numbers of the episodes that are played

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row
 from fastppo.envs.tools import has_tools, pays
 from fastppo.model.host import on_device
 from fastppo.rewards import RewardResult, RewardRunner
+from fastppo.rewards.result import RewardAnswers
 from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
 from fastppo.rollout import Engine, Rollout, SamplingParams
@@ -31,6 +33,15 @@ class Answers:
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
+
+    def to(self, device: torch.device) -> Answers:
+        """The same with the tensors on another device."""
+        return Answers(self.rollout.to(device))
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[Answers]) -> Answers:
+        """Of one call, whose rows were divided among several places."""
+        return cls(Rollout.of_shares([share.rollout for share in shares]))
 
     def scored(self, result: RewardResult) -> RewardResult:
         """What the completions come to, where reward functions said `result` of them."""
@@ -61,6 +72,14 @@ class Episodes(Answers):
         super().__init__(played.rollout)
         self._played = played
         self._earned = [episode.total_reward for episode in played.episodes]
+
+    def to(self, device: torch.device) -> Episodes:
+        return Episodes(replace(self._played, rollout=self.rollout.to(device)))
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[Episodes]) -> Episodes:
+        rollout = Rollout.of_shares([share.rollout for share in shares])
+        return cls(Played.joined([share._played for share in shares], rollout))
 
     def scored(self, result: RewardResult) -> RewardResult:
         """The sum; invalid where either is."""
@@ -132,16 +151,20 @@ class AnswerSource:
         sampling: SamplingParams,
         chat: ChatTemplate | None,
         check: Callable[..., None],
+        *,
+        numbers: Sequence[int] | None = None,
         **options: Any,
     ) -> Answers:
         """`sampling.n` completions of each row.
 
         Args:
             chat: what rendered the prompts. check: called often; what it raises ends the sampling.
+            numbers: the rows that are sampled for here, the others being elsewhere; by default all.
             options: `progress` and `value_head`, as `Engine.generate` takes them.
         """
-        prompts = [row["prompt_ids"] for row in rows]
-        return Answers(self._engine.generate(prompts, sampling, on_tokens=check, **options))
+        numbers = range(len(rows)) if numbers is None else numbers
+        prompts = [rows[number]["prompt_ids"] for number in numbers]
+        return Answers(self._engine.generate(prompts, sampling, on_tokens=check, numbers=numbers, **options))
 
 
 class EpisodeSource(AnswerSource):
@@ -196,8 +219,11 @@ def source_of(
 class NoRewards:
     """In place of a `RewardRunner` where the environment alone pays: 0 for everything."""
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], *_: Any) -> RewardResult:
-        return RewardResult([0.0] * len(completions), {}, 0, [])
+    def answers(self, prompts: Sequence[Any], completions: Sequence[str], *_: Any) -> RewardAnswers:
+        return RewardAnswers({}, [], len(completions))
+
+    def result(self, answers: RewardAnswers, normalise: bool = True) -> RewardResult:
+        return RewardResult([0.0] * answers.count, {}, 0, [])
 
     normalises = False
 

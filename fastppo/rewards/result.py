@@ -31,21 +31,40 @@ class RewardResult:
     """One text for each failed attempt (also those that a retry made good) and each function with invalid entries."""
 
 
-def combine(
-    answers: dict[str, Scores | None],
-    errors: list[str],
-    count: int,
-    terms: Mapping[str, WeightedReward],
-    normalise: bool,
-) -> RewardResult:
+@dataclass(frozen=True)
+class RewardAnswers:
+    """What the reward functions answered for some completions, before anything is made of it."""
+
+    answers: dict[str, Scores | None]
+    """Each function's [count] scores, None where it failed."""
+    errors: list[str]
+    """Of the attempts."""
+    count: int
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[RewardAnswers], places: Sequence[Sequence[int]]) -> RewardAnswers:
+        """Of one batch that was divided. places: of each share, where its completions stand in the batch."""
+        count = sum(share.count for share in shares)
+        answers: dict[str, Scores | None] = dict.fromkeys(name for share in shares for name in share.answers)
+        for name in answers:
+            if any(share.answers[name] is not None for share in shares):
+                scores: Scores = [None] * count
+                for share, own in zip(shares, places, strict=True):
+                    failed = [NoScore("the call failed")] * share.count
+                    for place, score in zip(own, share.answers[name] or failed, strict=True):
+                        scores[place] = score
+                answers[name] = scores
+        return cls(answers, [error for share in shares for error in share.errors], count)
+
+
+def combine(given: RewardAnswers, terms: Mapping[str, WeightedReward], normalise: bool) -> RewardResult:
     """The weighted sum of what the functions answered.
 
     Args:
-        answers: each function's [count] scores, None where it failed.
-        errors: of the attempts; those of single scores come after them.
         terms: each function's weight, and whether it is normalised.
         normalise: False leaves the normalisation out.
     """
+    answers, errors, count = given.answers, list(given.errors), given.count
     totals, applies = [0.0] * count, [False] * count
     by_name: dict[str, list[float]] = {}
     for name, scores in answers.items():

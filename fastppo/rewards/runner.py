@@ -15,7 +15,7 @@ from fastppo.rewards import process
 from fastppo.rewards.function import OWN_ARGUMENTS, BadScores, RewardFunction, Scores, describe, to_scores, unbound
 from fastppo.rewards.keeper import ProcessFailure
 from fastppo.rewards.process import KillableProcess
-from fastppo.rewards.result import RewardResult, combine
+from fastppo.rewards.result import RewardAnswers, RewardResult, combine
 from fastppo.rewards.weighted import WeightedReward
 
 Conversation = list[dict[str, Any]]
@@ -80,13 +80,26 @@ class RewardRunner:
             ValueError, TypeError: lengths or types that do not fit; a function asks for a column that is not there. A function that
                 fails raises nothing: its scores are invalid.
         """
+        return self.result(self.answers(prompts, completions, columns, completion_ids), normalise)
+
+    def answers(
+        self,
+        prompts: Sequence[str | Conversation],
+        completions: Sequence[str | Conversation],
+        columns: Mapping[str, Sequence[Any]],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> RewardAnswers:
+        """What the functions say of completions that may be a share of a batch; `result` makes scores of it. Arguments and errors as of a call."""
         arguments = _arguments(prompts, completions, columns, completion_ids)
         requests = {f.name: f.select(arguments) for f in self._functions}
         if not completions:
-            return RewardResult([], {name: [] for name in requests}, 0, [])
+            return RewardAnswers({name: [] for name in requests}, [], 0)
         with self._lock:
-            answers, errors = self._run(requests, len(completions))
-        return combine(answers, errors, len(completions), self._terms, normalise)
+            return RewardAnswers(*self._run(requests, len(completions)), len(completions))
+
+    def result(self, answers: RewardAnswers, normalise: bool = True) -> RewardResult:
+        """The scores of a whole batch."""
+        return combine(answers, self._terms, normalise)
 
     @property
     def normalises(self) -> bool:

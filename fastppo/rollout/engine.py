@@ -75,6 +75,7 @@ class Engine:
         progress: Progress | None = None,
         on_tokens: OnTokens | None = None,
         value_head: ValueHead | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Rollout:
         """`sampling.n` completions of every prompt: all of the first prompt, then all of the second, ...
 
@@ -84,6 +85,8 @@ class Engine:
             progress: called with (finished sequences, all sequences) whenever some finish.
             on_tokens: called after every step with its [(sequence number, new token), ...].
             value_head: hidden [rows, H] -> values fp32 [rows]; the rollout then has the value of the state before each action.
+            numbers: which prompts of a larger call these are, whose others are sampled elsewhere: their completions, and `prompt_index`, are what
+                they would be there. By default 0, 1, ...
 
         Returns:
             A Rollout on the model's device with sampling log-probabilities. Up to rounding, a completion depends only on the weights,
@@ -96,6 +99,7 @@ class Engine:
         """
         self._check(sampling)
         token_lists = encode_prompts(prompts, self.model, self.tokenizer)
+        numbers = _checked_numbers(numbers, len(token_lists))
         context, total = context_length(self.model) or 2**62, len(token_lists) * sampling.n
         lengths = [min(len(tokens) + sampling.max_new_tokens, context) for tokens in token_lists]
         slots, most = min(self.max_batch_size, total), max(map(pages_for, lengths))
@@ -104,8 +108,9 @@ class Engine:
         )
         with self.runner.alone(), self.runner.lend(slots, max(lengths), pages=(slots + 1) * most + 1) as lent:
             generation = self._generation(*lent, sampling, **options)
-            for i, tokens in enumerate(token_lists):
-                generation.add(tokens, sampling.n, f"prompts[{i}]")
+            for i, (tokens, number) in enumerate(zip(token_lists, numbers, strict=True)):
+                streams = [number * sampling.n + sample for sample in range(sampling.n)]
+                generation.add(tokens, sampling.n, f"prompts[{i}]", streams, number)
             done = 0
             while generation.busy:
                 ended = generation.advance()
@@ -156,3 +161,12 @@ class Engine:
         require_prepared(self.model)
         if sampling.stop_strings and self.tokenizer is None:
             raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
+
+
+def _checked_numbers(numbers: Sequence[int] | None, count: int) -> list[int]:
+    if numbers is None:
+        return list(range(count))
+    found = [_checks.integer_number(f"numbers[{i}]", number, at_least=0) for i, number in enumerate(numbers)]
+    if len(found) != count:
+        raise ValueError(f"numbers has {len(found)} entries, expected {count}, one for each prompt")
+    return found

@@ -122,14 +122,17 @@ class Generation:
 
     # What the caller asks for
 
-    def add(self, tokens: list[int], n: int, name: str, streams: list[int] | None = None) -> list[Sequence]:
+    def add(
+        self, tokens: list[int], n: int, name: str, streams: list[int] | None = None, prompt: int | None = None
+    ) -> list[Sequence]:
         """n sequences that begin with the prompt `tokens`, called `name` in errors. Raises ValueError where the cache can never hold one of them.
 
-        streams: [n] what their draws come from; by default their numbers.
+        streams: [n] what their draws come from; by default their numbers. prompt: which prompt it is; by default how many came before.
         """
         first, limit = len(self.sequences), self._limit(tokens)
         streams = list(range(first, first + n)) if streams is None else streams
-        added = [Sequence(first + i, streams[i], self.prompts, list(tokens), limit) for i in range(n)]
+        number = self.prompts if prompt is None else prompt
+        added = [Sequence(first + i, streams[i], number, list(tokens), limit) for i in range(n)]
         self.admission.add(name, tokens, added)
         self.sequences += added
         self.prompts += 1

@@ -202,6 +202,19 @@ class Rollout:
         cu_seqlens = on_device(bounds, tensors["tokens"].device, torch.int32)
         return cls(cu_seqlens=cu_seqlens, temperature=rollouts[0].temperature, **tensors)
 
+    @classmethod
+    def of_shares(cls, shares: Sequence[Rollout]) -> Rollout:
+        """The sequences of one call that were sampled in several places, each its prompts, in the order that they would have in one."""
+        whole = cls.joined(shares, [0] * len(shares))
+        prompts = whole.prompt_index.tolist()
+        return whole.select(sorted(range(len(prompts)), key=prompts.__getitem__))
+
+    def to(self, device: torch.device) -> Rollout:
+        """The same sequences on another device."""
+        moved = {name: getattr(self, name).to(device) for name in (*TOKEN, *ACTION, *SEQUENCE, "cu_seqlens")}
+        values = None if self.values is None else self.values.to(device)
+        return Rollout(**moved, temperature=self.temperature, values=values)
+
     def _token_lists(self) -> list[tuple[list[int], int]]:
         tokens, bounds = self.tokens.tolist(), self.bounds
         return [(tokens[bounds[i] : bounds[i + 1]], prompt) for i, prompt in enumerate(self.prompt_lengths)]

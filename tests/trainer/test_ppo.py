@@ -326,7 +326,7 @@ def test_fp16_gradients_are_those_of_the_loss(critic):
     learner = make_learner(roles, HALF_CONFIG)
     assert learner.loss_scale.value > 1
     metrics, norms, finite = learner._gradients(
-        lambda roles, minibatch: step.losses(roles, minibatch, HALF_CONFIG), step.plan[0][0]
+        lambda roles, minibatch, own: step.losses(roles, minibatch, HALF_CONFIG), step.plan[0][0]
     )
     for other in (plain, exact):
         step.accumulate(other, step.plan[0][0], HALF_CONFIG)

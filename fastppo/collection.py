@@ -1,0 +1,89 @@
+"""Completions of prompts, and what they are worth: sampled and scored by all ranks, each its share of the prompts, and known to every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.data import PROMPT_COLUMNS, Row
+from fastppo.data.chat import ChatTemplate
+from fastppo.distributed import Ranks
+from fastppo.envs.source import Answers, AnswerSource, NoRewards
+from fastppo.model.decoding import decode
+from fastppo.rewards import RewardResult, RewardRunner
+from fastppo.rewards.result import RewardAnswers
+from fastppo.rollout import SamplingParams
+
+
+class Collector:
+    """Of R ranks each samples for every R-th prompt, and scores what it has sampled. A completion does not depend on where it is sampled; whatever
+    compares completions (a normalised reward) sees all of them.
+
+    Args:
+        source: of the completions. rewards: of their scores. chat: what rendered the prompts.
+        device: of the records.
+    """
+
+    def __init__(
+        self,
+        source: AnswerSource,
+        rewards: RewardRunner | NoRewards,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: ChatTemplate | None,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self._source, self._rewards, self._tokenizer, self._chat = source, rewards, tokenizer, chat
+        self._device, self._ranks = device, ranks
+
+    def sample(
+        self, rows: Sequence[Row], sampling: SamplingParams, check: Callable[..., None], **options: Any
+    ) -> Answers:
+        """`sampling.n` completions of each row: all of the first, all of the second, ... options: as `AnswerSource.sample` takes them."""
+        numbers = self._ranks.own(range(len(rows)))
+        share = None
+        if numbers:
+            share = self._source.sample(rows, sampling, self._chat, check, numbers=numbers, **options)
+        if self._ranks.size == 1:
+            return share
+        on_host = None if share is None else share.to(torch.device("cpu"))
+        shares = [found for found in self._ranks.exchange("rollout", on_host) if found is not None]
+        return type(shares[0]).of_shares(shares).to(self._device)
+
+    def score(
+        self,
+        answers: Answers,
+        rows: Sequence[Row],
+        at_once: Callable[[], AbstractContextManager[None]],
+        *,
+        normalise: bool = True,
+    ) -> tuple[RewardResult, list[str]]:
+        """(scores, texts without special tokens) of every completion, in the rollout's order.
+
+        Args:
+            rows: that the completions are of. at_once: a block in which a signal ends the waiting.
+            normalise: False leaves out what a `WeightedReward` asks for.
+        """
+        rollout, size = answers.rollout, self._ranks.size
+        prompts, ids = rollout.prompt_index.tolist(), rollout.completions()
+        own = [place for place, prompt in enumerate(prompts) if prompt % size == self._ranks.rank]
+        texts = [""] * len(prompts)
+        for place in own:
+            texts[place] = decode(self._tokenizer, ids[place], skip_special_tokens=True)
+        owners = [rows[prompts[place]] for place in own]
+        columns = {name: [row[name] for row in owners] for name in rows[0] if name not in PROMPT_COLUMNS}
+        with at_once():
+            said = answers.completions(texts)
+            found = self._rewards.answers(
+                [row["prompt"] for row in owners], [said[i] for i in own], columns, [ids[i] for i in own]
+            )
+        shares = self._ranks.exchange("rewards", (own, [texts[place] for place in own], found))
+        for places, theirs, _ in shares:
+            for place, text in zip(places, theirs, strict=True):
+                texts[place] = text
+        whole = RewardAnswers.of_shares([answered for _, _, answered in shares], [places for places, _, _ in shares])
+        return answers.scored(self._rewards.result(whole, normalise)), texts
