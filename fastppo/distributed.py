@@ -89,7 +89,7 @@ class Ranks:
     @property
     def restarted(self) -> bool:
         """Whether torchrun has started these processes again after a failure (`--max-restarts`)."""
-        return self.size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        return self.size > 1 and _restarts() > 0
 
     def own(self, items: Sequence[Item]) -> list[Item]:
         """This rank's share: every `size`-th, from its own number on."""
@@ -126,7 +126,7 @@ class Ranks:
         groups = list(_groups(tensors))
         # Before anybody waits: memory that runs out here is told of.
         buffers = [_buffer(group) for group in groups]
-        self.exchange(what)
+        self.exchange(f"sum of {what}")
         started = time.perf_counter()
         for group, buffer in zip(groups, buffers, strict=True):
             self.sent[what] += buffer.numel() * buffer.element_size()
@@ -232,18 +232,18 @@ class Ranks:
         """Who does not answer: whoever is at a meeting that fails, comes here."""
         if self._store is None:
             return []
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
         try:
-            self._store.set(f"fastppo/here/{self.rank}", "")
-            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            self._store.set(f"here/{self.rank}", "")
             return [rank for rank in range(self.size) if not self._is_here(rank, deadline)]
-        except (RuntimeError, ValueError):  # the store is gone with whoever kept it
-            return []
+        except dist.DistNetworkError:  # whoever keeps the store is gone: torchrun, or else rank 0
+            return [] if "TORCHELASTIC_RUN_ID" in os.environ else [0]
 
     def _is_here(self, rank: int, deadline: float) -> bool:
         patience = max(deadline - time.monotonic(), 0.1)
         try:
-            self._store.wait([f"fastppo/here/{rank}"], timedelta(seconds=patience))
-        except (RuntimeError, ValueError):
+            self._store.wait([f"here/{rank}"], timedelta(seconds=patience))
+        except dist.DistStoreError:  # nobody within that time
             return False
         return True
 
@@ -298,6 +298,11 @@ def _size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def _restarts() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def _connect(config: DistributedConfig, device: torch.device) -> dist.Store:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
@@ -307,6 +312,8 @@ def _connect(config: DistributedConfig, device: torch.device) -> dist.Store:
             f"the rendezvous at {place} (MASTER_ADDR, MASTER_PORT) cannot be reached within {RENDEZVOUS_SECONDS:g} s: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    # A store that has outlived a failure still has the addresses of the processes that are gone.
+    store = dist.PrefixStore(f"fastppo/{_restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=config.timeout)
     try:

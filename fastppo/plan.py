@@ -55,22 +55,23 @@ def split_microbatches(indices: Sequence[int], lengths: Lengths, max_tokens: int
     """Group `indices` into micro-batches that run at most `max_tokens` tokens; a longer sequence stands alone. Of several ranks each gets as many
     micro-batches, and about as many tokens.
     """
-    shares = [_split(share, lengths, max_tokens) for share in split_evenly(indices, lengths, ranks)]
+    shares = _even_shares(indices, lengths, max_tokens, ranks)
     most = max(map(len, shares))
     padded = [share + [[]] * (most - len(share)) for share in shares]
     return [list(batch) for row in zip(*padded, strict=True) for batch in row]
 
 
-def split_evenly(indices: Sequence[int], lengths: Lengths, ranks: int) -> list[list[int]]:
-    """A share of `indices` for each rank, of about as many tokens: the samples of a prompt together where that is within `EVEN`, else sequence by
+def _even_shares(indices: Sequence[int], lengths: Lengths, max_tokens: int, ranks: int) -> list[Minibatch]:
+    """Each rank's micro-batches, of about as many tokens: the samples of a prompt on one rank where that is within `EVEN`, else sequence by
     sequence."""
     if ranks == 1:
-        return [list(indices)]
-    by_group = _spread(lengths.members(indices), lengths, ranks)
-    if _unevenness(by_group, lengths) <= EVEN:
-        return by_group
-    one_by_one = _spread([[index] for index in indices], lengths, ranks)
-    return min(by_group, one_by_one, key=lambda shares: _unevenness(shares, lengths))
+        return [_split(indices, lengths, max_tokens)]
+    found = []
+    for parts in (lengths.members(indices), [[index] for index in indices]):
+        found.append([_split(share, lengths, max_tokens) for share in _spread(parts, lengths, ranks)])
+        if _unevenness(found[-1], lengths) <= EVEN:
+            return found[-1]
+    return min(found, key=lambda shares: _unevenness(shares, lengths))
 
 
 def _spread(parts: Sequence[list[int]], lengths: Lengths, ranks: int) -> list[list[int]]:
@@ -85,9 +86,9 @@ def _spread(parts: Sequence[list[int]], lengths: Lengths, ranks: int) -> list[li
     return shares
 
 
-def _unevenness(shares: Sequence[list[int]], lengths: Lengths) -> float:
-    """The most tokens of a share, as a multiple of the mean."""
-    tokens = [tokens_of(share, lengths) for share in shares]
+def _unevenness(shares: Sequence[Minibatch], lengths: Lengths) -> float:
+    """The most tokens that a rank runs, as a multiple of the mean."""
+    tokens = [sum(tokens_of(batch, lengths) for batch in share) for share in shares]
     return max(tokens) * len(tokens) / max(sum(tokens), 1)
 
 

@@ -96,8 +96,8 @@ def assert_keeps_digits(ours: Tensor, exact: Tensor, what: str = "output") -> No
 
 
 def assert_same_on_ranks(ours: Tensor, alone: Tensor, what: str = "output") -> None:
-    """|ours - alone| <= 1e-5 * scale, elementwise, scale = max(|alone|, max |alone| of the tensor, 1): what several ranks make of a step in fp32 is what
-    one process makes of it, in another order of sums."""
+    """|ours - alone| <= 1e-5 * max(max |alone|, 1), elementwise: what several ranks make of a step in fp32 is what one process makes of it, in
+    another order of sums."""
     assert ours.shape == alone.shape, f"{what}: shape {list(ours.shape)}, expected {list(alone.shape)}"
     error = (ours.double() - alone.double()).abs()
     limit = 1e-5 * max(1.0, alone.abs().max().item() if alone.numel() else 0.0)
