@@ -79,10 +79,9 @@ def unkilled(recipe: str, run: str) -> int:
     return cli.main(["train", recipe, f"output_dir={run}"])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_costs_no_more_than_the_step_in_hand(victim, recipe, tmp_path):
-    """And the run then is, bit for bit, the one that nothing has happened to."""
-    process = start(recipe, tmp_path / "run", "--max-restarts", "1", VICTIM=str(victim))
+def test_a_killed_rank_costs_no_more_than_the_step_in_hand(recipe, tmp_path):
+    """And the run then is, bit for bit, the one that nothing has happened to. Rank 0 is the one that records the run."""
+    process = start(recipe, tmp_path / "run", "--max-restarts", "1", VICTIM="0")
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
     assert "resumed from" in said and "step-000002" in said
