@@ -188,7 +188,7 @@ class Learner:
         names = next((names for names, _ in found if names), [])
         for master, learned in zip(masters, zip(*(present for _, present in found), strict=True), strict=True):
             if any(learned) and master.grad is None:
-                master.grad = torch.zeros_like(master)
+                master.grad = torch.zeros_like(master, dtype=torch.float32)
         metrics = masters[0].new_zeros(len(names), dtype=torch.float64)
         if totals:
             metrics += torch.stack(list(totals.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastppo.model import load_model, load_tokenizer, prepare_model
 from fastppo.model.adapters import Adapters
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
+from fastppo.roles import weights_sha256
 from fastppo.run_folder import ADAPTER, BEST, MODEL, Onlooker, RunFolder, as_written
 from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
@@ -63,6 +64,10 @@ class RunLoop(ABC):
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Metrics of what is held out; a function of the weights and the seed alone."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint is bound to, and every rank has alike."""
 
     @abstractmethod
     def _train_step(self, folder: RunFolder) -> None:
@@ -213,10 +218,12 @@ class RunLoop(ABC):
         """Rank 0's is the one that shows something."""
         return reporter if self.ranks.first else Reporter(reporter.total_steps, quiet=True)
 
-    def _require_same_ranks(self, facts: Callable[[], dict[str, Any]]) -> None:
-        """Raises ValueError naming a setting, a version of a package or one of these facts that differs between ranks."""
+    def _require_same_ranks(self) -> None:
+        """Raises ValueError naming a setting, a version of a package, or what of model and data differs between ranks."""
         if self.ranks.size > 1:
-            self.ranks.require_same(as_written(self.recipe) | versions() | facts())
+            learned = self.learner.roles.trained().items()
+            weights = {f"weights of the {name}": weights_sha256(module.named_parameters()) for name, module in learned}
+            self.ranks.require_same(as_written(self.recipe) | versions() | weights | self._identity())
 
     def _plot(self, folder: RunFolder) -> None:
         try:

@@ -24,7 +24,7 @@ from fastppo.model import context_length, lm_head, packed_hidden
 from fastppo.model.host import on_device
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Lengths, Microbatch, Minibatch, split_microbatches
-from fastppo.roles import Roles, weights_sha256
+from fastppo.roles import Roles
 from fastppo.rollout.record import bounds_of
 from fastppo.run_folder import RunFolder
 from fastppo.run_loop import RunLoop, default_recipe, naming, ready_model, refuse_autocast
@@ -96,9 +96,7 @@ class SFTTrainer(RunLoop):
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
         self.state = RunState(self.learner, None, self.sampler, self._identity)
         self._interruption = Interruption()
-        self._require_same_ranks(
-            lambda: {"weights": weights_sha256(self.learner.roles.named_parameters())} | self._identity()
-        )
+        self._require_same_ranks()
 
     def evaluate(self) -> dict[str, float]:
         """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""

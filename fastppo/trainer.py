@@ -39,7 +39,7 @@ from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
 from fastppo.rewards.scores import Scores
-from fastppo.roles import Roles, weights_sha256
+from fastppo.roles import Roles
 from fastppo.rollout import Engine, FinishReason, Rollout, SamplingParams
 from fastppo.rollout.stopping import cut_off_warning, describe_stops, stop_ids
 from fastppo.run_folder import RunFolder
@@ -150,7 +150,7 @@ class PPOTrainer(RunLoop):
         more = {"best": self.best, "callbacks": self.callbacks}
         self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity, **more)
         self._interruption = Interruption()
-        self._require_same_ranks(self._prompt_facts)
+        self._require_same_ranks()
 
     @property
     def _evaluates(self) -> bool:
@@ -352,13 +352,6 @@ class PPOTrainer(RunLoop):
     def _longest(self) -> int:
         """Most tokens of a prompt with its completion."""
         return max(len(row["prompt_ids"]) for row in self.prompts) + self.config.rollout.max_new_tokens
-
-    def _prompt_facts(self) -> dict[str, Any]:
-        """What every rank has to be given alike."""
-        return {
-            "weights": weights_sha256(self.roles.named_parameters()),
-            **identity(self.config, self.roles, self.prompts),
-        }
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config, self.roles, self.prompts)

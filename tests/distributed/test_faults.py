@@ -66,7 +66,7 @@ def train_with(folder: str, of_rank: int, **changes):
     [
         ({"optimizer__lr": 2e-3}, "optimizer.lr 0.001 -> 0.002"),
         ({"prompts": [*PROMPTS[:-1], "pp"]}, "prompts_sha256"),
-        ({"model": "other"}, "weights"),
+        ({"model": "other"}, "weights of the policy"),
     ],
 )
 def test_ranks_that_differ_are_refused(changes, named, tmp_path):
