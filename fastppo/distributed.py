@@ -124,17 +124,18 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         groups = list(_groups(tensors))
-        # Before anybody waits: memory that runs out here is told of.
-        buffers = [_buffer(group) for group in groups]
+        room = _room_for(groups)  # before anybody waits: memory that runs out here is told of
         self.exchange(f"sum of {what}")
         started = time.perf_counter()
-        for group, buffer in zip(groups, buffers, strict=True):
-            self.sent[what] += buffer.numel() * buffer.element_size()
-            if buffer.data_ptr() != group[0].data_ptr():
-                torch.cat([tensor.reshape(-1) for tensor in group], out=buffer)
-            self._call(what, dist.all_reduce, buffer, group=self._data)
-            if buffer.data_ptr() != group[0].data_ptr():
-                for tensor, part in zip(group, buffer.split([tensor.numel() for tensor in group]), strict=True):
+        for group in groups:
+            together, sizes = group[0], [tensor.numel() for tensor in group]
+            if not _is_summed_in_place(group):
+                together = room[group[0].dtype][: sum(sizes)]
+                torch.cat([tensor.reshape(-1) for tensor in group], out=together)
+            self._call(what, dist.all_reduce, together, group=self._data)
+            self.sent[what] += together.numel() * together.element_size()
+            if together is not group[0]:
+                for tensor, part in zip(group, together.split(sizes), strict=True):
                     tensor.copy_(part.view_as(tensor))
         self.waited += time.perf_counter() - started
 
@@ -169,11 +170,13 @@ class Ranks:
     def _meet(self, said: _Said) -> list[Any]:
         if self._lost is not None:
             raise LostRank(self._lost)
-        everyone: list[_Said] = [said] * self.size
-        self.sent[said.what] += len(pickle.dumps(said))
+        packed = pickle.dumps(said)
+        self.sent[said.what] += len(packed)
+        found: list[bytes] = [packed] * self.size
         started = time.perf_counter()
-        self._call(said.what, dist.all_gather_object, everyone, said, group=self._control)
+        self._call(said.what, dist.all_gather_object, found, packed, group=self._control)
         self.waited += time.perf_counter() - started
+        everyone: list[_Said] = [pickle.loads(each) for each in found]  # of this run's own processes
         if said.error is None:
             self._raise_what_was_told(everyone)
         return [each.value for each in everyone]
@@ -343,8 +346,16 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield group
 
 
-def _buffer(group: list[Tensor]) -> Tensor:
-    """Where a group is summed: a large tensor in its place, others side by side."""
-    if len(group) == 1 and group[0].is_contiguous():
-        return group[0]
-    return group[0].new_empty(sum(tensor.numel() for tensor in group))
+def _is_summed_in_place(group: list[Tensor]) -> bool:
+    """Of one tensor, a large one for instance; several are laid side by side."""
+    return len(group) == 1 and group[0].is_contiguous()
+
+
+def _room_for(groups: list[list[Tensor]]) -> dict[torch.dtype, Tensor]:
+    """By type, for the largest of the groups that need it."""
+    sizes: dict[torch.dtype, int] = {}
+    for group in groups:
+        if not _is_summed_in_place(group):
+            count = sum(tensor.numel() for tensor in group)
+            sizes[group[0].dtype] = max(count, sizes.get(group[0].dtype, 0))
+    return {dtype: groups[0][0].new_empty(size, dtype=dtype) for dtype, size in sizes.items()}

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastppo.optimizer import Optimizer
 from fastppo.rewards import WeightedReward
+from fastppo.run_folder import read_metrics
 from tests.distributed.ranks import run_ranks
 from tests.tiny_trainer import PROMPTS, build_trainer, count_a
 from tests.tolerance import assert_same_on_ranks
 
+STEPS = 200
 GROUPS = {"rollout__samples_per_prompt": 4, "rollout__prompts_per_step": 3}
 # What a step is made of, each in another way: how micro-batches are cut, the estimator and the loss, who the critic is.
 KINDS = {
@@ -125,3 +127,23 @@ def test_the_comparison_can_fail(runs):
     [ppo], [other] = runs(1, "ppo"), runs(1, "masked")
     with pytest.raises(AssertionError):
         assert_same_on_ranks(ppo.gradients[0], other.gradients[0])
+
+
+def learn(folder: str) -> list[dict]:
+    rates = {"optimizer__lr": 3e-3, "critic__lr": 3e-3}
+    options = {"num_logged_samples": 0, "checkpoint__every": 0}
+    trainer = build_trainer(folder, total_steps=STEPS, **rates, **options)
+    trainer.train()
+    return read_metrics(folder)
+
+
+def test_two_hundred_steps_give_the_same_curve(tmp_path):
+    """Roundings do not grow: the rewards are equal in every step, the losses to 1e-5. It learns to say nothing but the letter a."""
+    alone, together = (run_ranks(size, learn, str(tmp_path / str(size)))[0] for size in (1, 2))
+    assert len(alone) == len(together) == STEPS
+    for name in ("objective/scores", "completions/mean_length"):
+        assert [row[name] for row in alone] == [row[name] for row in together]
+    for name in ("loss/policy_avg", "loss/value_avg", "policy/entropy_avg"):
+        ours, theirs = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (together, alone))
+        assert_same_on_ranks(ours, theirs, name)
+    assert alone[0]["objective/scores"] < 0.1 and alone[-1]["objective/scores"] > 0.9

@@ -122,7 +122,28 @@ def test_episodes_are_played_by_all_ranks(tmp_path):
     assert [row["turns"] for row in ours] == [row["turns"] for row in theirs]
 
 
-# Other trainers
+# Other trainers, other launchers
+
+
+def in_a_group_of_the_callers(folder: str) -> tuple[int, bool]:
+    torch.distributed.init_process_group("gloo")
+    trainer = build_trainer(folder, total_steps=1)
+    trainer.train()
+    return trainer.ranks.size, torch.distributed.is_initialized()
+
+
+def test_a_process_group_that_the_caller_has_made_is_used(tmp_path):
+    assert run_ranks(2, in_a_group_of_the_callers, str(tmp_path)) == [(2, True)] * 2
+
+
+def test_one_process_makes_no_process_group(tmp_path):
+    assert run_ranks(1, without_a_group, str(tmp_path)) == [(1, False)]
+
+
+def without_a_group(folder: str) -> tuple[int, bool]:
+    trainer = build_trainer(folder, total_steps=1)
+    trainer.train()
+    return trainer.ranks.size, torch.distributed.is_initialized()
 
 
 def imitate(folder: str):
@@ -196,6 +217,23 @@ def test_bytes_of_a_step_are_those_of_the_formula(tmp_path):
         assert metrics["distributed/sent_mb"] * 1e6 <= sum(sent.values())
         others = sum(sent.values()) - sent["gradients"] - sent["evaluation"]
         assert 0 < others < 100_000, "records and meetings of a tiny step"
+
+
+def sums(bucket: int) -> list[torch.Tensor]:
+    ranks_module.BUCKET = bucket
+    ranks = ranks_module.ranks_of(ranks_module.DistributedConfig(), torch.device("cpu"))
+    number = ranks.rank + 1.0
+    tensors = [torch.full((3, 4), number), torch.full((5,), number, dtype=torch.float64), torch.zeros(0)]
+    tensors += [torch.full((6, 2), number).t(), torch.full((50,), number), torch.full((), number)]
+    ranks.sum_("tensors", tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("bucket", [1, 10, 1000])
+def test_sums_of_any_shapes_and_types(bucket):
+    for tensors in run_ranks(3, sums, bucket):
+        assert [tuple(tensor.shape) for tensor in tensors] == [(3, 4), (5,), (0,), (2, 6), (50,), ()]
+        assert all((tensor == 6).all() for tensor in tensors) and tensors[1].dtype == torch.float64
 
 
 COUNTING = """
