@@ -130,8 +130,8 @@ class PolicyStep:
             for indices in ranks.own(micro_batches)
             if indices
         ]
-        self.own = torch.cat([on_device([], device), *(places for _, places in self.batches)])
-        """int64 [n]: the places of this rank's actions, in the order of its batches."""
+        self.own, self._order = torch.cat([on_device([], device), *(places for _, places in self.batches)]).sort()
+        """int64 [n]: the places of this rank's actions, and where these stand in its batches."""
         self.theta = flat([parameter.detach() for parameter in parameters])
         self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
         """How far the weights were moved for the last difference."""
@@ -207,7 +207,7 @@ class PolicyStep:
         """[n, H]: of this rank's actions."""
         width = lm_head(self.roles.policy).weight.shape[1]
         none = self.theta.new_empty(0, width)
-        return torch.cat([none, *(self.roles.action_states(batch) for batch, _ in self.batches)])
+        return torch.cat([none, *(self.roles.action_states(batch) for batch, _ in self.batches)])[self._order]
 
     @torch.no_grad()
     def compare(self, old: Distributions, advantages: Tensor) -> Comparison:
