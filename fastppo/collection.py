@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from fastppo.data.chat import ChatTemplate
 from fastppo.distributed import Ranks
 from fastppo.envs.source import Answers, AnswerSource, NoRewards
 from fastppo.model.decoding import decode
+from fastppo.out_of_memory import sample_within_memory
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.result import RewardAnswers
-from fastppo.rollout import SamplingParams
+from fastppo.rollout import Engine, SamplingParams
 
 
 class Collector:
@@ -24,19 +26,22 @@ class Collector:
     compares completions (a normalised reward) sees all of them.
 
     Args:
-        source: of the completions. rewards: of their scores. chat: what rendered the prompts.
-        device: of the records.
+        source: of the completions. engine: that it samples with. rewards: of their scores. chat: what rendered the prompts.
+        device: of the records. note: hears what the user should know.
     """
 
     def __init__(
         self,
         source: AnswerSource,
+        engine: Engine,
         rewards: RewardRunner | NoRewards,
         tokenizer: PreTrainedTokenizerBase,
         chat: ChatTemplate | None,
         device: torch.device,
         ranks: Ranks,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> None:
+        self._engine, self._note = engine, note
         self._source, self._rewards, self._tokenizer, self._chat = source, rewards, tokenizer, chat
         self._device, self._ranks = device, ranks
 
@@ -47,7 +52,9 @@ class Collector:
         numbers = self._ranks.own(range(len(rows)))
         share = None
         if numbers:
-            share = self._source.sample(rows, sampling, self._chat, check, numbers=numbers, **options)
+            given = rows, sampling, self._chat, check
+            attempt = partial(self._source.sample, *given, numbers=numbers, **options)
+            share = sample_within_memory(attempt, self._engine, len(numbers) * sampling.n, self._note)
         if self._ranks.size == 1:
             return share
         on_host = None if share is None else share.to(torch.device("cpu"))

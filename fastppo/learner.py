@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
 from fastppo.distributed import ALONE, Ranks
+from fastppo.errors import TrainingError
 from fastppo.evaluation import Evaluation
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
-from fastppo.out_of_memory import Found, TokenBudget
+from fastppo.out_of_memory import Found, TokenBudget, is_out_of_memory
 from fastppo.plan import Lengths, Microbatch, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
 from fastppo.roles import Roles
 from fastppo.rollout.rollout import Rollout
@@ -152,7 +153,7 @@ class Learner:
             (metrics, norms, finite), _ = self.within_memory(gradients, single, lengths)
             if finite:
                 for name in learned:
-                    self.optimizers[name].step(norms[name])
+                    self._step(self.optimizers[name], norms[name])
                 applied.append(metrics)
                 self.skipped_in_a_row = 0
             else:
@@ -163,6 +164,19 @@ class Learner:
             if progress:
                 progress(done, len(minibatches))
         return _means(applied) | {"update/skipped": float(len(minibatches) - len(applied))}
+
+    @staticmethod
+    def _step(optimizer: Optimizer, norm: Tensor) -> None:
+        """Raises TrainingError where memory runs out: weights may be half-way then, and nothing smaller can be tried."""
+        try:
+            optimizer.step(norm)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"memory ran out in the optimizer's step ({' '.join(str(error).split())}): optimizer.name=adamw_8bit, lora.r or a smaller critic "
+                    "need less. The step in hand is lost"
+                ) from error
+            raise
 
     def _gradients(self, losses: MakeLosses, minibatch: Minibatch) -> tuple[dict[str, float], dict[str, Tensor], bool]:
         """The minibatch's metrics, its gradient norms, and whether these are finite. Where fp16 gradients have overflowed, again at a

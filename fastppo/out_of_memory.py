@@ -13,6 +13,7 @@ from fastppo.plan import Lengths, Plan, split_again, tokens_of
 
 if TYPE_CHECKING:
     from fastppo.distributed import Ranks
+    from fastppo.rollout import Engine
 
 Found = TypeVar("Found")
 # What PyTorch's allocator of the CPU and cuBLAS say in a RuntimeError without a type of its own.
@@ -24,6 +25,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+
+
+def sample_within_memory(
+    attempt: Callable[[], Found], engine: Engine, count: int, note: Callable[[str], None]
+) -> Found:
+    """`count` sequences that `attempt` samples with the engine: from the first again, half as many side by side, each time that memory runs out.
+    The engine keeps to that. Raises TrainingError where one sequence stands alone already."""
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+        _give_back()
+        before = min(engine.max_batch_size, count)
+        if before == 1:
+            raise TrainingError(
+                f"memory ran out while one sequence alone was sampled ({reason}): shorter ones (rollout.max_new_tokens, data.max_prompt_tokens) need "
+                "less"
+            )
+        engine.max_batch_size = before // 2
+        note(
+            f"memory ran out while {before} sequences were sampled side by side ({reason}): they are sampled again, at most {before // 2} at a time "
+            f"from here on; rollout.batch_size={before // 2} would spare the failed attempt"
+        )
+
+
+def _give_back() -> None:
+    """What is held and not used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class TokenBudget:
@@ -57,9 +91,7 @@ class TokenBudget:
                 reason = " ".join(str(error).split())
             # Here, where the error no longer holds what was computed.
             undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _give_back()
             plan = self._smaller(plan, lengths, reason)
 
     def _smaller(self, plan: Plan, lengths: Lengths, reason: str) -> Plan:

@@ -143,7 +143,16 @@ class PPOTrainer(RunLoop):
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         with naming("environment"):
             self.source = source_of(environment, self.engine, self.tokenizer, self.prompts.chat, config.environment)
-        self.collector = Collector(self.source, self.rewards, self.tokenizer, self.prompts.chat, device, self.ranks)
+        self.collector = Collector(
+            self.source,
+            self.engine,
+            self.rewards,
+            self.tokenizer,
+            self.prompts.chat,
+            device,
+            self.ranks,
+            self.reporter.note,
+        )
         pools = DifficultyPools.of(config.difficulty, len(self.prompts), normalised=self.rewards.normalises)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed, pools)
         self.best = Best(config.evaluation)

@@ -14,6 +14,7 @@ from fastppo.errors import TrainingError
 from fastppo.out_of_memory import is_out_of_memory
 from fastppo.plan import Lengths, plan_epochs, split_again, tokens_of
 from fastppo.roles import Roles
+from fastppo.rollout.generation import Generation
 from fastppo.run_folder import read_metrics
 from tests.trainer.test_resume import stable
 
@@ -55,7 +56,7 @@ def limit_tokens(monkeypatch):
 
 def notes_of(trainer) -> list[str]:
     notes: list[str] = []
-    trainer.reporter.note = trainer.learner.budget._note = notes.append
+    trainer.reporter.note = trainer.learner.budget._note = trainer.collector._note = notes.append
     return notes
 
 
@@ -103,6 +104,65 @@ def test_the_smaller_budget_stays_with_the_run(make_trainer, tmp_path, limit_tok
     changed = make_trainer(**SETTINGS | {"total_steps": 3, "learner__tokens_per_microbatch": 20})
     changed.train(resume=True)
     assert changed.learner.budget.tokens == 20, "a setting that has been changed counts"
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_rollout_is_sampled_again_with_fewer_side_by_side(make_trainer, tmp_path, monkeypatch, kind):
+    """Halfway through, when some have ended: weights and metrics are those of a run without a limit, bit for bit, but for how full the batch was."""
+    advance, tried = Generation.advance, []
+
+    def limited(self):
+        ended = advance(self)
+        tried.append(self.slots)
+        if self.slots > 3 and len(tried) % 4 == 0:
+            raise ERRORS[kind]
+        return ended
+
+    plain = make_trainer(output_dir=tmp_path / "plain", **SETTINGS)
+    plain.train()
+    monkeypatch.setattr(Generation, "advance", limited)
+    trainer = make_trainer(**SETTINGS)
+    notes = notes_of(trainer)
+    trainer.train()
+    assert max(tried) == 16 and tried[-1] == 2 and trainer.engine.max_batch_size == 2
+    assert sum("memory ran out" in note for note in notes) == 3 and "rollout.batch_size=2 would spare" in "".join(notes)
+    ours, theirs = weights(trainer), weights(plain)
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
+    rows = [list(map(stable, read_metrics(tmp_path / name))) for name in ("run", "plain")]
+    assert [row | {"rollout/occupancy": None} for row in rows[0]] == [
+        row | {"rollout/occupancy": None} for row in rows[1]
+    ]
+
+
+def test_one_sequence_that_cannot_be_sampled_ends_the_run(make_trainer, monkeypatch):
+    def failing(self):
+        raise ERRORS["gpu"]
+
+    monkeypatch.setattr(Generation, "advance", failing)
+    with pytest.raises(
+        TrainingError, match=r"memory ran out while one sequence alone was sampled .*rollout.max_new_tokens"
+    ):
+        make_trainer(**SETTINGS).train()
+
+
+def test_an_optimizers_step_is_not_tried_again(make_trainer, tmp_path, monkeypatch):
+    """Some weights have moved: the run ends, and goes on from the step before."""
+    trainer = make_trainer(**SETTINGS)
+    step = trainer.learner.optimizers["critic"].step
+
+    def failing(norm):
+        if trainer.step == 1:
+            raise ERRORS["cpu"]
+        step(norm)
+
+    monkeypatch.setattr(trainer.learner.optimizers["critic"], "step", failing)
+    with pytest.raises(TrainingError, match=r"memory ran out in the optimizer's step .*optimizer.name=adamw_8bit"):
+        trainer.train()
+    resumed = make_trainer(**SETTINGS)
+    resumed.train(resume=True)
+    whole = make_trainer(output_dir=tmp_path / "whole", **SETTINGS)
+    whole.train()
+    assert_same(resumed, whole, [tmp_path / "run", tmp_path / "whole"])
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run(make_trainer, tmp_path, limit_tokens):
