@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastppo.checkpoint import list_checkpoints, load_checkpoint, load_latest_checkpoint
 from fastppo.errors import CheckpointError
@@ -40,7 +41,7 @@ def export_run(
     if adapter and lora is None:
         raise ValueError(f"adapter is True, expected False: {run} trained all weights")
     settings = (read_settings(run) or {}).get("model", {})
-    name = model or settings.get("name")
+    name = model or first_model(run)
     if not name:
         raise ValueError(f"{run} does not say which model it started from: name it (--model)")
     if folder is None:
@@ -52,15 +53,11 @@ def export_run(
     tokenizer = load_tokenizer(model or settings.get("tokenizer") or name)
     dtype = next(iter(policy.values())).dtype if lora is None else identity["model.dtype"]
     trained = load_model(name, dtype=dtype, device="cpu")
-    if lora is not None and weights_sha256(trained.named_parameters()) != identity["base_sha256"]:
-        raise CheckpointError(f"{path} holds an adapter of another model than {name}")
-    adapters = None if lora is None else Adapters.from_description(trained, lora)
+    adapters = None if lora is None else adapters_on(trained, path, identity)
     try:
         (trained if adapters is None else adapters.trained("policy")).load_state_dict(policy)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds the weights of another model than {name}: {error}") from error
-    if identity.get("lora.quantization"):
-        adapters.quantize_base()
     folder.mkdir(parents=True, exist_ok=True)
     if adapter:
         adapters.save(folder)
@@ -68,6 +65,22 @@ def export_run(
         merged = {} if adapters is None else {"state_dict": adapters.merged_state()}
         write_model(trained, tokenizer, folder, **merged)
     return folder
+
+
+def first_model(run: Path) -> str | None:
+    """Folder or hub name of the model that a run started from; None where its config.yaml names none."""
+    return (read_settings(run) or {}).get("model", {}).get("name") or None
+
+
+def adapters_on(base: PreTrainedModel, checkpoint: Path, identity: dict[str, Any]) -> Adapters:
+    """An adapter on the model that a run with LoRA started from, in as many bits as there, for the numbers of one of the checkpoint's. Raises
+    CheckpointError where `base` is another model."""
+    if weights_sha256(base.named_parameters()) != identity["base_sha256"]:
+        raise CheckpointError(f"{checkpoint} holds an adapter of another model than {base.name_or_path}")
+    adapters = Adapters.from_description(base, identity["lora"])
+    if identity.get("lora.quantization"):
+        adapters.quantize_base()
+    return adapters
 
 
 def _best_policy(run: Path, step: int | None) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

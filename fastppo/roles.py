@@ -110,11 +110,11 @@ class Roles(nn.Module):
         if self.critic is None:
             said = value_outputs(self.value_head, hidden, rollout)
         else:
-            with self._speaking("critic"):
+            with self.speaking("critic"):
                 said = critic_outputs(self.critic, rollout)
         return said._replace(logprobs=logprobs, entropy=token_entropy)
 
-    def _speaking(self, role: str) -> AbstractContextManager:
+    def speaking(self, role: str) -> AbstractContextManager:
         """Inside the block the trunk that is shared by adapters has those of this role."""
         return nullcontext() if self.adapters is None else self.adapters.speaking(role)
 
@@ -126,7 +126,7 @@ class Roles(nn.Module):
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """fp32 [N]: the reference's log-probabilities of the actions, at the sampling temperature."""
-        with self._speaking("reference"):
+        with self.speaking("reference"):
             return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Roles(nn.Module):
             found = self._forward(rollout, set(want) - sampled.keys(), plan, ranks) | sampled
         else:
             found = self._forward(rollout, set(want), plan, ranks)
-            if "logprobs" in want:
+            if "logprobs" in want and recompute_logprobs == "auto":
                 self._sampling_is_exact = exact and all(torch.equal(found[name], x) for name, x in sampled.items())
         return Evaluation(rollout.action_bounds, **found)
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo.checkpoint import load_latest_checkpoint
+from fastppo.critic_config import CriticConfig
+from fastppo.critics import histogram_of
 from fastppo.errors import CheckpointError
-from fastppo.model import Critic, SharedPrompts, ValueHead, evaluating, lm_head
+from fastppo.export import adapters_on, first_model
+from fastppo.model import (
+    Critic,
+    SharedPrompts,
+    evaluating,
+    load_model,
+    make_value_head,
+    prepare_model,
+)
+from fastppo.model.adapters import Adapters
 from fastppo.model.host import on_device
 from fastppo.roles import Roles
 from fastppo.rollout.record import bounds_of
@@ -22,47 +35,78 @@ TOKENS_A_FORWARD = 2**14
 
 
 def critic_values(critic: Critic | Roles) -> Values:
-    """The values of a critic, or of the critic among a trainer's roles, which may share the policy's trunk.
+    """The values of a critic, or of the critic among a trainer's roles, which may share the policy's trunk or be an adapter on it.
 
     Whole sequences are run, without a cache; states that differ in the last token alone, as a look-ahead has them, share the rest.
 
-    Raises ValueError where the roles have no critic, or one that is an adapter on the policy's trunk (critic.kind lora).
+    Raises ValueError where the roles have no critic.
     """
-    if isinstance(critic, Roles):
-        critic = _critic_of(critic)
+    network, speaking = (critic, nullcontext) if isinstance(critic, Critic) else _critic_of(critic)
 
     @torch.no_grad()
     def values(sequences: list[list[int]]) -> list[float]:
-        with evaluating(critic):
-            return [value for batch in _batches(sequences) for value in _state_values(critic, batch).tolist()]
+        with evaluating(network), speaking():
+            return [value for batch in _batches(sequences) for value in _state_values(network, batch).tolist()]
 
     return values
 
 
 def load_critic(run: str | Path, model: PreTrainedModel) -> Critic:
-    """The critic of a run's newest checkpoint, on the device of `model`, which is the run's policy. A shared trunk is the policy's.
+    """The critic of a run's newest checkpoint, on the device of `model`, which is the run's policy. A shared trunk is the policy's; that of an
+    adapter is the model which the run started from, loaded besides.
 
-    Raises ValueError where there is no checkpoint or no critic in it, CheckpointError where `model` is another model.
+    Raises ValueError where there is no checkpoint, no critic in it, or nothing that says what an adapter was made for; CheckpointError where
+    `model`, or the one under the adapter, is another model.
     """
     run = Path(run).expanduser()
     found = load_latest_checkpoint(run / CHECKPOINTS)
     if found is None:
         raise ValueError(f"{run} has no checkpoints, expected a run folder with some")
-    path, (tensors, _, _) = found
-    saved = tensors.get("critic")
+    path, (tensors, state, _) = found
+    if "identity" not in state:
+        raise CheckpointError(f"{path} was written by an earlier version of fastppo, expected one of this version")
+    saved, identity = tensors.get("critic"), state["identity"]
     if saved is None:
-        raise ValueError(f"{path} has no critic, expected one of a run with critic.kind separate or shared")
-    shared = not any(name.startswith("trunk.") for name in saved)
-    if shared:
-        _require_same_weights(path, tensors["policy"], model)
-        critic = Critic(model.base_model, ValueHead(lm_head(model).weight.shape[1], device=model.device))
+        raise ValueError(f"{path} has no critic, expected one of a run with critic.kind separate, shared or lora")
+    settings = {name: identity[f"critic.{name}"] for name in ("head", "bins", "value_range")}
+    histogram = histogram_of(CriticConfig(**settings))
+    if identity["critic.kind"] == "lora":
+        adapters = _adapters(run, path, identity, model.device)
+        critic = Critic(adapters.model, make_value_head(adapters.model, histogram))
+        learned = adapters.trained("policy", head=critic.head)  # names do not tell whose adapter it was
+    elif identity["critic.kind"] == "shared":
+        _require_same_weights(path, _policy_state(run, path, tensors["policy"], identity, model.device), model)
+        critic = Critic.from_model(model, histogram, share=True)
+        learned = critic.head
     else:
-        critic = Critic.from_model(model)
+        critic = learned = Critic.from_model(model, histogram)
     try:
-        (critic.head if shared else critic).load_state_dict(saved)
+        learned.load_state_dict(saved)
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds the critic of another model: {error}") from error
     return critic
+
+
+def _adapters(run: Path, checkpoint: Path, identity: dict[str, Any], device: torch.device) -> Adapters:
+    """On the model that the run started from."""
+    name = first_model(run)
+    if name is None:
+        raise ValueError(
+            f"{run} does not say which model it started from, expected a run that does: its adapters are on that one"
+        )
+    base = load_model(name, dtype=identity["model.dtype"], device=device)
+    return adapters_on(prepare_model(base), checkpoint, identity)
+
+
+def _policy_state(
+    run: Path, checkpoint: Path, saved: dict[str, Tensor], identity: dict[str, Any], device: torch.device
+) -> dict[str, Tensor]:
+    """The weights of the policy that a checkpoint holds, its adapter merged on the device."""
+    if identity["lora"] is None:
+        return saved
+    adapters = _adapters(run, checkpoint, identity, device)
+    adapters.trained("policy").load_state_dict(saved)
+    return adapters.merged_state()
 
 
 def _require_same_weights(path: Path, policy: dict[str, Tensor], model: PreTrainedModel) -> None:
@@ -78,16 +122,13 @@ def _require_same_weights(path: Path, policy: dict[str, Tensor], model: PreTrain
         )
 
 
-def _critic_of(roles: Roles) -> Critic:
-    if roles.adapters is not None and roles.critic is not None:
-        raise ValueError(
-            "the critic is an adapter on the policy's trunk, expected critic.kind separate or shared in a search"
-        )
+def _critic_of(roles: Roles) -> tuple[Critic, Callable[[], AbstractContextManager]]:
+    """(critic, what it speaks in)"""
     if roles.critic is not None:
-        return roles.critic
+        return roles.critic, lambda: roles.speaking("critic")
     if roles.value_head is None:
-        raise ValueError("the roles have no critic, expected critic.kind separate or shared")
-    return Critic(roles.policy.base_model, roles.value_head)
+        raise ValueError("the roles have no critic, expected critic.kind separate, shared or lora")
+    return Critic(roles.policy.base_model, roles.value_head), nullcontext
 
 
 def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:

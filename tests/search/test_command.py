@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastppo import cli
 from fastppo.errors import CheckpointError
@@ -10,6 +11,7 @@ from fastppo.model import load_model, prepare_model
 from fastppo.search import critic_values, load_critic
 from tests.tiny import make_model
 from tests.tiny_trainer import build_trainer
+from tests.tolerance import assert_rounds_to
 
 
 @pytest.fixture(scope="module", params=["shared", "separate"])
@@ -20,6 +22,10 @@ def trainer(request, tmp_path_factory):
     return trainer
 
 
+def load(path):
+    return load_model(path, dtype="float32", device="cpu")
+
+
 def generate(trainer, *arguments):
     run = trainer.config.output_dir
     return cli.main(["generate", f"{run}/model", "--prompt", "ab", "--max-new-tokens", "6", *arguments])
@@ -27,9 +33,49 @@ def generate(trainer, *arguments):
 
 def test_the_critic_of_a_run_is_the_trainers(trainer):
     run, states = trainer.config.output_dir, [[2, 3], [4], [2, 3, 4]]
-    model = prepare_model(load_model(f"{run}/model", dtype="float32", device="cpu"))
+    model = prepare_model(load(f"{run}/model"))
     said = critic_values(load_critic(run, model))(states)
     assert said == critic_values(trainer.roles)(states) and len(set(said)) == 3
+
+
+HISTOGRAM = {"critic__head": "two-hot", "critic__bins": 11, "critic__value_range": [-1, 2]}
+OTHER_CRITICS = {
+    "histogram": {"critic__kind": "separate"} | HISTOGRAM,
+    "histogram on the policy's trunk": {"critic__kind": "shared"} | HISTOGRAM,
+    "adapter": {"critic__kind": "lora", "lora__r": 4},
+    "histogram on an adapter": {"critic__kind": "lora", "lora__r": 4} | HISTOGRAM,
+    "head on the policy's adapter": {"critic__kind": "shared", "lora__r": 4},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CRITICS)
+def test_histograms_and_adapters_are_the_trainers_too(tmp_path, capsys, kind):
+    settings, base = OTHER_CRITICS[kind], tmp_path / "base"
+    if "lora__r" in settings:
+        pytest.importorskip("peft")
+    make_model().save_pretrained(base)
+    trainer = build_trainer(tmp_path / "run", model=load(base), **settings)
+    trainer.train()
+    model = prepare_model(load(tmp_path / "run" / "model"))
+    states = [[2, 3], [4], [2, 3, 4]]
+    said, expected = critic_values(load_critic(tmp_path / "run", model))(states), critic_values(trainer.roles)(states)
+    assert_rounds_to(torch.tensor(said), torch.tensor(expected).double())
+    assert len(set(said)) == 3
+    arguments = ["--search", "value-guided", "--width", "3", "--critic", str(tmp_path / "run")]
+    assert generate(trainer, *arguments) == 0, capsys.readouterr().err
+
+
+def test_the_model_under_an_adapter_is_looked_at(tmp_path):
+    pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path / "base")
+    for name, model in (("run", load(tmp_path / "base")), ("nameless", make_model())):
+        build_trainer(tmp_path / name, model=model, lora__r=4, total_steps=1).train()
+    make_model(seed=1).save_pretrained(tmp_path / "base")
+    model = prepare_model(load(tmp_path / "run" / "model"))
+    with pytest.raises(CheckpointError, match="holds an adapter of another model than"):
+        load_critic(tmp_path / "run", model)
+    with pytest.raises(ValueError, match="does not say which model it started from"):
+        load_critic(tmp_path / "nameless", model)
 
 
 def test_a_critic_of_another_model_is_refused(trainer, tmp_path):
