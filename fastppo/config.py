@@ -16,7 +16,19 @@ from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, Evalua
 from fastppo.lora_config import LoRAConfig
 from fastppo.ops.sample_tokens import TEMPERATURES
 from fastppo.rollout.sampling import SamplingParams
-from fastppo.setting_types import STRICT, Beta, Count, Finite, NonNegative, OptionalCount, PathText, Positive, Share
+from fastppo.search_config import SAMPLED, SearchConfig
+from fastppo.setting_types import (
+    STRICT,
+    Beta,
+    Count,
+    Finite,
+    NonNegative,
+    OptionalCount,
+    PathText,
+    Positive,
+    Share,
+    one_or_more,
+)
 
 
 def _check_kl_target(section: RewardConfig | LossConfig) -> None:
@@ -289,16 +301,11 @@ class LearnerConfig:
     """Keep one hidden state a layer and compute the rest again in the backward pass: less memory, about a third more time."""
 
 
-def _one_or_more(value: Any) -> Any:
-    """A text as a list of one: `tracking.to=wandb`."""
-    return (value,) if isinstance(value, str) else value
-
-
 @dataclass(config=STRICT)
 class TrackingConfig:
     """Where metrics go besides `metrics.jsonl`, which is always written. A tracker that fails is said once and never ends the run."""
 
-    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], BeforeValidator(_one_or_more)] = ()
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], BeforeValidator(one_or_more)] = ()
     """Trackers, each with the package of its name: `[tensorboard, wandb]`. Servers, keys and modes are the packages' own settings
     (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...)."""
     project: Annotated[str, Field(min_length=1)] = "fastppo"
@@ -319,8 +326,9 @@ class PPOConfig:
     """Folder that receives config, metrics, samples, curve and checkpoints."""
     total_steps: Count = 100
     """Number of rollout-and-update steps."""
-    algorithm: Literal["ppo", "trpo"] = "ppo"
-    """How the policy moves: by PPO's loss, or by steps within a KL limit (Schulman et al. 2015, arXiv:1502.05477)."""
+    algorithm: Literal["ppo", "trpo", "expert_iteration"] = "ppo"
+    """How the policy moves: by PPO's loss, by steps within a KL limit (Schulman et al. 2015, arXiv:1502.05477), or towards the answers that a
+    search finds (Anthony et al. 2017, arXiv:1705.08439)."""
     seed: OptionalCount = 0
     """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
     device: str = "auto"
@@ -333,6 +341,7 @@ class PPOConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -363,6 +372,8 @@ class PPOConfig:
             )
         with_critic = ("lora", "shared") if self.lora.r else ("separate", "shared", "lora")
         kinds = with_critic if estimator in CRITIC_ESTIMATORS else ("none",)
+        if self.algorithm == "expert_iteration" and self.search.kind in SAMPLED:
+            kinds = (*kinds, "none")
         if self.critic.kind is None:
             self.critic = replace(self.critic, kind=kinds[0])
         if self.critic.kind not in kinds:
@@ -376,14 +387,42 @@ class PPOConfig:
                 f"loss.rollout_correction is {self.loss.rollout_correction}, expected none with advantage.estimator vtrace, "
                 f"whose advantages are weighed already"
             )
-        if self.algorithm == "trpo" and self.loss != LossConfig():
-            default = LossConfig()
-            names = [spec.name for spec in fields(default)]
-            changed = [name for name in names if getattr(self.loss, name) != getattr(default, name)]
+        if self.algorithm != "ppo" and (changed := _changed(self.loss)):
             raise ValueError(
-                f"loss.{changed[0]} is set, expected no setting of loss with algorithm trpo, which has none"
+                f"loss.{changed} is set, expected no setting of loss with algorithm {self.algorithm}, which has none"
+            )
+        if self.algorithm == "expert_iteration":
+            self._check_search()
+        elif changed := _changed(self.search):
+            raise ValueError(
+                f"search.{changed} is set, expected no setting of search with algorithm {self.algorithm}, which has none"
             )
         return self
+
+    def _check_search(self) -> None:
+        """What depends on the search whose answers are learned from."""
+        kind, budget, most = self.search.kind, self.search.budget, self.rollout.max_new_tokens
+        expected = {
+            "reward.kl_coef": (
+                self.reward.kl_coef,
+                0,
+                "algorithm expert_iteration, whose policy loss has no reward in it",
+            )
+        }
+        expected["advantage.estimator"] = self.advantage.estimator, "gae", "algorithm expert_iteration"
+        if self.critic.kind == "none":
+            bootstrap = self.advantage.bootstrap_truncated
+            expected["advantage.bootstrap_truncated"] = bootstrap, False, "critic.kind none"
+        if kind not in SAMPLED:
+            why = f"search.kind {kind}, which puts an answer together"
+            expected["rollout.min_new_tokens"] = self.rollout.min_new_tokens, 0, why
+        for name, (found, wanted, why) in expected.items():
+            if found != wanted:
+                raise ValueError(f"{name} is {found}, expected {wanted} with {why}")
+        if kind in SAMPLED and self.rollout.samples_per_prompt < 2:
+            raise ValueError(f"rollout.samples_per_prompt is 1, expected at least 2 with search.kind {kind}")
+        if budget is not None and budget < most:
+            raise ValueError(f"search.budget is {budget}, expected at least rollout.max_new_tokens = {most}")
 
     def sampling_warning(self) -> str | None:
         """A sentence where completions are drawn from another distribution than the one that is trained, and nothing corrects for it."""
@@ -396,6 +435,13 @@ class PPOConfig:
             f"{', '.join(changed)}: completions are drawn from another distribution than the one that is trained, and nothing "
             f"weighs them for it; loss.rollout_correction=truncate does"
         )
+
+
+def _changed(section: LossConfig | SearchConfig) -> str | None:
+    """The first of its settings that is not as it is by default."""
+    default = type(section)()
+    names = (spec.name for spec in fields(default) if getattr(section, spec.name) != getattr(default, spec.name))
+    return next(names, None)
 
 
 # Where the settings of recipes with one section `ppo` have gone.

@@ -46,7 +46,7 @@ LEAST_NEEDED = (
     "KL",
     "loss",
 )
-PARTS_OF_A_STEP = ("rollout", "reward", "score", "update")
+PARTS_OF_A_STEP = ("rollout", "search", "reward", "score", "update")
 COLUMN_GAP = 2
 SHOWN_STEPS = 12
 SHOWN_CHARACTERS = 2000

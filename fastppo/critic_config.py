@@ -82,7 +82,7 @@ _OF_A_TRUNK = (*_OF_ITS_WEIGHTS, "epochs", "tokens_per_microbatch")
 def refuse_unused(critic: CriticConfig, estimator: str) -> None:
     """Raises ValueError for a setting that would do nothing: of a critic where there is none, of a trunk where the critic has none of its own."""
     names, why = {
-        "none": (_OF_A_CRITIC, f"advantage.estimator {estimator}, which has no critic"),
+        "none": (_OF_A_CRITIC, f"critic.kind none (advantage.estimator {estimator})"),
         "shared": (_OF_A_TRUNK, "critic.kind shared, whose trunk is the policy's"),
         "lora": (_OF_ITS_WEIGHTS, "critic.kind lora, whose trunk is the policy's"),
     }.get(critic.kind, ((), ""))

@@ -19,7 +19,7 @@ LEAST_STEPS = 5
 
 SCORES, SPREAD, ENTROPY = "objective/scores", "objective/scores_std", "policy/entropy_avg"
 KL, UPDATE_KL, LENGTH = "objective/kl", "policy/approxkl_avg", "completions/mean_length"
-CUT_OFF, EXPLAINED = "completions/clipped_ratio", "val/explained_var"
+CUT_OFF, EXPLAINED, KEPT = "completions/clipped_ratio", "val/explained_var", "search/kept"
 
 
 class Finding(NamedTuple):
@@ -111,6 +111,8 @@ class Rule(NamedTuple):
     """The metrics that it is about."""
     judge: Callable[[Evidence], tuple[str, tuple[str, ...]] | None]
     """(what was seen, advice), or None where all is well."""
+    of_all_runs: bool = True
+    """A run without these metrics is one that should have them."""
 
 
 ENTROPY_LEFT = 0.1
@@ -284,6 +286,24 @@ def sampler_differs(run: Evidence) -> tuple[str, tuple[str, ...]] | None:
     )
 
 
+KEPT_SHARE = 0.01
+"""Of the prompts. A policy that gets no answers to imitate stays what it is."""
+
+
+def search_finds_nothing(run: Evidence) -> tuple[str, tuple[str, ...]] | None:
+    kept = run.curve(KEPT)
+    if kept.last >= KEPT_SHARE:
+        return None
+    seen = f"the search had an answer to imitate for {kept.last:.1%} of the prompts ({kept.last_steps}; {kept.first:.1%} at first)"
+    return seen, (
+        run.suggest("reward.solved_score", "a lower {}"),
+        run.suggest("rollout.samples_per_prompt", "more {}")
+        if run.setting("search.kind") in ("best-of-n", "majority")
+        else run.suggest("critic.warmup_steps", "more {}: the critic is the search's judge"),
+        "easier prompts",
+    )
+
+
 RULES = (
     Rule("entropy collapse", (ENTROPY, SCORES, SPREAD), entropy_collapse),
     Rule("KL blow-up", (UPDATE_KL, SCORES, SPREAD), kl_blow_up),
@@ -293,6 +313,7 @@ RULES = (
     Rule("reward hacking by length", (LENGTH, SCORES, SPREAD), hacked_by_length),
     Rule("updates not finite", ("update/skipped",), skipped_updates),
     Rule("sampling and training disagree", ("rollout/out_of_clip_rate",), sampler_differs),
+    Rule("search finds nothing", (KEPT,), search_finds_nothing, of_all_runs=False),
 )
 
 
@@ -303,6 +324,8 @@ def examine(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | Non
     for rule in RULES:
         counts = {metric: len(run.curve(metric).values) for metric in rule.needs}
         missing = [metric for metric, count in counts.items() if not count]
+        if missing and not rule.of_all_runs:
+            continue
         if missing or min(counts.values()) < LEAST_STEPS:
             unjudged[rule.name] = f"no {', '.join(missing)}" if missing else f"fewer than {LEAST_STEPS} steps"
         elif found := rule.judge(run):

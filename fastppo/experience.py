@@ -16,7 +16,7 @@ class Experience(NamedTuple):
     scores: Scores
     """Theirs."""
     all_scores: Scores
-    """Of every sample, also those that are left out."""
+    """Of every sample, also those that are left out; not of what a search put together."""
     prompts: int
     """How many were sampled for."""
     tokens: int

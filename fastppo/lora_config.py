@@ -7,12 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, model_validator
 from pydantic.dataclasses import dataclass
 
-from fastppo.setting_types import STRICT, OptionalCount, Positive
-
-
-def _names(value: object) -> object:
-    """A text as a list of one."""
-    return (value,) if isinstance(value, str) else value
+from fastppo.setting_types import STRICT, OptionalCount, Positive, one_or_more
 
 
 @dataclass(config=STRICT)
@@ -23,7 +18,7 @@ class LoRAConfig:
     """Rank of the adapters; 0 trains all weights."""
     alpha: Positive = 32.0
     """What an adapter adds is multiplied by alpha / r."""
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = None
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] | None = None
     """Names of the linear layers that get one, such as `[q_proj, v_proj]`; by default all but the output head."""
     quantization: Literal["nf4"] | None = None
     """Hold the weights beside the adapters in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); needs bitsandbytes. Sampling and training

@@ -25,7 +25,9 @@ OUT_OF_BAND = 1e-3
 def rollout_metrics(
     rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, config: PPOConfig, kl_coef: float
 ) -> dict[str, float]:
-    """What the rollout says about policy, critic and reward before the update. kl_coef: the coefficient of the KL in the reward."""
+    """What the samples of a rollout say about policy, critic and reward before the update. kl_coef: the coefficient of the KL in the reward."""
+    if 0 < len(sampled := rollout.sampled) < rollout.num_sequences:
+        rollout, scores, evaluation, targets = (x.select(sampled) for x in (rollout, scores, evaluation, targets))
     log_ratio = evaluation.logprobs - rollout.logprobs
     difference, ratio = log_ratio.abs(), log_ratio.exp()
     clipped = (ratio < 1 - config.loss.clip_low) | (ratio > 1 + config.loss.clip_high)
@@ -49,6 +51,19 @@ def rollout_metrics(
         kl_sum = kl.sum().item() / sequences
         metrics["objective/kl"] = kl_sum
     metrics["objective/rlhf_reward"] = metrics["objective/scores"] - kl_coef * kl_sum
+    return metrics
+
+
+def search_metrics(
+    rollout: Rollout, scores: Scores, evaluation: Evaluation, targets: Targets, prompts: int
+) -> dict[str, float]:
+    """What a search found for so many prompts, and how likely what is imitated of it was to the policy."""
+    metrics = {"search/kept": targets.positive.sum().item() / prompts}
+    if rollout.found is not None and rollout.found.any():
+        metrics["search/scores"] = scores.values[rollout.found].mean().item()
+    imitated = targets.positive.nonzero().squeeze(1).tolist()
+    if imitated:
+        metrics["search/logprobs"] = evaluation.select(imitated).logprobs.mean().item()
     return metrics
 
 

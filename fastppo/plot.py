@@ -44,10 +44,16 @@ PANELS = (
     Panel(
         "Time of a step",
         "seconds",
-        {"time/rollout": "rollout", "time/reward": "reward", "time/score": "score", "time/update": "update"},
+        {
+            "time/rollout": "rollout",
+            "time/reward": "reward",
+            "time/score": "score",
+            "time/update": "update",
+            "time/search": "search",
+        },
     ),
 )
-STYLES = ("-", "--", ":", "-.")
+STYLES = ("-", "--", ":", "-.", (0, (1, 4)))
 
 
 def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
@@ -145,7 +151,7 @@ def _draw(axes: Any, panel: Panel, rows: list[dict[str, Any]]) -> None:
 
 
 def _overlay(axes: Any, panel: Panel, found: Sequence[list[dict[str, Any]]]) -> None:
-    styles: dict[str, str] = {}
+    styles: dict[str, Any] = {}
     for number, (metric, label) in enumerate(panel.lines.items()):
         for run, rows in enumerate(found):
             steps, values = _points(rows, metric)

@@ -3,7 +3,8 @@
 A row holds `prompt`, `completion` (without special tokens), `score`, `rewards` (of each function), `ended` ("stop", "length" or "error"),
 the token ids `prompt_ids` and `completion_ids`, with `action_mask` where the policy did not choose all of the latter, and for the tokens that it
 chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and `values` too; of an episode with an
-environment also its `turns` (`completion`, `reward`, `observation`) and the `error` that made it invalid. A number that is not finite is null.
+environment also its `turns` (`completion`, `reward`, `observation`) and the `error` that made it invalid; `found` is true where a search put the
+completion together. A number that is not finite is null.
 `fastppo critic` trains on such rows.
 """
 
@@ -42,6 +43,7 @@ def describe_samples(
     count = min(count, len(texts))
     owners, reasons = rollout.prompt_index[:count].tolist(), rollout.finish_reasons[:count].tolist()
     first = rollout.select(range(count))
+    found = [False] * count if first.found is None else first.found.tolist()
     chosen, prompts, completions, masks = (
         rollout.tokens[rollout.actions],
         first.prompts(),
@@ -58,6 +60,7 @@ def describe_samples(
             "prompt_ids": prompts[i],
             "completion_ids": completions[i],
             **({} if all(masks[i]) else {"action_mask": masks[i]}),
+            **({"found": True} if found[i] else {}),
             "tokens": token_texts(tokenizer, _of(chosen, rollout.action_bounds, i)),
             "logprobs": _numbers(rollout.logprobs, rollout.action_bounds, i),
         }

@@ -21,6 +21,11 @@ def _path_text(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
 
 
+def one_or_more(value: Any) -> Any:
+    """A text as a list of one, so that `tracking.to=wandb` is one."""
+    return (value,) if isinstance(value, str) else value
+
+
 PathText = Annotated[str, BeforeValidator(_path_text)]
 
 SET_NAME = r"[\w.-]+"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.algorithms.expert_iteration import ExpertIteration
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.trpo import TRPO, require_float32
 from fastppo.best import Best
@@ -32,9 +33,10 @@ from fastppo.experience import Experience, sample_with_signal
 from fastppo.held_out import load_held_out
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
-from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics
+from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics, search_metrics
 from fastppo.model import context_length
 from fastppo.model.adapters import adapters_of, add_adapters
+from fastppo.model.host import on_device
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
@@ -46,6 +48,8 @@ from fastppo.run_folder import RunFolder
 from fastppo.run_loop import RunLoop, default_recipe, naming, ready_model, refuse_autocast
 from fastppo.run_state import RunState, identity
 from fastppo.samples import add_credit, describe_samples
+from fastppo.search.expert import Expert
+from fastppo.search_config import SAMPLED
 from fastppo.tracking import check_installed
 
 if TYPE_CHECKING:
@@ -116,7 +120,7 @@ class PPOTrainer(RunLoop):
         self.reporter = self._reporter(reporter or Reporter(config.total_steps))
         if config.algorithm == "trpo":
             require_float32(self.model)
-        self.algorithm = {"ppo": PPO, "trpo": TRPO}[config.algorithm](config)
+        self.algorithm = self._algorithm()
         if config.lora.r:
             self.adapters = add_adapters(self.model, config.lora, config.seed)
         self.roles = Roles(
@@ -141,7 +145,14 @@ class PPOTrainer(RunLoop):
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
         self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
+        expert = config.algorithm == "expert_iteration" and config.search.kind not in SAMPLED
+        if expert and self.ranks.size > 1:
+            raise ValueError(
+                f"search.kind is {config.search.kind}, expected {' or '.join(SAMPLED)} in {self.ranks.size} processes (torchrun)"
+            )
+        self.expert = Expert(config.search, self.engine, self.learner) if expert else None
         with naming("environment"):
+            _require_whole_answers(environment, config)
             self.source = source_of(environment, self.engine, self.tokenizer, self.prompts.chat, config.environment)
         self.collector = Collector(
             self.source,
@@ -198,6 +209,8 @@ class PPOTrainer(RunLoop):
             folder.log_samples(self.step + 1, experience.samples)
             kl_coef = self.algorithm.reward_kl.coef
             metrics |= rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
+            if self.config.algorithm == "expert_iteration" and not self.algorithm.warmup.holds(self.step):
+                metrics |= search_metrics(rollout, scores, evaluation, targets, experience.prompts)
         with self.ranks.together("beginning of the update"):
             self._interruption.check()
         with clock("time/update"):
@@ -236,6 +249,10 @@ class PPOTrainer(RunLoop):
         with clock("time/rollout"):
             answers, rows = self._collect(seed)
         metrics = engine_metrics(self.engine.stats) | answers.metrics()
+        if self.expert is not None and not self.algorithm.warmup.holds(self.step):
+            with clock("time/search"):
+                answers, searched = self._with_found(answers, rows, seed)
+            metrics |= searched
         if self.step == 0 and not answers.many_turns:
             if warning := cut_off_warning(answers.rollout, *self._stops()):
                 self.reporter.note_once(warning)
@@ -246,7 +263,8 @@ class PPOTrainer(RunLoop):
         with clock("time/reward"):
             experience = self._score(answers, rows, folder, greedy)
         solved_score = self.config.reward.solved_score
-        metrics |= self.sampler.saw(answers.rollout.prompt_index, experience.all_scores.values, solved_score)
+        places = answers.rollout.prompt_index[on_device(answers.rollout.sampled, self.model.device)]
+        metrics |= self.sampler.saw(places, experience.all_scores.values, solved_score)
         return experience._replace(metrics=metrics)
 
     def _collect(self, seed: int) -> tuple[Answers, list[Row]]:
@@ -255,6 +273,14 @@ class PPOTrainer(RunLoop):
         sampling, check = self.config.rollout.sampling(seed), self._interruption.check
         options = {"progress": self._show_rollout, "value_head": self.roles.value_head}
         return self.collector.sample(rows, sampling, check, **options), rows
+
+    def _with_found(self, answers: Answers, rows: list[Row], seed: int) -> tuple[Answers, dict[str, float]]:
+        """With what the search finds, and what that cost."""
+        self.reporter.phase("search", 0, 1)
+        prompts = [row["prompt_ids"] for row in rows]
+        sampling, check = self.config.rollout.sampling(seed), self._interruption.check
+        rollout, metrics = self.expert.join(answers.rollout, prompts, sampling, check)
+        return Answers(rollout), metrics
 
     def _say_what_holds(self) -> None:
         """What is decided of the model, where it could be otherwise, and what the settings would want besides."""
@@ -310,7 +336,8 @@ class PPOTrainer(RunLoop):
         kept = rollout.select(valid)
         penalised = scores.select(valid).penalised(kept, self.config.reward.missing_eos_penalty)
         described = [samples[index] if index < len(samples) else None for index in valid]
-        return Experience(kept, penalised, scores, len(rows), rollout.num_actions, samples, described, {})
+        sampled = scores.select(rollout.sampled)
+        return Experience(kept, penalised, sampled, len(rows), rollout.num_actions, samples, described, {})
 
     def _complete(self, rows: Sequence[Row], sampling: SamplingParams) -> tuple[Rollout, RewardResult]:
         """Held-out prompts' completions and their scores."""
@@ -346,6 +373,11 @@ class PPOTrainer(RunLoop):
 
     # Set-up, checkpoints
 
+    def _algorithm(self) -> PPO:
+        if self.config.algorithm == "expert_iteration":
+            return ExpertIteration(self.config, self.tokenizer)
+        return {"ppo": PPO, "trpo": TRPO}[self.config.algorithm](self.config)
+
     def _load(self, source: Any, name: str) -> PromptDataset:
         context = context_length(self.model)
         if context is not None and context <= self.config.rollout.max_new_tokens:
@@ -364,6 +396,15 @@ class PPOTrainer(RunLoop):
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config, self.roles, self.prompts)
+
+
+def _require_whole_answers(environment: Factory | None, config: PPOConfig) -> None:
+    """Raises ValueError where a search would have to be one of episodes."""
+    kind = config.search.kind
+    if environment is not None and config.algorithm == "expert_iteration" and kind != "best-of-n":
+        raise ValueError(
+            f"search.kind is {kind}, expected best-of-n with an environment, whose episodes have many turns"
+        )
 
 
 def _mix(seed: int, step: int) -> int:

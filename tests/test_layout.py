@@ -37,6 +37,7 @@ FLOORS = [
         "fastppo.recipe_config",
         "fastppo.critic_config",
         "fastppo.distributed_config",
+        "fastppo.search_config",
         "fastppo.setting_types",
         "fastppo.reward_model_config",
         "fastppo.sft_config",

@@ -61,6 +61,14 @@ def test_trpo(train):
     assert all(row["policy/kl"] <= 0.01 for row in metrics if row["step"] > 0)
 
 
+def test_expert_iteration(train):
+    """A step of the critic alone, then one with a tree for each prompt; every answer is good enough."""
+    toy = ["critic.warmup_steps=1", "reward.solved_score=0", "search.simulations=2", "search.budget=32"]
+    first, second = (row for row in train("expert_iteration", *toy) if row["step"] > 0)
+    assert "search/kept" not in first and "loss/policy_avg" not in first
+    assert second["search/kept"] == 1 and 16 <= second["search/tokens"] <= 32 and second["loss/policy_avg"] > 0
+
+
 def load_translations():
     spec = importlib.util.spec_from_file_location("translations", DATA / "translations.py")
     module = importlib.util.module_from_spec(spec)

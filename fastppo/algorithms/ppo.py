@@ -90,7 +90,7 @@ class PPO:
         kept = rollout.finish_reasons != FinishReason.LENGTH if loss.mask_truncated_completions else None
         positive = scores.values > loss.positive_nll_threshold if loss.positive_nll_coef > 0 else None
         if self.config.advantage.whiten:
-            advantages = masked_whiten(advantages, _of_actions(kept, rollout))
+            advantages = masked_whiten(advantages, of_actions(kept, rollout))
         sampled = None
         if loss.rollout_correction:
             level = loss.rollout_correction_level
@@ -296,7 +296,7 @@ class PPO:
         config, loss = self.config, self.config.loss
         has_values = self.has_critic and train_critic
         outputs = roles(rollout, policy=train_policy, values=has_values)
-        kept = _of_actions(targets.kept, rollout)
+        kept = of_actions(targets.kept, rollout)
         logprobs, advantages = outputs.logprobs if train_policy else evaluation.logprobs, targets.advantages
         if loss.objective == "dis":
             trusted = within_bounds(logprobs, evaluation.logprobs, loss.clip_low, loss.clip_high)
@@ -342,7 +342,7 @@ class PPO:
             value_loss = self._histogram_loss(roles, outputs.value_logits, rollout, targets, kept, denominators)
             total, metrics["loss/value_avg"] = total + config.critic.vf_coef * value_loss, value_loss.detach()
         if targets.positive is not None and train_policy:
-            positive = _of_actions(targets.positive, rollout)
+            positive = of_actions(targets.positive, rollout)
             positive = positive if kept is None else positive & kept
             nll = -torch.where(positive, outputs.logprobs, 0).sum() / denominators.positive_tokens
             total, metrics["loss/positive_nll_avg"] = total + loss.positive_nll_coef * nll, nll.detach()
@@ -380,7 +380,7 @@ def within_bounds(logprobs: Tensor, old_logprobs: Tensor, low: float, high: floa
     return (ratio > 1 - low) & (ratio < 1 + high)
 
 
-def _of_actions(of_sequences: Tensor | None, rollout: Rollout) -> Tensor | None:
+def of_actions(of_sequences: Tensor | None, rollout: Rollout) -> Tensor | None:
     """[B] -> [N]: what holds of a sequence, of each of its actions."""
     if of_sequences is None:
         return None

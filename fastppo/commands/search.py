@@ -17,6 +17,7 @@ from fastppo.search import (
     TreeParams,
     best_of_n,
     critic_values,
+    last_match,
     load_critic,
     majority_vote,
     puct,
@@ -74,14 +75,9 @@ def _typed(name: str) -> str:
 
 def _majority(options: argparse.Namespace, engine: Engine, prompts: list[Any], sampling: SamplingParams) -> list[Found]:
     try:
-        pattern = re.compile(options.answer)
+        said = last_match(options.answer)
     except re.error as error:
         raise ValueError(f"--answer is {options.answer!r}, expected a regular expression: {error}") from error
-
-    def said(text: str) -> str | None:
-        *_, last = [None, *pattern.finditer(text)]
-        return last and last[min(1, pattern.groups)]
-
     return majority_vote(engine, prompts, sampling, said)
 
 

@@ -62,6 +62,8 @@ class Rollout:
     """The sampling temperature; 0 was greedy, with the log-probabilities at temperature 1."""
     values: Tensor | None = None
     """fp32 [N], of the state before each action, where the sampler had a value head."""
+    found: Tensor | None = None
+    """bool [B], which completions a search put together: their log-probabilities are the policy's own. None: the policy sampled all."""
 
     def __post_init__(self) -> None:
         _check_tensor("cu_seqlens", self.cu_seqlens, torch.int32, None)
@@ -74,6 +76,8 @@ class Rollout:
             _check_tensor(name, getattr(self, name), dtype, self.num_actions)
         if self.values is not None:
             _check_tensor("values", self.values, torch.float32, self.num_actions)
+        if self.found is not None:
+            _check_tensor("found", self.found, torch.bool, self.num_sequences)
 
     @property
     def num_sequences(self) -> int:
@@ -154,6 +158,12 @@ class Rollout:
             return None
         return SharedPrompts(self.bounds, self.prompt_lengths, self.prompt_groups, self.tokens.device)
 
+    @property
+    def sampled(self) -> list[int]:
+        """The sequences whose completions the policy sampled."""
+        found = [False] * self.num_sequences if self.found is None else self.found.tolist()
+        return [i for i, by_search in enumerate(found) if not by_search]
+
     def completions(self) -> list[list[int]]:
         """Token ids of each completion, end-of-sequence included, from the first action to the end."""
         return [tokens[prompt:] for tokens, prompt in self._token_lists()]
@@ -183,6 +193,7 @@ class Rollout:
             cu_seqlens=on_device(bounds, device, torch.int32),
             temperature=self.temperature,
             values=None if self.values is None else self.values[actions],
+            found=None if self.found is None else self.found[chosen],
             bounds=bounds,
             action_bounds=action_bounds,
             prompt_lengths=[self.prompt_lengths[i] for i in indices],
@@ -194,7 +205,8 @@ class Rollout:
     @classmethod
     def joined(cls, rollouts: Sequence[Rollout], prompts: Sequence[int]) -> Rollout:
         """The sequences of rollouts with the same settings, one after another; `prompts`, how many each was made of, number on."""
-        names = [*TOKEN, *ACTION, *SEQUENCE] + ([] if rollouts[0].values is None else ["values"])
+        optional = [name for name in ("values", "found") if getattr(rollouts[0], name) is not None]
+        names = [*TOKEN, *ACTION, *SEQUENCE, *optional]
         tensors = {name: torch.cat([getattr(rollout, name) for rollout in rollouts]) for name in names}
         firsts = zip(bounds_of(prompts), rollouts, strict=False)
         tensors["prompt_index"] = torch.cat([rollout.prompt_index + first for first, rollout in firsts])
@@ -212,8 +224,10 @@ class Rollout:
     def to(self, device: torch.device) -> Rollout:
         """The same sequences on another device."""
         moved = {name: getattr(self, name).to(device) for name in (*TOKEN, *ACTION, *SEQUENCE, "cu_seqlens")}
-        values = None if self.values is None else self.values.to(device)
-        return Rollout(**moved, temperature=self.temperature, values=values)
+        for name in ("values", "found"):
+            value = getattr(self, name)
+            moved[name] = None if value is None else value.to(device)
+        return Rollout(**moved, temperature=self.temperature)
 
     def _token_lists(self) -> list[tuple[list[int], int]]:
         tokens, bounds = self.tokens.tolist(), self.bounds

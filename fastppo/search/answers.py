@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,25 @@ def majority_vote(
     said = [answer(decode(engine.tokenizer, tokens, skip_special_tokens=True)) for tokens in completions]
     n, shares = sampling.n, []
     for first in range(0, len(said), n):
-        votes = Counter(said[first : first + n])
-        shares += [0.0 if what is None else votes[what] / n for what in said[first : first + n]]
+        shares += [votes / n for votes in votes_for(said[first : first + n])]
     return _choose(completions, reasons, shares, n)
+
+
+def votes_for(said: Sequence[Hashable | None]) -> list[int]:
+    """Of answers to one prompt, how many say what each says; 0 for one that says nothing."""
+    votes = Counter(said)
+    return [0 if what is None else votes[what] for what in said]
+
+
+def last_match(pattern: str) -> Callable[[str], str | None]:
+    """What a completion's text says by a regular expression: its last match, or the first group of that where the expression has one."""
+    expression = re.compile(pattern)
+
+    def said(text: str) -> str | None:
+        *_, last = [None, *expression.finditer(text)]
+        return last and last[min(1, expression.groups)]
+
+    return said
 
 
 def value_score(values: Values, prompts: list[list[int]]) -> Score:

@@ -99,6 +99,16 @@ def test_records_of_actions_take_the_same_sequences():
         Evaluation(ACTION_BOUNDS, values=torch.zeros(4))
 
 
+def test_what_a_search_found_is_known_by_its_place():
+    assert _rollout().sampled == [0, 1, 2, 3]
+    rollout = _rollout(found=torch.tensor([False, True, True, False]))
+    assert rollout.sampled == [0, 3] and rollout.select([2, 0, 1]).found.tolist() == [True, False, True]
+    both = Rollout.joined([rollout, rollout.select([1])], [0, 2])
+    assert both.found.tolist() == [False, True, True, False, True] and both.prompt_index.tolist() == [0, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"^found has shape \[2\], expected \[4\]"):
+        _rollout(found=torch.zeros(2, dtype=torch.bool))
+
+
 def test_taking_sequences_waits_for_nothing():
     """Numbers that the host has been told once; `tests/trainer/test_waiting.py` watches a whole update."""
     rollout = moved(_rollout(), DEVICE)

@@ -12,9 +12,11 @@ import torch
 
 from fastppo import cli
 from fastppo.commands import search
+from fastppo.recipe import load_recipe
 from fastppo.search import TreeParams
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "search.md").read_text()
 COMMANDS = [
     shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()
 ]
@@ -30,10 +32,19 @@ def test_the_example_runs():
     assert all(answer.completion == [shown.b] * 8 for answer in shown.guided), "every token is a candidate"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[command.index("--search") + 1])
+SEARCHES = [command for command in COMMANDS if command[1] == "generate"]
+
+
+@pytest.mark.parametrize("command", SEARCHES, ids=lambda command: command[command.index("--search") + 1])
 def test_the_commands_are_understood(command):
     parser, _ = cli._parser()
     search.check(parser.parse_args(command[1:]))
+
+
+def test_the_recipe_takes_what_is_typed():
+    ((_, _, recipe, *overrides),) = [command for command in COMMANDS if command[1] == "train"]
+    changed = load_recipe(ROOT / recipe, overrides).search
+    assert changed != load_recipe(ROOT / recipe).search and changed.kind == "puct"
 
 
 def test_every_setting_of_the_tree_is_named():

@@ -55,7 +55,7 @@ BAD = {
     "value_clip is 0.5, expected none with head hl-gauss": HL_GAUSS | {"critic__value_clip": 0.5},
     "critic.epochs is 2, expected None with critic.kind shared": {"critic__kind": "shared", "critic__epochs": 2},
     "critic.model is x, expected None with critic.kind shared": {"critic__kind": "shared", "critic__model": "x"},
-    "critic.freeze_attention is True, expected False with advantage.estimator remax, which has no critic": {
+    "critic.freeze_attention is True, expected False with critic.kind none (advantage.estimator remax)": {
         "advantage__estimator": "remax",
         "critic__freeze_attention": True,
     },
