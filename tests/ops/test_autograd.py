@@ -238,7 +238,7 @@ def backward_calls(backend: str) -> dict[str, tuple]:
     return {
         "token_logprobs_backward": (logits, LABELS, *saved, *options, backend),
         "token_logprobs_backward_": (logits.clone(), LABELS, *saved, *options, backend),
-        "linear_token_logprobs_backward": (*head, *options, False, [True, True, True], backend),
+        "linear_token_logprobs_backward": (*head, *options, False, [True, True, True], True, backend),
         "approx_kl_backward": (one, logits[:, 0], one, 2),
         "rms_norm_backward": (logits, hidden.new_ones(5), logits.neg(), logits.sin(), 1e-5, True, backend),
         "swiglu_backward": (logits, logits.neg(), logits.sin(), backend),
