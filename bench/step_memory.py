@@ -87,10 +87,10 @@ def networks(row: Row) -> Roles:
     return Roles(model, with_reference=True, adapters=adapters, **options)
 
 
-def step_peaks(row: Row) -> list[int]:
-    """Bytes: peak of the rollout, and of scoring and updates."""
+def step_peaks(row: Row, given_back: int = MIB) -> list[int]:
+    """Bytes: peak of the rollout, and of scoring and updates. given_back: what is larger goes back to the system when it is free."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, given_back)
     two_steps(row._replace(vocabulary=64, hidden=32, layers=1, prompts=2, new_tokens=2))  # loads code
     trim_heap()
     before = status_bytes("VmRSS")

@@ -1,4 +1,4 @@
-"""The command line: fastppo sft | reward-model | critic | train | generate | export | plot | report | doctor | info | bench."""
+"""The command line: fastppo sft | reward-model | critic | train | plan | generate | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -133,6 +133,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         metavar="FOLDER",
         help="where to, new or empty (default: the recipe's output_dir with -critic after it)",
     )
+    plan = add(
+        "plan", _plan, "Say what a run needs of memory, time and money on GPUs. Exit code 1 where it does not fit."
+    )
+    _add_plan(plan)
     generate = add("generate", _generate, "Sample from a model, streaming to the terminal.")
     generate.add_argument("model", metavar="MODEL", help="folder in Transformers' format, or hub name")
     generate.add_argument(
@@ -186,6 +190,38 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     doctor.add_argument("run", metavar="RUN", help="run folder")
     commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
     return parser, commands.choices
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("model", metavar="MODEL", help="folder in Transformers' format, or hub name; no weights are read")
+    plan.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="YAML file of the run (default: all settings as they are by default)",
+    )
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    plan.add_argument(
+        "--gpus", type=int, metavar="N", help="how many, 1 to 1024 (default: a line for each of 1, 2, 4, ..., 1024)"
+    )
+    plan.add_argument(
+        "--gpu",
+        default="h200",
+        metavar="NAME",
+        help="a100, h100, h200, b200, l40s, rtx4090, ..., or cpu (default h200)",
+    )
+    plan.add_argument(
+        "--sharding",
+        choices=("none", "full"),
+        help="whole weights on each GPU, or spread over all (default: none where it fits)",
+    )
+    plan.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="longest prompt (default: data.max_prompt_tokens, or 512)"
+    )
+    plan.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency: adds the cost")
+    plan.add_argument(
+        "--network", type=float, default=50.0, metavar="GB/s", help="from a GPU to other nodes (default 50: 400 Gb/s)"
+    )
 
 
 def _add_search(generate: argparse.ArgumentParser) -> None:
@@ -244,6 +280,8 @@ def _ppo_trainer(recipe: Recipe, options: argparse.Namespace, ranks: Ranks) -> P
 
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
     train, held_out = load_train_and_eval(recipe.data, tokenizer)
+    if ranks.size == 1:
+        _warn_of_memory(recipe, max(len(row["prompt_ids"]) for row in train))
     return PPOTrainer(
         recipe.model.name,
         reward=reward,
@@ -265,6 +303,16 @@ def _connected(recipe: Recipe | SFTRecipe) -> Iterator[Ranks]:
     ranks = ranks_of(recipe.distributed, device_of(recipe.device))
     with ranks.together("the run's preparation"):
         yield ranks
+
+
+def _warn_of_memory(recipe: Recipe, prompt: int) -> None:
+    """Of a run by itself. A model that cannot be planned for is none that cannot be trained."""
+    from fastppo.console import printable
+    from fastppo.sizing import memory_warning
+
+    with suppress(ValueError):
+        if warning := memory_warning(recipe, prompt):
+            print(printable(f"fastppo: {warning}"), file=sys.stderr)
 
 
 def _run_to_the_end(
@@ -314,6 +362,12 @@ def _how_to_go_on(options: argparse.Namespace, command: str, output_dir: str) ->
         return "no step is done, so there is no checkpoint yet"
     command = shlex.join(["fastppo", command, options.recipe, *options.overrides, "--resume"])
     return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fastppo.commands import plan
+
+    return plan.run(options)
 
 
 def _sft(options: argparse.Namespace) -> int:

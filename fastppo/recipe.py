@@ -82,17 +82,18 @@ def _load_yaml(text: str | bytes) -> Any:
 
 
 def load_recipe(
-    path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[AnyRecipe] = Recipe
+    path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), kind: type[AnyRecipe] = Recipe
 ) -> AnyRecipe:
     """The recipe at `path` with `overrides`: "optimizer.lr=1e-5", "total_steps=5", or "gamma=0.9" where only one section has the key.
 
     A relative path in the recipe starts beside the recipe, one in an override in the working directory; `output_dir` always there. Raises
     FileNotFoundError, or ValueError that names the key, what it was and what it should be.
 
-    kind: the dataclass that it maps on, with the sections `model` and `data`.
+    path: None for a recipe that sets nothing. kind: the dataclass that it maps on, with the sections `model` and `data`.
     """
-    path, names = Path(path).expanduser(), Names(kind)
-    settings, typed = _read(path, names), set()
+    names, typed = Names(kind), set()
+    path = None if path is None else Path(path).expanduser()
+    settings = {} if path is None else _read(path, names)
     for override in overrides:
         section, key, value = _parse_override(override, names)
         (settings.setdefault(section, {}) if section else settings)[key] = value
@@ -104,7 +105,7 @@ def load_recipe(
         raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
 
     def start_of(section: str, key: str) -> Path:
-        return Path.cwd() if (section, key) in typed else path.absolute().parent
+        return Path.cwd() if path is None or (section, key) in typed else path.absolute().parent
 
     for section, key in [place for place in PATHS if place[0] in names.sections]:
         _locate(getattr(recipe, section), key, f"{section}.{key}", start_of(section, key))

@@ -83,6 +83,7 @@ FLOORS = [
         "fastppo.recipe_names",
         "fastppo.cli",
         "fastppo.commands",
+        "fastppo.sizing",
         "fastppo.__main__",
         "fastppo.bench",
         "fastppo.integrations",

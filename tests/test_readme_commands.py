@@ -68,6 +68,7 @@ def test_every_other_line_runs_in_the_order_shown(
         "train",
         "train",
         "critic",
+        "plan",
         "generate",
         "generate",
         "export",

@@ -33,6 +33,7 @@ EXTRAS = {
     "wandb": "wandb",
     "trackio": "trackio",
     "mlflow": "mlflow",
+    "ray": "ray",
     "flash-attn": "flash_attn",
 }
 NOT_INSTALLED = "not installed"

@@ -205,8 +205,11 @@ class ObservingContext(PackedContext):
     def options(self) -> dict[int, AttentionOptions]:
         return {call.layer: call.options for call in self.calls}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    def note(self, layer: int, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
         self.calls.append(LayerCall(layer, LayerShape(k.shape[0], k.shape[-1], v.shape[-1], k.dtype), options))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        self.note(layer, k, v, options)
         return super().attend(layer, q, k, v, options)
 
 

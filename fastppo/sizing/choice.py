@@ -1,0 +1,125 @@
+"""Which settings fit a device, and the cheapest change that makes a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+from fastppo.sizing.devices import MOST_DEVICES
+from fastppo.sizing.memory import fits
+from fastppo.sizing.setup import Setup, Sharding
+from fastppo.sizing.step_time import step_time
+
+LORA_RANK = 16
+
+
+class Change(NamedTuple):
+    """words: settings as they are typed, one after another. setup: with them."""
+
+    words: list[str]
+    setup: Setup
+
+    @property
+    def learns_alike(self) -> bool:
+        """Whether nothing that is learned changes."""
+        return not any(word.startswith(("critic.", "lora.")) for word in self.words)
+
+
+def fitting_settings(setup: Setup) -> list[Setup]:
+    """Of each way to shard and checkpoint that fits one, with the most tokens in a micro-batch and sequences side by side; fastest first."""
+    found = [
+        _largest(setup.changed(sharding, learner__gradient_checkpointing=again)) for sharding, again in _ways(setup)
+    ]
+    return sorted((each for each in found if each is not None), key=lambda each: step_time(each).total)
+
+
+def _ways(setup: Setup) -> Iterator[tuple[Sharding, bool]]:
+    shardings: tuple[Sharding, ...] = ("none", "full") if setup.ranks > 1 else ("none",)
+    return product(shardings, (False, True))
+
+
+def _largest(setup: Setup) -> Setup | None:
+    """The setup with as many tokens in a micro-batch and then sequences side by side as fit; None where not even the fewest do."""
+    smallest = setup.changed(learner__tokens_per_microbatch=setup.longest, rollout__batch_size=1)
+    if not fits(smallest):
+        return None
+    tokens = _most(smallest, "learner__tokens_per_microbatch", setup.longest, setup.minibatch)
+    return _most(tokens, "rollout__batch_size", 1, setup.sequences)
+
+
+def _most(setup: Setup, setting: str, least: int, most: int) -> Setup:
+    """With the largest of `most`, and of `least` times powers of two below it, that fits; the setup fits with `least`."""
+    sizes = [most]
+    while (power := least << len(sizes) - 1) < most:
+        sizes.append(power)
+    return next(each for size in sorted(sizes, reverse=True) if fits(each := setup.changed(**{setting: size})))
+
+
+def cheapest_change(setup: Setup) -> Change | None:
+    """What makes a setup fit that does not: of the changes that leave what is learned as it is that with the shortest step, else a critic on the
+    policy's trunk, then adapters, then more devices. None where nothing does up to 1,024 devices."""
+    for changed in _alike_then_others(setup):
+        if fitting := [each for each in changed if fits(each.setup)]:
+            return min(fitting, key=lambda each: (step_time(each.setup).total, len(each.words)))
+    return None
+
+
+def _alike_then_others(setup: Setup) -> Iterator[list[Change]]:
+    """Groups of changes; a later one only where none of an earlier fits."""
+    yield list(_alike(Change([], setup)))
+    others = list(_others(setup))
+    for other in others:
+        yield list(_alike(other))
+    ranks = setup.ranks
+    while (ranks := 2 * ranks) <= MOST_DEVICES:
+        yield list(_alike(Change([f"--gpus {ranks}"], setup.changed(ranks=ranks))))
+
+
+def _others(setup: Setup) -> Iterator[Change]:
+    """What learns less."""
+    separate = setup.critic_kind == "separate"
+    own = {"critic__model": None, "critic__freeze_attention": False} if separate else {}
+    if separate:
+        passes = {"critic__epochs": None, "critic__tokens_per_microbatch": None}
+        yield Change(["critic.kind=shared"], setup.changed(critic__kind="shared", **own, **passes))
+    if not setup.config.lora.r:
+        kind = {"critic__kind": "lora"} if separate else {}
+        words = [f"lora.r={LORA_RANK}", *(["critic.kind=lora"] if separate else [])]
+        yield Change(words, setup.changed(lora__r=LORA_RANK, **kind, **own))
+
+
+def _alike(change: Change) -> Iterator[Change]:
+    """The change with every way to shard and checkpoint, and less at a time where that is needed."""
+    setup = change.setup
+    for sharding, again in _ways(setup):
+        words, way = list(change.words), setup.changed(sharding, learner__gradient_checkpointing=again)
+        if sharding != setup.sharding:
+            words.append(f"--sharding {sharding}")
+        if again != setup.config.learner.gradient_checkpointing:
+            words.append(f"learner.gradient_checkpointing={str(again).lower()}")
+        yield Change(words, way)
+        for key, size in _smaller(way):
+            section, _, name = key.partition("__")
+            yield Change([*words, f"{section}.{name}={size}"], way.changed(**{key: size}))
+        if fitting := _largest(way):
+            yield Change([*words, *_sizes(way, fitting)], fitting)
+
+
+def _smaller(setup: Setup) -> Iterator[tuple[str, int]]:
+    """Halves of how much runs at a time."""
+    for key, size, least in (
+        ("learner__tokens_per_microbatch", setup.microbatch, setup.longest),
+        ("rollout__batch_size", setup.side_by_side, 1),
+    ):
+        while size > least:
+            size = max(size // 2, least)
+            yield key, size
+
+
+def _sizes(before: Setup, after: Setup) -> list[str]:
+    found = {
+        "learner.tokens_per_microbatch": (before.microbatch, after.microbatch),
+        "rollout.batch_size": (before.side_by_side, after.side_by_side),
+    }
+    return [f"{name}={new}" for name, (old, new) in found.items() if new != old]

@@ -1,0 +1,189 @@
+"""What is planned for: a run's settings, its networks, and the devices that share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from fastppo.config import CRITIC_ESTIMATORS, PPOConfig
+from fastppo.model import context_length, load_outline
+from fastppo.sizing.devices import Device
+from fastppo.sizing.shapes import ModelShape, shape_of
+
+Sharding = Literal["none", "full"]
+
+
+class Networks(NamedTuple):
+    """Shapes of the policy, and of the critic's trunk where that is another model's."""
+
+    policy: ModelShape
+    critic: ModelShape | None
+
+
+def networks_of(config: PPOConfig, model: str, dtype: torch.dtype) -> Networks:
+    """From the models' configurations alone. Raises ValueError where there is no such model, or where model or algorithm cannot be planned for."""
+    if config.algorithm != "ppo":
+        raise ValueError(
+            f"algorithm is {config.algorithm}, expected ppo: what another one needs is not known to a plan"
+        )
+    critic = config.critic.model
+    return Networks(_shape(model, dtype), None if critic is None else _shape(critic, dtype))
+
+
+def weights_type(name: str, on_cpu: bool) -> torch.dtype:
+    """Of `model.dtype`."""
+    return getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+
+
+def _shape(model: str, dtype: torch.dtype) -> ModelShape:
+    outline = load_outline(model)
+    return shape_of(outline, dtype, context_length(outline))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on `ranks` devices, each with a process of its own.
+
+    prompt: tokens of the longest prompt. sharding: "full" spreads weights, gradients and optimizer over the ranks (FSDP2); with "none" each rank
+    has all of them. network: bytes a second from a device to those of other nodes.
+    """
+
+    config: PPOConfig
+    networks: Networks
+    device: Device
+    dtype: torch.dtype
+    prompt: int
+    ranks: int = 1
+    sharding: Sharding = "none"
+    network: float = 0.0
+
+    def changed(self, sharding: Sharding | None = None, ranks: int | None = None, **settings: Any) -> Setup:
+        """With other settings: section__key=value."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            section, _, key = name.partition("__")
+            sections.setdefault(section, {})[key] = value
+        changed = {section: replace(getattr(self.config, section), **values) for section, values in sections.items()}
+        config = replace(self.config, **changed)
+        return replace(self, config=config, sharding=sharding or self.sharding, ranks=ranks or self.ranks)
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks weights and optimizer are spread."""
+        return self.ranks if self.sharding == "full" else 1
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.name == "cpu"
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device; of the machine's, where ranks share it, a rank's part."""
+        return self.device.memory / (self.ranks if self.on_cpu else 1)
+
+    # A step, at the longest that its sequences may become
+
+    @property
+    def new(self) -> int:
+        return self.config.rollout.max_new_tokens
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.new
+
+    @property
+    def prompts(self) -> int:
+        """Of a rank in a step."""
+        return -(-self.config.rollout.prompts_per_step // self.ranks)
+
+    @property
+    def sequences(self) -> int:
+        """Of a rank in a step."""
+        return -(-self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt // self.ranks)
+
+    @property
+    def side_by_side(self) -> int:
+        """Sequences that a rank decodes together."""
+        return min(self.config.rollout.batch_size, self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        """That a rank runs in a pass over a step; a prompt's once for all its samples."""
+        return self.prompts * self.prompt + self.sequences * self.new
+
+    @property
+    def action_share(self) -> float:
+        return self.sequences * self.new / self.tokens
+
+    @property
+    def minibatch(self) -> int:
+        """Tokens of a rank's share of a minibatch."""
+        return max(-(-self.tokens // self.config.learner.num_minibatches), self.longest)
+
+    @property
+    def microbatch(self) -> int:
+        """Most tokens that run together."""
+        return min(max(self.config.learner.tokens_per_microbatch, self.longest), self.minibatch)
+
+    @property
+    def microbatches(self) -> int:
+        """Of a minibatch."""
+        return -(-self.minibatch // self.microbatch)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps."""
+        return self.config.learner.epochs * self.config.learner.num_minibatches
+
+    # Networks
+
+    @property
+    def critic_kind(self) -> str:
+        return self.config.critic.kind or "none"
+
+    @property
+    def critic(self) -> ModelShape | None:
+        """Of a critic's own trunk."""
+        return (self.networks.critic or self.networks.policy) if self.critic_kind == "separate" else None
+
+    @property
+    def has_reference(self) -> bool:
+        return self.config.reward.kl_coef > 0 or self.config.loss.kl_coef > 0
+
+    @property
+    def has_values(self) -> bool:
+        return self.config.advantage.estimator in CRITIC_ESTIMATORS
+
+    @cached_property
+    def adapter(self) -> int:
+        """Parameters of one role's LoRA adapter."""
+        lora = self.config.lora
+        return sum(
+            lora.r * (k + n) for name, k, n in self.networks.policy.linears if _is_target(name, lora.target_modules)
+        )
+
+    @property
+    def policy_learns(self) -> int:
+        """Parameters."""
+        return self.adapter if self.config.lora.r else self.networks.policy.parameters
+
+    @property
+    def critic_learns(self) -> int:
+        """Parameters, without a value head's few."""
+        if self.critic_kind == "lora":
+            return self.adapter
+        if self.critic is None:
+            return 0
+        return own_trunk(self.critic) - (self.critic.attention if self.config.critic.freeze_attention else 0)
+
+
+def own_trunk(shape: ModelShape) -> int:
+    """Parameters of a critic with this trunk: embedding and layers."""
+    return shape.trunk + shape.head
+
+
+def _is_target(name: str, targets: tuple[str, ...] | None) -> bool:
+    return targets is None or name.rpartition(".")[2] in targets
