@@ -161,8 +161,9 @@ def test_ray_starts_the_ranks(tmp_path, stories_model):
     ]  # fmt: skip
     program = [sys.executable, LAUNCH / "ray_train.py", "--cpu", "--workers", "2", ROOT / "recipes" / "stories.yaml"]
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    quiet["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"  # workers that import while other tests run
     done = subprocess.run(
-        [*map(str, program), *settings], env=os.environ | quiet, capture_output=True, text=True, timeout=900
+        [*map(str, program), *settings], env=os.environ | quiet, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (record,) = read_metrics(tmp_path / "run")

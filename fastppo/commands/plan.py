@@ -170,7 +170,7 @@ def _settings_table(setups: Sequence[Setup]) -> Table:
 
 
 def _table_of_counts(setups: Sequence[Setup], price: float | None) -> Table:
-    columns = ["GPUs", "sharding", "GiB", "fits", "step, at least", "of it communication"]
+    columns = ["GPUs", "sharding", "GiB", "fits", "step, at least", "communication"]
     title = f"\nOn {setups[0].device.name}, up to {_gib(USABLE * setups[0].device.memory)} GiB each"
     table = Table(
         *columns, *([] if price is None else ["cost of the run"]), title=title, title_justify="left", box=None

@@ -90,7 +90,7 @@ def _others(setup: Setup) -> Iterator[Change]:
 
 
 def _alike(change: Change) -> Iterator[Change]:
-    """The change with every way to shard and checkpoint, and less at a time where that is needed."""
+    """The change with every way to shard and checkpoint, and with less at a time."""
     setup = change.setup
     for sharding, again in _ways(setup):
         words, way = list(change.words), setup.changed(sharding, learner__gradient_checkpointing=again)
@@ -98,28 +98,26 @@ def _alike(change: Change) -> Iterator[Change]:
             words.append(f"--sharding {sharding}")
         if again != setup.config.learner.gradient_checkpointing:
             words.append(f"learner.gradient_checkpointing={str(again).lower()}")
-        yield Change(words, way)
-        for key, size in _smaller(way):
-            section, _, name = key.partition("__")
-            yield Change([*words, f"{section}.{name}={size}"], way.changed(**{key: size}))
-        if fitting := _largest(way):
-            yield Change([*words, *_sizes(way, fitting)], fitting)
+        tokens = [way.microbatch, *_halves(way.microbatch, way.longest)]
+        rows = [way.side_by_side, *_halves(way.side_by_side, 1)]
+        for size in tokens:
+            yield _with_sizes(words, way, size, rows[0])
+        for count in rows[1:]:
+            yield _with_sizes(words, way, tokens[0], count)
+            yield _with_sizes(words, way, tokens[-1], count)
 
 
-def _smaller(setup: Setup) -> Iterator[tuple[str, int]]:
-    """Halves of how much runs at a time."""
-    for key, size, least in (
-        ("learner__tokens_per_microbatch", setup.microbatch, setup.longest),
-        ("rollout__batch_size", setup.side_by_side, 1),
-    ):
-        while size > least:
-            size = max(size // 2, least)
-            yield key, size
+def _halves(size: int, least: int) -> Iterator[int]:
+    while size > least:
+        size = max(size // 2, least)
+        yield size
 
 
-def _sizes(before: Setup, after: Setup) -> list[str]:
-    found = {
-        "learner.tokens_per_microbatch": (before.microbatch, after.microbatch),
-        "rollout.batch_size": (before.side_by_side, after.side_by_side),
+def _with_sizes(words: list[str], setup: Setup, tokens: int, rows: int) -> Change:
+    sizes = {
+        "learner.tokens_per_microbatch": (setup.microbatch, tokens),
+        "rollout.batch_size": (setup.side_by_side, rows),
     }
-    return [f"{name}={new}" for name, (old, new) in found.items() if new != old]
+    changed = {name: new for name, (old, new) in sizes.items() if new != old}
+    settings = {name.replace(".", "__"): new for name, new in changed.items()}
+    return Change([*words, *(f"{name}={new}" for name, new in changed.items())], setup.changed(**settings))

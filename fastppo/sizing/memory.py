@@ -155,7 +155,9 @@ class Layers:
             return again + self.of_one
         query, key, _, inner = self._shape.widths
         made = share * (4 * inner + 4 * self._shape.hidden + 4 * query) + 2 * self._shape.hidden + 3 * key
-        merged = max(k * n for _, k, n in self._shape.linears) if self._setup.config.lora.r else 0
+        merged = (
+            max(inputs * outputs for _, inputs, outputs, _ in self._shape.linears) if self._setup.config.lora.r else 0
+        )
         return again + FP32 * (self.tokens * made + merged)
 
 

@@ -160,10 +160,9 @@ class Setup:
     @cached_property
     def adapter(self) -> int:
         """Parameters of one role's LoRA adapter."""
-        lora = self.config.lora
-        return sum(
-            lora.r * (k + n) for name, k, n in self.networks.policy.linears if _is_target(name, lora.target_modules)
-        )
+        rank, targets = self.config.lora.r, self.config.lora.target_modules
+        chosen = (each for each in self.networks.policy.linears if targets is None or each[0] in targets)
+        return sum(rank * (inputs + outputs) * number for _, inputs, outputs, number in chosen)
 
     @property
     def policy_learns(self) -> int:
@@ -183,7 +182,3 @@ class Setup:
 def own_trunk(shape: ModelShape) -> int:
     """Parameters of a critic with this trunk: embedding and layers."""
     return shape.trunk + shape.head
-
-
-def _is_target(name: str, targets: tuple[str, ...] | None) -> bool:
-    return targets is None or name.rpartition(".")[2] in targets

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class ModelShape(NamedTuple):
     """Parameters are counted, not their bytes.
 
     parameters: all of them, an embedding that is the head too once. attention: of its attention modules. experts: of those that a token
-    goes through a share of, `expert_share`. linears: (name, inputs, outputs) of linear layers but the head.
+    goes through a share of, `expert_share`. linears: (name, inputs, outputs, how many such) of linear layers but the head.
     cached: numbers that a token leaves in the key-value cache. query: width of all query heads of all layers.
     kept: bytes that the layers keep of a token for a backward pass, by the model's own modules. widths: None where they must run.
     """
@@ -44,7 +45,7 @@ class ModelShape(NamedTuple):
     attention: int
     experts: int
     expert_share: float
-    linears: tuple[tuple[str, int, int], ...]
+    linears: tuple[tuple[str, int, int, int], ...]
     cached: int
     query: int
     kept: float
@@ -89,17 +90,22 @@ def shape_of(outline: PreTrainedModel, dtype: torch.dtype, context: int | None) 
         attention=_count(module for module in modules.values() if "attention" in type(module).__name__.lower()),
         experts=sum(p.numel() for name, p in outline.named_parameters() if ".experts." in name),
         expert_share=_expert_share(config),
-        linears=tuple(
-            (name, module.in_features, module.out_features)
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module.weight is not head
-        ),
+        linears=_linears(modules, head),
         cached=sum(call.shape.heads * (call.shape.key_size + call.shape.value_size) for call in observed.calls),
         query=observed.query,
         kept=kept,
         widths=_widths(outline),
         context=context,
     )
+
+
+def _linears(modules: Mapping[str, nn.Module], head: Tensor) -> tuple[tuple[str, int, int, int], ...]:
+    found = Counter(
+        (name.rpartition(".")[2], module.in_features, module.out_features)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and module.weight is not head
+    )
+    return tuple((*kind, number) for kind, number in found.items())
 
 
 def _count(modules: Iterable[nn.Module]) -> int:
