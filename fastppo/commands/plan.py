@@ -147,15 +147,9 @@ def _cost(setup: Setup, price: float) -> float:
 
 
 def _settings_table(setups: Sequence[Setup]) -> Table:
-    columns = (
-        "sharding",
-        "gradient_checkpointing",
-        "tokens_per_microbatch",
-        "rollout.batch_size",
-        "GiB",
-        "step, at least",
-    )
-    table = Table(*columns, title="\nSettings that fit, the largest of each", title_justify="left", box=None)
+    columns = "sharding", "checkpointing", "micro-batch", "batch_size", "GiB", "step, at least"
+    title = "\nSettings that fit, each with the most tokens in a micro-batch and sequences side by side"
+    table = Table(*columns, title=title, title_justify="left", box=None)
     for each in setups:
         learner = each.config.learner
         table.add_row(
