@@ -9,11 +9,10 @@ from fastppo.ops._head import SIZES, kept_tiles_shape
 from fastppo.rollout.decoder import PREFILL_TOKENS
 from fastppo.rollout.pages import PAGE_SIZE, pages_for
 from fastppo.sizing.devices import USABLE
-from fastppo.sizing.setup import Setup, own_trunk
+from fastppo.sizing.setup import FP32, Setup, own_trunk
 from fastppo.sizing.shapes import ModelShape
 from fastppo.trainer import KEPT_CACHE
 
-FP32 = 4
 RECORD = 60
 """Bytes of a token in a step's records, which every rank holds: tokens, positions and masks, log-probs, values, advantages and returns."""
 Parts = dict[str, float]
@@ -59,19 +58,17 @@ def _held(setup: Setup) -> Parts:
     policy, size, lora = setup.networks.policy, setup.dtype.itemsize, setup.config.lora.r > 0
     own_critic = 0 if setup.critic is None else own_trunk(setup.critic)
     learns = setup.policy_learns + setup.critic_learns
-    # Adapters are fp32 whatever the type of the weights.
-    with_masters = 0 if lora or size == FP32 else learns
     parts: Parts = {
-        "policy's weights": policy.parameters * size / setup.shards,
+        "policy's weights": setup.policy_bytes / setup.shards,
         "critic's weights": own_critic * size / setup.shards,
         "reference's weights": policy.parameters * size / setup.shards if setup.has_reference and not lora else 0,
         "adapters": FP32 * learns / setup.shards if lora else 0,
-        "fp32 master weights": FP32 * with_masters / setup.shards,
-        "AdamW's moments": 2 * FP32 * learns / setup.shards,
+        "fp32 master weights": FP32 * learns / setup.shards if setup.has_masters else 0,
+        "AdamW's moments": setup.moment_bytes * learns / setup.shards,
         "records": RECORD * setup.tokens * setup.ranks,
     }
     if setup.shards > 1:
-        parts["whole policy to sample from"] = policy.parameters * size
+        parts["whole policy to sample from"] = setup.policy_bytes
     return parts
 
 
@@ -91,9 +88,9 @@ def _sampling(setup: Setup) -> Parts:
     policy, size = setup.networks.policy, setup.dtype.itemsize
     rows, widths = setup.side_by_side, policy.widths
     parts: Parts = {"logits of the tokens drawn": 2 * FP32 * rows * policy.vocabulary}
-    if setup.config.lora.r and widths is not None:
+    if setup.config.lora.r and widths is not None and not setup.config.lora.quantization:
         parts["layers with the adapter merged in"] = policy.trunk * size
-    if setup.on_cpu and widths is not None and size == FP32:
+    if setup.by_kernels(policy):
         width = 2 * (policy.hidden + widths.query + widths.key + widths.inner)
         parts["layers' results"] = FP32 * max(rows, PREFILL_ROWS) * width
     else:
@@ -122,7 +119,7 @@ class Layers:
         self._setup, self._shape, size = setup, shape, setup.dtype.itemsize
         self.tokens, self.state = setup.microbatch, shape.hidden * size
         self.actions = min(self.tokens, self.tokens * setup.action_share + setup.microbatch / setup.longest)
-        self.by_kernels = setup.on_cpu and size == FP32 and shape.widths is not None
+        self.by_kernels = setup.by_kernels(shape)
         if self.by_kernels:
             query, key, heads, inner = shape.widths
             asked = FP32 * (2 * query + heads + shape.hidden + 2 * inner)

@@ -14,6 +14,11 @@ from fastppo.sizing.devices import Device
 from fastppo.sizing.shapes import ModelShape, shape_of
 
 Sharding = Literal["none", "full"]
+FP32 = 4
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: with a scale of 8 bits for each 64 weights, and an fp32 one for each 256 of these (arXiv:2305.14314, section 3)."""
+SCALED_8_BIT = 1 + 4 / 256
+"""Bytes of a number in 8 bits with an fp32 scale for each 256 (arXiv:2110.02861)."""
 
 
 class Networks(NamedTuple):
@@ -157,12 +162,48 @@ class Setup:
     def has_values(self) -> bool:
         return self.config.advantage.estimator in CRITIC_ESTIMATORS
 
+    @property
+    def policy_bytes(self) -> float:
+        """Of the policy's weights, those beside adapters perhaps in 4 bits."""
+        policy, size = self.networks.policy, self.dtype.itemsize
+        quantised = 0
+        if self.config.lora.quantization is not None:
+            quantised = sum(inputs * outputs * number for _, inputs, outputs, number in self._targets())
+        return size * (policy.parameters - quantised) + NF4 * quantised
+
+    def by_kernels(self, shape: ModelShape) -> bool:
+        """Whether our kernels run the layers of this trunk, forward and backward."""
+        return (
+            self.on_cpu
+            and self.dtype.itemsize == FP32
+            and shape.widths is not None
+            and not self.config.lora.quantization
+        )
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether what learns has fp32 copies. Adapters are fp32 whatever the type of the weights."""
+        stochastic = self.config.optimizer.bf16_stochastic_round and self.dtype == torch.bfloat16
+        return self.dtype.itemsize < FP32 and not self.config.lora.r and not stochastic
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of both moments of a parameter that learns."""
+        if self.config.optimizer.name == "adamw_8bit":
+            return 2 * SCALED_8_BIT
+        own = FP32 if self.config.lora.r or self.has_masters else self.dtype.itemsize
+        return 2 * own
+
     @cached_property
     def adapter(self) -> int:
         """Parameters of one role's LoRA adapter."""
-        rank, targets = self.config.lora.r, self.config.lora.target_modules
-        chosen = (each for each in self.networks.policy.linears if targets is None or each[0] in targets)
-        return sum(rank * (inputs + outputs) * number for _, inputs, outputs, number in chosen)
+        rank = self.config.lora.r
+        return sum(rank * (inputs + outputs) * number for _, inputs, outputs, number in self._targets())
+
+    def _targets(self) -> list[tuple[str, int, int, int]]:
+        """The linear layers that get an adapter."""
+        names = self.config.lora.target_modules
+        return [each for each in self.networks.policy.linears if names is None or each[0] in names]
 
     @property
     def policy_learns(self) -> int:

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastppo.sizing.setup import Setup, own_trunk
+from fastppo.sizing.setup import FP32, Setup, own_trunk
 from fastppo.sizing.shapes import ModelShape
-
-FP32 = 4
-ADAM_NUMBERS = 7
-"""fp32 numbers that AdamW reads (weight, gradient, two moments) and writes (all but the gradient) of a parameter."""
 
 
 class StepTime(NamedTuple):
@@ -79,10 +75,9 @@ def _scoring(setup: Setup) -> float:
     """Forward passes for old log-probs and values, and for the reference's log-probs. What a Llama-like model in fp32 samples on a CPU has the
     bits of a forward pass, which is left out then."""
     policy = setup.networks.policy
-    exact = setup.on_cpu and setup.dtype.itemsize == FP32 and policy.widths is not None
-    rollout = setup.config.rollout.recompute_logprobs
-    again = rollout == "always" or (rollout == "auto" and not exact)
-    flops = (_trunk(setup, policy) + _head(setup)) * (again + setup.has_reference)
+    setting = setup.config.rollout.recompute_logprobs
+    recomputed = setting == "always" or (setting == "auto" and not setup.by_kernels(policy))
+    flops = (_trunk(setup, policy) + _head(setup)) * (recomputed + setup.has_reference)
     if setup.critic is not None:
         flops += _trunk(setup, setup.critic)
     return flops + (_trunk(setup, policy) if setup.critic_kind == "lora" else 0)
@@ -101,9 +96,12 @@ def _update(setup: Setup) -> float:
 
 
 def _optimizer_bytes(setup: Setup) -> float:
+    """Read: weight, fp32 gradient, two moments; written: all but the gradient, and the weight of a master."""
     learns = (setup.policy_learns + setup.critic_learns) / setup.shards
-    rounded = 0 if setup.config.lora.r else setup.dtype.itemsize % FP32
-    return setup.updates * learns * (ADAM_NUMBERS * FP32 + rounded)
+    size = setup.dtype.itemsize
+    weight = FP32 if setup.has_masters or setup.config.lora.r else size
+    rounded = size if setup.has_masters else 0
+    return setup.updates * learns * (2 * weight + FP32 + 2 * setup.moment_bytes + rounded)
 
 
 def communicated(setup: Setup) -> float:

@@ -129,6 +129,31 @@ def test_what_saves_memory_saves_its_part(change, falls):
     assert 0 < after[falls] < 0.6 * before[falls]
 
 
+def test_low_bits():
+    """Moments in 8 bits, bf16 weights without masters, and 4 bits beside adapters."""
+    policy = setup_on("h200", llama_8b()).networks.policy
+
+    def parts(**sections):
+        return memory_of(setup_on("h200", llama_8b(), critic={"kind": "shared"}, **sections)).parts
+
+    plain, eight, random, both = (
+        parts(optimizer=settings)
+        for settings in (
+            {},
+            {"name": "adamw_8bit"},
+            {"bf16_stochastic_round": True},
+            {"name": "adamw_8bit", "bf16_stochastic_round": True},
+        )
+    )
+    moments = [found["AdamW's moments"] / policy.parameters for found in (plain, eight, random, both)]
+    assert moments == [8, 2 * (1 + 4 / 256), 4, 2 * (1 + 4 / 256)]
+    assert "fp32 master weights" in plain and "fp32 master weights" in eight
+    assert "fp32 master weights" not in random and "fp32 master weights" not in both
+    four = parts(lora={"r": 16, "quantization": "nf4"})["policy's weights"]
+    linear = sum(inputs * outputs * number for _, inputs, outputs, number in policy.linears)
+    assert 0.5 * linear < four - 2 * (policy.parameters - linear) < 0.53 * linear
+
+
 # Time
 
 
