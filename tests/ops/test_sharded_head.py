@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
@@ -168,6 +169,8 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of four processes found."""
+    if os.environ.get("FASTPPO_TEST_BACKEND", "cpu") != "cpu":
+        pytest.skip("processes of their own, with the kernels of a CPU")
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
