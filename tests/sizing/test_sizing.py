@@ -37,7 +37,7 @@ TINY = LlamaConfig(
 
 
 def test_a_llama_of_8_billion():
-    shape = shape_of(llama_8b(), torch.bfloat16, None)
+    shape = llama_8b()
     assert shape.parameters == 8_030_261_248  # its model card
     assert (shape.layers, shape.hidden, shape.tied) == (32, 4096, False)
     assert shape.cached == 2 * 32 * 8 * 128
@@ -131,7 +131,7 @@ def test_what_saves_memory_saves_its_part(change, falls):
 
 def test_low_bits():
     """Moments in 8 bits, bf16 weights without masters, and 4 bits beside adapters."""
-    policy = setup_on("h200", llama_8b()).networks.policy
+    policy = llama_8b()
 
     def parts(**sections):
         return memory_of(setup_on("h200", llama_8b(), critic={"kind": "shared"}, **sections)).parts
@@ -161,7 +161,8 @@ def test_the_flops_are_those_of_the_bench():
     """Of a step without attention's products, by `fastppo.bench.floors`: prompts of one sample, PPO with a reference and a critic, one epoch."""
     model = make_model()
     setup = setup_on(
-        "h200", outline(LlamaForCausalLM, model.config), prompt=20, reward={"kl_coef": 0.1}, learner={"epochs": 1},
+        "h200", shape_of(outline(LlamaForCausalLM, model.config), torch.bfloat16, None), prompt=20,
+        reward={"kl_coef": 0.1}, learner={"epochs": 1},
         rollout={"prompts_per_step": 4, "max_new_tokens": 12},
     )  # fmt: skip
     policy = replace(setup, networks=setup.networks._replace(policy=setup.networks.policy._replace(query=0)))
@@ -239,7 +240,7 @@ def test_the_cheapest_change(gpu, ranks, settings, expected):
 def test_nothing_helps_a_model_that_is_too_large_for_1024():
     """A rank samples from a whole policy, however many there are."""
     config = LlamaConfig(num_hidden_layers=8, hidden_size=16384, intermediate_size=53248)
-    huge = setup_on("rtx4090", outline(LlamaForCausalLM, config))
+    huge = setup_on("rtx4090", shape_of(outline(LlamaForCausalLM, config), torch.bfloat16, None))
     assert cheapest_change(huge) is None
 
 
@@ -255,5 +256,7 @@ def test_devices_have_names():
 def test_the_cpu_is_this_one():
     cpu = device_named("cpu")
     assert 0 < cpu.memory and 1e8 < cpu.bandwidth and 1e8 < cpu.half_flops
-    setup = setup_on(cpu, outline(LlamaForCausalLM, TINY), torch.float32, prompt=8, ranks=2)
+    setup = setup_on(
+        cpu, shape_of(outline(LlamaForCausalLM, TINY), torch.float32, None), torch.float32, prompt=8, ranks=2
+    )
     assert setup.memory == cpu.memory / 2 and USABLE < 1

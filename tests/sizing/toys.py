@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastppo import PPOConfig
-from fastppo.sizing import Device, Networks, Setup, device_named, shape_of
+from fastppo.sizing import Device, ModelShape, Networks, Setup, device_named, shape_of
 
 LLAMA_8B = {  # Llama 3.1 8B's configuration
     "vocab_size": 128256,
@@ -27,16 +28,18 @@ def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrained
         return kind(config)
 
 
-def llama_8b() -> PreTrainedModel:
-    return outline(LlamaForCausalLM, LlamaConfig(**LLAMA_8B))
+@cache
+def llama_8b() -> ModelShape:
+    """In bfloat16."""
+    return shape_of(outline(LlamaForCausalLM, LlamaConfig(**LLAMA_8B)), torch.bfloat16, None)
 
 
 def setup_on(
-    gpu: str | Device, model: PreTrainedModel, dtype=torch.bfloat16, prompt=512, ranks=1, sharding="none", **sections
+    gpu: str | Device, policy: ModelShape, dtype=torch.bfloat16, prompt=512, ranks=1, sharding="none", **sections
 ) -> Setup:
     """sections: settings of each, as PPOConfig takes them."""
-    networks = Networks(shape_of(model, dtype, None), None)
     device = device_named(gpu) if isinstance(gpu, str) else gpu
+    networks = Networks(policy, None)
     return Setup(PPOConfig(**sections), networks, device, dtype, prompt, ranks, sharding, network=50e9)
 
 
