@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -216,8 +217,7 @@ class Collector:
 
     def __init__(self, settings: Settings, seed: int) -> None:
         self.settings, self.seed, self.steps = settings, seed, 0
-        self.envs = make_envs(settings.env, settings.num_envs, seed)
-        first, _ = self.envs.reset(seed=seed)
+        self.envs, first = make_envs(settings.env, settings.num_envs, seed)
         self.normalizer = Normalizer(settings.num_envs, first.shape[1], settings)
         self.observations = self.normalizer.observations(first)
         self.real = np.ones(settings.num_envs, bool)
@@ -251,23 +251,31 @@ class Collector:
         self.sums[ended] = 0.0
 
 
-def make_envs(env: str, count: int, seed: int) -> VectorEnv:
-    """envpool's where it is installed and has the task, else Gymnasium's, vectorised where there is such a version."""
+def make_envs(env: str, count: int, seed: int) -> tuple[VectorEnv, np.ndarray]:
+    """Environments and their first observations [N, D]: envpool's where it has the task, else Gymnasium's, vectorised where there is a version so."""
     if in_envpool(env):
         import envpool
 
-        return envpool.make(env, env_type="gymnasium", num_envs=count, seed=seed)
+        # One thread: a step takes microseconds, and waiting for other threads would take longer.
+        envs = envpool.make(env, env_type="gymnasium", num_envs=count, num_threads=1, seed=seed)
+        return envs, envs.reset()[0]
     envs = gym.make_vec(env, num_envs=count)
     if (mode := envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)) is not AutoresetMode.NEXT_STEP:
         raise ValueError(f"the autoreset mode of {env} is {mode}, expected {AutoresetMode.NEXT_STEP}")
-    return envs
+    return envs, envs.reset(seed=seed)[0]
 
 
 def in_envpool(env: str) -> bool:
+    """Whether envpool is installed and has the task; an envpool that cannot be imported is told of and left aside."""
     if importlib.util.find_spec("envpool") is None:
         return False
-    import envpool
-
+    try:
+        import envpool
+    except (ImportError, OSError) as error:  # OSError: files that come with envpool-assets are missing
+        warnings.warn(
+            f"Gymnasium's environments are taken: envpool is installed, but its import fails: {error}", stacklevel=2
+        )
+        return False
     return env in envpool.list_all_envs()
 
 

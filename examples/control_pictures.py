@@ -50,9 +50,11 @@ class Panel(NamedTuple):
 
 
 def save_curves(panels: Sequence[Panel], path: Path) -> None:
-    """Side by side, for each label the mean over its runs; the band is from the worst run to the best."""
-    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    """Three in a row, for each label the mean over its runs; the band is from the worst run to the best."""
+    columns, rows = min(len(panels), 3), math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
         for label, curves in panel.curves.items():
             found = np.ma.masked_invalid(np.array(curves, float))
             steps = np.linspace(0, panel.total_steps, found.shape[1] + 1)[1:]

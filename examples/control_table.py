@@ -1,7 +1,7 @@
 """The table of docs/control.md: examples/control.py beside stable-baselines3 with the settings of its zoo, run after run in turn.
 
-    python examples/control_table.py run CartPole-v1 [--seeds N] [--total-steps N]     adds runs to the record
-    python examples/control_table.py write                                             record -> table and curves in docs/
+    python examples/control_table.py run CartPole-v1 [--side fastppo] [--seeds N]     adds runs to the record
+    python examples/control_table.py write                                            record -> table and curves in docs/
 
 Both sides have one thread and the same number of steps; after training each plays 100 episodes with its likeliest actions. Speed is in steps a
 second of CPU time, which other processes on the machine disturb less than the clock. A run that the record holds already is not made again.
@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ class Returns(BaseCallback):
         return True
 
 
-def run_ours(env: str, seed: int, total_steps: int) -> dict[str, Any]:
-    run = control.train(replace(control.TASKS[env], total_steps=total_steps), seed)
+def run_ours(env: str, seed: int, total_steps: int, algorithm: str = "ppo") -> dict[str, Any]:
+    run = control.train(replace(control.TASKS[env], total_steps=total_steps, algorithm=algorithm), seed)
     found = run_record(run.policy, env, seed, run.returns, run.steps, run.seconds, run.cpu_seconds)
     return {"environments": "envpool" if control.in_envpool(env) else "Gymnasium"} | found
 
@@ -153,6 +154,8 @@ def run_record(
 
 
 SIDES = {"fastppo": run_ours, "stable-baselines3": run_zoo}
+TRPO = "fastppo, TRPO"
+RUNNERS = SIDES | {TRPO: partial(run_ours, algorithm="trpo")}
 
 
 def read_record() -> dict[str, Any]:
@@ -168,14 +171,14 @@ def read_record() -> dict[str, Any]:
     }
 
 
-def run(env: str, seeds: int, total_steps: int) -> None:
-    record = read_record()
+def run(env: str, sides: list[str], seeds: int) -> None:
+    record, total_steps = read_record(), control.TASKS[env].total_steps
     for seed in range(1, seeds + 1):
-        for side, function in SIDES.items():
+        for side in sides:
             key = {"env": env, "side": side, "seed": seed, "total_steps": total_steps}
             if any(key.items() <= found.items() for found in record["runs"]):
                 continue
-            record["runs"].append(key | function(env, seed, total_steps))
+            record["runs"].append(key | RUNNERS[side](env, seed, total_steps))
             print({name: x for name, x in record["runs"][-1].items() if name != "curve"}, flush=True)
             RECORD.write_text(json.dumps(record) + "\n")
 
@@ -187,13 +190,11 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for env, goal in GOALS.items():
-        sides = [[r for r in record["runs"] if (r["env"], r["side"]) == (env, side)] for side in SIDES]
+        sides = [runs_of(record, env, side) for side in SIDES]
         if not all(sides):
             lines.append(f"| {env} | {goal} | | not measured | not measured | | | | |")
             continue
-        returns = [[r["mean_return"] for r in runs] for runs in sides]
-        shown = [f"{statistics.fmean(x):.1f} (worst seed {min(x):.1f})" for x in returns]
-        speeds = [statistics.median(r["steps"] / r["cpu_seconds"] for r in runs) for runs in sides]
+        shown, speeds = [returns(runs) for runs in sides], [speed(runs) for runs in sides]
         seeds = " / ".join(str(len(runs)) for runs in sides)
         environments = " / ".join(runs[0]["environments"] for runs in sides)
         lines.append(
@@ -201,6 +202,35 @@ def table(record: dict[str, Any]) -> str:
             f"| {environments} | {speeds[0]:,.0f} / {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.1f}x |"
         )
     return "\n".join(lines)
+
+
+def trpo_table(record: dict[str, Any]) -> str:
+    """One line a task that has such runs."""
+    lines = [
+        "| task | goal | steps | TRPO | seeds | environments | steps a CPU second |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for env, goal in GOALS.items():
+        if runs := runs_of(record, env, TRPO):
+            lines.append(
+                f"| {env} | {goal} | {runs[0]['total_steps']:,} | {returns(runs)} | {len(runs)} "
+                f"| {runs[0]['environments']} | {speed(runs):,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def runs_of(record: dict[str, Any], env: str, side: str) -> list[dict[str, Any]]:
+    return [run for run in record["runs"] if (run["env"], run["side"]) == (env, side)]
+
+
+def returns(runs: list[dict[str, Any]]) -> str:
+    found = [run["mean_return"] for run in runs]
+    return f"{statistics.fmean(found):.1f} (worst seed {min(found):.1f})"
+
+
+def speed(runs: list[dict[str, Any]]) -> float:
+    """The median, in steps a second of CPU time."""
+    return statistics.median(run["steps"] / run["cpu_seconds"] for run in runs)
 
 
 def write() -> None:
@@ -211,16 +241,16 @@ def write() -> None:
         f"torch {record['torch']}, gymnasium {record['gymnasium']}, stable-baselines3 {record['stable_baselines3']}"
     )
     note = f"{record['machine']}, one thread, {versions}; record: `{RECORD.relative_to(ROOT)}`."
-    marked = f"<!-- control: begin -->\n{table(record)}\n\n{note}\n<!-- control: end -->"
+    marked = f"<!-- control: begin -->\n{table(record)}\n\n{trpo_table(record)}\n\n{note}\n<!-- control: end -->"
     docs.write_text(
         re.sub(r"<!-- control: begin -->.*<!-- control: end -->", marked, docs.read_text(), flags=re.DOTALL)
     )
     panels = []
     for env, goal in GOALS.items():
-        runs = [r for r in record["runs"] if r["env"] == env]
-        curves = {side: [r["curve"] for r in runs if r["side"] == side] for side in SIDES}
-        if all(curves.values()):
-            panels.append(Panel(env, runs[0]["total_steps"], curves, goal))
+        runs = {side: found for side in RUNNERS if (found := runs_of(record, env, side))}
+        if runs.keys() >= SIDES.keys():
+            curves = {side: [run["curve"] for run in found] for side, found in runs.items()}
+            panels.append(Panel(env, runs["fastppo"][0]["total_steps"], curves, goal))
     save_curves(panels, docs.with_suffix(".png"))
 
 
@@ -228,8 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "write"))
     parser.add_argument("env", nargs="?", choices=list(GOALS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--total-steps", type=int, help="default: the task's of examples/control.py")
+    parser.add_argument("--side", choices=list(RUNNERS), help=f"default: {' and '.join(SIDES)} in turn")
+    parser.add_argument("--seeds", type=int, default=5, help="the seeds 1, 2, ... (default 5 of them)")
     arguments = parser.parse_args()
     if (arguments.env is None) == (arguments.what == "run"):
         parser.error("run needs a task, write takes none")
@@ -237,8 +267,7 @@ def main() -> None:
     if arguments.what == "write":
         write()
     else:
-        total_steps = arguments.total_steps or control.TASKS[arguments.env].total_steps
-        run(arguments.env, arguments.seeds, total_steps)
+        run(arguments.env, [arguments.side] if arguments.side else list(SIDES), arguments.seeds)
 
 
 if __name__ == "__main__":

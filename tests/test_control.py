@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tolerance import assert_rounds_to
+
 gym = pytest.importorskip("gymnasium", reason="gymnasium is not installed (pip install fastppo[control])")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +93,75 @@ def test_ends_of_episodes_by_hand(env, expected):
         *[True] * 3,
         False,
     ]
+
+
+def in_fp64(rollout, values, gamma, gae_lambda):
+    """Advantages [N, T] as sums of each episode's deltas (Schulman et al. 2016, eq. 16), one step after the other; 0 where a step only resets."""
+    rewards, values = rollout.rewards.double(), values.double()
+    steps, envs = rewards.shape
+    advantages = torch.zeros(envs, steps, dtype=torch.float64)
+    for env in range(envs):
+        for start in range(steps):
+            weight = 1.0
+            for t in range(start, steps if rollout.real[start, env] else 0):
+                following = 0.0 if rollout.terminated[t, env] else values[t + 1, env]
+                advantages[env, start] += weight * (rewards[t, env] + gamma * following - values[t, env])
+                if rollout.terminated[t, env] or rollout.truncated[t, env]:
+                    break
+                weight *= gamma * gae_lambda
+    return advantages
+
+
+def test_ends_of_episodes_beside_fp64():
+    """Random episodes of which some terminate, some are cut off, some both at once, some end with the rollout."""
+    drawn, shape = torch.Generator().manual_seed(0), (40, 8)
+    terminated, truncated = (torch.rand(shape, generator=drawn) < 0.1 for _ in range(2))
+    real = torch.ones(shape, dtype=torch.bool)
+    for t in range(1, len(real)):  # a step that only resets ends nothing
+        real[t] = ~(terminated[t - 1] | truncated[t - 1])
+        terminated[t] &= real[t]
+        truncated[t] &= real[t]
+    assert (terminated & truncated).any() and (terminated & ~truncated).any() and (truncated & ~terminated).any()
+    rewards, values = torch.randn(shape, generator=drawn), torch.randn((41, 8, 1), generator=drawn)
+    rollout = control.Rollout(values, torch.zeros(shape, dtype=torch.int64), rewards, terminated, truncated, real)
+    agent = SimpleNamespace(
+        values=lambda x: x.squeeze(-1), logprobs=lambda x, actions: (torch.zeros(len(actions)), None)
+    )
+    batch = control.credit(agent, rollout, control.Settings(gamma=0.9, gae_lambda=0.8))
+    exact = in_fp64(rollout, values.squeeze(-1), gamma=0.9, gae_lambda=0.8).T[real]
+    assert_rounds_to(batch.advantages, exact, "advantages")
+    assert_rounds_to(batch.returns, exact + values[:-1].squeeze(-1)[real].double(), "returns")
+
+
+def test_an_envpool_without_its_files_is_told_of_and_left_aside(monkeypatch, tmp_path):
+    """Its import reads the files of envpool-assets and raises FileNotFoundError where they are not installed."""
+    monkeypatch.delitem(sys.modules, "envpool")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "envpool.py").write_text("open('/nowhere/atari/roms')")
+    with pytest.warns(UserWarning, match="Gymnasium's environments are taken: .* import fails: .*atari/roms"):
+        envs, observations = control.make_envs("CartPole-v1", 2, seed=0)
+    assert type(envs).__module__.startswith("gymnasium.") and observations.shape == (2, 4)
+    envs.close()
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "Hopper-v5"])
+def test_environments_of_envpool(monkeypatch, env):
+    """As Gymnasium's: the observation after an episode's last action is the state it led to, the next step resets and pays nothing."""
+    monkeypatch.delitem(sys.modules, "envpool")
+    if not control.in_envpool(env):
+        pytest.skip("envpool is not installed (pip install envpool)")
+    settings = replace(control.TASKS[env], num_envs=4, rollout_steps=250, normalize_observations=False)
+    collector = control.Collector(settings, seed=0)
+    rollout = collector.collect(control.Agent(collector.envs, settings))
+    ended = rollout.terminated | rollout.truncated
+    assert torch.equal(rollout.real[1:], ~ended[:-1]) and ended[:-1].any()
+    assert (rollout.rewards[~rollout.real] == 0).all() and (rollout.rewards[rollout.real] != 0).any()
+    assert len(collector.returns) == ended.sum()
+    first = rollout.observations[0]
+    change = (rollout.observations[1:] - rollout.observations[:-1]).abs().sum(-1)
+    assert (change > 0).all(), "each step has an observation of its own"
+    assert not torch.equal(first, rollout.observations[1])
+    collector.envs.close()
 
 
 def test_normalised_rewards_forget_an_episode_that_has_ended():
@@ -213,6 +284,13 @@ def test_commands_of_the_docs(command, tmp_path):
     assert settings.env in control.TASKS
     if importlib.util.find_spec("Box2D") or "LunarLander" not in command:
         control.main([*shlex.split(command), *short, "--output", str(tmp_path)])
+
+
+def test_tables_of_the_docs_are_the_records():
+    pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed (make peers)")
+    table = importlib.import_module("control_table")
+    record = table.read_record()
+    assert table.table(record) in DOCS and table.trpo_table(record) in DOCS
 
 
 def test_python_of_the_docs():
