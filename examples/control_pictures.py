@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,19 +16,18 @@ from PIL import Image
 
 def film(policy: Callable[[np.ndarray], np.ndarray], env: str, folder: Path, frames: int = 8) -> None:
     """An episode as episode.gif, and so many of its frames side by side as episode.png. The policy gives actions for observations [1, D]."""
-    one = gym.make(env, render_mode="rgb_array")
-    observation, _ = one.reset(seed=0)
-    pictures, ended = [one.render()], False
-    while not ended:
-        observation, _, terminated, truncated, _ = one.step(policy(observation[None])[0])
-        pictures.append(one.render())
-        ended = terminated or truncated
+    with closing(gym.make(env, render_mode="rgb_array")) as one:
+        observation, _ = one.reset(seed=0)
+        pictures, ended = [one.render()], False
+        while not ended:
+            observation, _, terminated, truncated, _ = one.step(policy(observation[None])[0])
+            pictures.append(one.render())
+            ended = terminated or truncated
     shown = [Image.fromarray(picture) for picture in pictures[::2]]
     duration = round(2000 / one.metadata["render_fps"])  # ms
     shown[0].save(folder / "episode.gif", save_all=True, append_images=shown[1:], duration=duration, loop=0)
     chosen = [pictures[round(i)] for i in np.linspace(0, len(pictures) - 1, frames)]
     Image.fromarray(np.hstack(chosen)).reduce(2).save(folder / "episode.png")
-    one.close()
 
 
 Curve = list[float | None]

@@ -17,6 +17,7 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def read_record() -> dict[str, Any]:
         "torch": torch.__version__,
         "gymnasium": control.gym.__version__,
         "stable_baselines3": stable_baselines3.__version__,
+        "envpool": version("envpool") if control.in_envpool("CartPole-v1") else None,
         "runs": [],
     }
 
@@ -184,48 +186,28 @@ def run(env: str, sides: list[str], seeds: int) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """One line a task: the mean over the seeds of the mean return, the worst seed, and the median speed."""
+    """One line a task and side: mean over the seeds of their mean returns, the worst seed's, and the median speed, also in stable-baselines3's."""
     lines = [
-        "| task | goal | steps | fastppo | stable-baselines3 | seeds | environments | steps a CPU second | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | goal | steps | agent | return | worst seed | seeds | environments | steps a CPU second | speed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for env, goal in GOALS.items():
-        sides = [runs_of(record, env, side) for side in SIDES]
-        if not all(sides):
-            lines.append(f"| {env} | {goal} | | not measured | not measured | | | | |")
-            continue
-        shown, speeds = [returns(runs) for runs in sides], [speed(runs) for runs in sides]
-        seeds = " / ".join(str(len(runs)) for runs in sides)
-        environments = " / ".join(runs[0]["environments"] for runs in sides)
-        lines.append(
-            f"| {env} | {goal} | {sides[0][0]['total_steps']:,} | {shown[0]} | {shown[1]} | {seeds} "
-            f"| {environments} | {speeds[0]:,.0f} / {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.1f}x |"
-        )
-    return "\n".join(lines)
-
-
-def trpo_table(record: dict[str, Any]) -> str:
-    """One line a task that has such runs."""
-    lines = [
-        "| task | goal | steps | TRPO | seeds | environments | steps a CPU second |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for env, goal in GOALS.items():
-        if runs := runs_of(record, env, TRPO):
-            lines.append(
-                f"| {env} | {goal} | {runs[0]['total_steps']:,} | {returns(runs)} | {len(runs)} "
-                f"| {runs[0]['environments']} | {speed(runs):,.0f} |"
-            )
+        theirs = runs_of(record, env, "stable-baselines3")
+        for side in RUNNERS:
+            if runs := runs_of(record, env, side):
+                found = [run["mean_return"] for run in runs]
+                shown = f"{statistics.fmean(found):.1f} | {min(found):.1f} | {len(runs)} | {runs[0]['environments']}"
+                times = f"{speed(runs) / speed(theirs):.1f}x" if theirs else ""
+                lines.append(
+                    f"| {env} | {goal} | {runs[0]['total_steps']:,} | {side} | {shown} | {speed(runs):,.0f} | {times} |"
+                )
+            elif side in SIDES:
+                lines.append(f"| {env} | {goal} | | {side} | not measured | | 0 | | | |")
     return "\n".join(lines)
 
 
 def runs_of(record: dict[str, Any], env: str, side: str) -> list[dict[str, Any]]:
     return [run for run in record["runs"] if (run["env"], run["side"]) == (env, side)]
-
-
-def returns(runs: list[dict[str, Any]]) -> str:
-    found = [run["mean_return"] for run in runs]
-    return f"{statistics.fmean(found):.1f} (worst seed {min(found):.1f})"
 
 
 def speed(runs: list[dict[str, Any]]) -> float:
@@ -237,20 +219,18 @@ def write() -> None:
     """Table and curves into docs/."""
     record = read_record()
     docs = ROOT / "docs" / "control.md"
-    versions = (
-        f"torch {record['torch']}, gymnasium {record['gymnasium']}, stable-baselines3 {record['stable_baselines3']}"
-    )
+    packages = ("torch", "gymnasium", "stable_baselines3", "envpool")
+    versions = ", ".join(f"{name.replace('_', '-')} {record[name]}" for name in packages if record[name])
     note = f"{record['machine']}, one thread, {versions}; record: `{RECORD.relative_to(ROOT)}`."
-    marked = f"<!-- control: begin -->\n{table(record)}\n\n{trpo_table(record)}\n\n{note}\n<!-- control: end -->"
+    marked = f"<!-- control: begin -->\n{table(record)}\n\n{note}\n<!-- control: end -->"
     docs.write_text(
         re.sub(r"<!-- control: begin -->.*<!-- control: end -->", marked, docs.read_text(), flags=re.DOTALL)
     )
     panels = []
     for env, goal in GOALS.items():
-        runs = {side: found for side in RUNNERS if (found := runs_of(record, env, side))}
-        if runs.keys() >= SIDES.keys():
-            curves = {side: [run["curve"] for run in found] for side, found in runs.items()}
-            panels.append(Panel(env, runs["fastppo"][0]["total_steps"], curves, goal))
+        curves = {side: [run["curve"] for run in runs] for side in RUNNERS if (runs := runs_of(record, env, side))}
+        if curves:
+            panels.append(Panel(env, control.TASKS[env].total_steps, curves, goal))
     save_curves(panels, docs.with_suffix(".png"))
 
 
