@@ -430,7 +430,7 @@ def evaluate(policy: Policy, env: str, episodes: int, seed: int) -> list[float]:
 def read_arguments(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     """Every setting is an option; what is not given is the task's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", help=f"tuned are {', '.join(TASKS)}")
+    parser.add_argument("env", help=f"with settings of their own: {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=1, help="so many runs, with the seeds 1, 2, ... (default 1)")
     parser.add_argument("--episodes", type=int, default=100, help="of the evaluation after each run (default 100)")
     parser.add_argument("--output", type=Path, help="folder for results and pictures (default runs/control/ENV)")
