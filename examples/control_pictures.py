@@ -57,11 +57,13 @@ def save_curves(panels: Sequence[Panel], path: Path) -> None:
         axes = figure.add_subplot(rows, columns, place)
         for label, curves in panel.curves.items():
             found = np.ma.masked_invalid(np.array(curves, float))
-            steps = np.linspace(0, panel.total_steps, found.shape[1] + 1)[1:]
+            steps = np.linspace(0, panel.total_steps / 1000, found.shape[1] + 1)[1:]
+            ended = ~np.ma.getmaskarray(found).all(0)  # environments that end together leave parts without an end
+            steps, found = steps[ended], found[:, ended]
             axes.plot(steps, found.mean(0), label=label)
             axes.fill_between(steps, found.min(0), found.max(0), alpha=0.2, linewidth=0)
         if panel.goal is not None:
             axes.axhline(panel.goal, color="grey", linestyle=":", linewidth=1)
-        axes.set(title=panel.title, xlabel="steps", ylabel="return of an episode in training")
+        axes.set(title=panel.title, xlabel="thousand steps", ylabel="return of an episode in training")
         axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
