@@ -19,8 +19,8 @@ SEED_OFFSET = 0x5EED
 ONLY = ""
 """What the only set of a run that gives it no name is called: its metrics are `eval/...`, those of others `eval/NAME/...`."""
 
-Complete = Callable[[Sequence[Row], SamplingParams], tuple[Rollout, RewardResult]]
-"""(prompts, how to sample) -> (completions of all of them, their scores)"""
+Complete = Callable[[Sequence[Row], SamplingParams], tuple[Rollout, RewardResult, Mapping[str, float]]]
+"""(prompts, how to sample) -> (completions of all of them, their scores, what else is measured of them)"""
 
 
 def load_held_out(
@@ -79,14 +79,16 @@ class HeldOut:
             self._config.rollout.sampling(self._seed), n=config.samples, temperature=config.temperature
         )
         solved_score = self._config.reward.solved_score
-        rollout, result = complete(rows, sampling)
+        rollout, result, others = complete(rows, sampling)
         _say_failures(prefix, result, note)
         metrics = set_metrics(prefix, rollout, result, config.pass_at_k, solved_score)
+        metrics |= {f"{prefix}{name}": value for name, value in others.items()}
         if config.greedy:
-            rollout, result = complete(rows, dataclasses.replace(sampling, n=1, temperature=0.0))
+            rollout, result, others = complete(rows, dataclasses.replace(sampling, n=1, temperature=0.0))
             _say_failures(f"{prefix}greedy/", result, note)
             first = (1,) if config.pass_at_k else ()
             metrics |= set_metrics(f"{prefix}greedy/", rollout, result, first, solved_score)
+            metrics |= {f"{prefix}greedy/{name}": value for name, value in others.items()}
         return metrics
 
 

@@ -21,6 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastppo.envs import READY_TOOLS, Tools
+from fastppo.envs.adapters import READY_ENVIRONMENTS
 from fastppo.recipe_config import (
     EvalSetConfig,
     Recipe,
@@ -228,8 +229,15 @@ def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | 
         return Tools(*(_find_function(text, f"environment.tools.{index}", READY_TOOLS) for index, text in names))
     if not config.factory:
         return None
-    factory, name = _find_function(config.factory, "environment.factory", {}), "environment.arguments"
-    return functools.partial(factory, **_from_environment(config.arguments, name)) if config.arguments else factory
+    name = "environment.arguments"
+    factory, arguments = _find_function(config.factory, "environment.factory", READY_ENVIRONMENTS), config.arguments
+    if config.factory in READY_ENVIRONMENTS:
+        try:
+            inspect.signature(factory).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{name} is {arguments!r}, but {config.factory} {error}") from error
+        return _made(factory, _from_environment(arguments, name), name)
+    return functools.partial(factory, **_from_environment(arguments, name)) if arguments else factory
 
 
 def _resolve(config: RewardFunctionConfig, where: str) -> Callable[..., Any]:

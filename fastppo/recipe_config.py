@@ -115,9 +115,10 @@ class RecipeEnvironmentConfig(EnvironmentConfig):
     """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory` and `tools` is set."""
 
     factory: PathText | None = None
-    """What makes an environment, a class for instance: `package.module:Name` or `path/to/file.py:Name` (relative to the recipe)."""
+    """What makes an environment: that of another library (`textarena`; docs/environments.md has them all), or a class for instance,
+    `package.module:Name` or `path/to/file.py:Name` (relative to the recipe)."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments that it is called with."""
+    """Keyword arguments that it is called with. `${env:NAME}` in a text stands for an environment variable."""
     tools: list[str] = field(default_factory=list)
     """Functions that the policy may call before it answers: `calculator`, `python` (`fastppo.envs.PythonSandbox`), or written as `factory` is."""
 

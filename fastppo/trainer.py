@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,12 +339,14 @@ class PPOTrainer(RunLoop):
         sampled = scores.select(rollout.sampled)
         return Experience(kept, penalised, sampled, len(rows), rollout.num_actions, samples, described, {})
 
-    def _complete(self, rows: Sequence[Row], sampling: SamplingParams) -> tuple[Rollout, RewardResult]:
-        """Held-out prompts' completions and their scores."""
+    def _complete(
+        self, rows: Sequence[Row], sampling: SamplingParams
+    ) -> tuple[Rollout, RewardResult, Mapping[str, float]]:
+        """Held-out prompts' completions, their scores and what else is measured of them."""
         answers = self.collector.sample(rows, sampling, self._interruption.check)
         result, _ = self.collector.score(answers, rows, self._interruption.at_once, normalise=False)
         self._note_errors(result)
-        return answers.rollout, result
+        return answers.rollout, result, answers.held_out_metrics()
 
     def _note_errors(self, result: RewardResult) -> None:
         for error in result.errors:

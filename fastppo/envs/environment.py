@@ -48,6 +48,10 @@ class Environment(Protocol):
         ...
 
 
+class ToolGone(Exception):
+    """What a tool raises that answers no more calls: nothing that the model could do helps, and the episode is invalid."""
+
+
 class Step(NamedTuple):
     """What `Environment.step` returns, checked."""
 
@@ -66,6 +70,15 @@ def reset(environment: Any, *, row: Mapping[str, Any], seed: int) -> Any:
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         offered = {name: offered[name] for name in offered if name in {parameter.name for parameter in parameters}}
     return environment.reset(**offered)
+
+
+def after_prompt(prompt: str | list[Message], text: str) -> str | list[Message]:
+    """The row's prompt, text or messages, with `text` appended to it or to its last message."""
+    if isinstance(prompt, str):
+        return prompt + text
+    messages = [dict(message) for message in prompt]
+    messages[-1]["content"] = (messages[-1].get("content") or "") + text
+    return messages
 
 
 def to_first_observation(returned: Any) -> Observation:

@@ -58,6 +58,10 @@ class Answers:
     def metrics(self) -> dict[str, float]:
         return {}
 
+    def held_out_metrics(self) -> dict[str, float]:
+        """Of held-out prompts' completions, besides what their scores come to."""
+        return {}
+
     def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of samples.jsonl, of the first completions, with what else there is to say of them."""
         return samples
@@ -118,6 +122,11 @@ class Episodes(Answers):
             metrics["return"] = sum(episode.total_reward for episode in valid) / len(valid)
             metrics["truncated_ratio"] = sum(episode.truncated for episode in valid) / len(valid)
         return {f"{NAME}/{name}": value for name, value in metrics.items()}
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """`turns`, the mean of the valid episodes; nothing where none is."""
+        metrics = self.metrics()
+        return {"turns": metrics[f"{NAME}/turns"]} if f"{NAME}/turns" in metrics else {}
 
     def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [

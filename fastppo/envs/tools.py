@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers.utils import get_json_schema
 
-from fastppo.envs.environment import TOOL, Message, Observation
+from fastppo.envs.environment import TOOL, Message, Observation, ToolGone, after_prompt
 
 Function = Callable[..., Any]
 OWN_METHODS = {"reset", "get_reward", "close"}  # of a world: no tools
 
 
-class Tools:
+class ToolMaker(ABC):
+    """Makes environments that have tools and pay nothing."""
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """A `ToolDialogue`, which may have to be awaited first."""
+
+
+class Tools(ToolMaker):
     """Makes environments in which the policy calls functions until it answers without a call: `PPOTrainer(environment=Tools(add), reward=...)`.
 
     Each function has type hints and a docstring in Google's style, of which Transformers' `get_json_schema` makes what the model reads. It may be
@@ -32,16 +41,54 @@ class Tools:
         return ToolEnvironment(self._functions)
 
 
-class ToolEnvironment:
+class ToolDialogue(ABC):
     """An environment over messages: `step` takes the assistant's message and calls what its `tool_calls` name. One without ends the episode.
 
-    It pays nothing for a call. `world`, an object with methods as TRL's environments have them, may pay in the end by `get_reward()`.
+    It pays nothing for a call. What `call` raises the model reads, but for `ToolGone`.
     """
+
+    tools: list[dict[str, Any]]
+    """What the model reads of them: schemas as Transformers' `get_json_schema` makes them."""
+
+    @abstractmethod
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """What the tool, one of `tools`, answers."""
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Observation:
+        """The row's prompt."""
+        return None
+
+    async def step(self, message: Message) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Answers with one message for each call, in their order."""
+        if "parse_error" in message:
+            return [_answer("unknown", f"Error: {message['parse_error']}")], 0.0, False, False, {}
+        calls = message.get("tool_calls") or []
+        answers = [await self._answered(call) for call in calls]
+        return answers, 0.0, not calls, False, {}
+
+    async def _answered(self, call: Any) -> Message:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        known = function if isinstance(function, Mapping) else {}
+        name, arguments = known.get("name"), known.get("arguments") or {}
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            return _answer("unknown", f"Error: {call!r} is no call, expected a name and an object of arguments")
+        names = [tool["function"]["name"] for tool in self.tools]
+        if name not in names:
+            return _answer(name, f"Error: there is no tool {name!r}, expected one of {', '.join(names)}")
+        try:
+            return _answer(name, await self.call(name, arguments))
+        except ToolGone:
+            raise
+        except Exception as error:  # the model's to deal with
+            return _answer(name, f"Error: {type(error).__name__}: {error}")
+
+
+class ToolEnvironment(ToolDialogue):
+    """Functions as tools. `world`, an object with methods as TRL's environments have them, may pay in the end by `get_reward()`."""
 
     def __init__(self, functions: Sequence[Function], world: Any = None) -> None:
         self._functions = {function.__name__: function for function in functions}
         self.tools = schemas(functions)
-        """What the model reads of them."""
         self._world = world
         for name in ("get_reward", "close"):
             if callable(own := getattr(world, name, None)):
@@ -56,31 +103,10 @@ class ToolEnvironment:
             return None
         if not isinstance(said, str):
             raise TypeError(f"reset returned {type(said).__name__}, expected a text or None")
-        prompt = row["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        messages[-1]["content"] = (messages[-1].get("content") or "") + said
-        return messages
+        return after_prompt(row["prompt"], said)
 
-    async def step(self, message: Message) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Answers with one message for each call, in their order."""
-        if "parse_error" in message:
-            return [_answer("unknown", f"Error: {message['parse_error']}")], 0.0, False, False, {}
-        calls = message.get("tool_calls") or []
-        answers = [await self._call(call) for call in calls]
-        return answers, 0.0, not calls, False, {}
-
-    async def _call(self, call: Any) -> Message:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        known = function if isinstance(function, Mapping) else {}
-        name, arguments = known.get("name"), known.get("arguments") or {}
-        if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            return _answer("unknown", f"Error: {call!r} is no call, expected a name and an object of arguments")
-        if name not in self._functions:
-            return _answer(name, f"Error: there is no tool {name!r}, expected one of {', '.join(self._functions)}")
-        try:
-            return _answer(name, str(await _result(self._functions[name](**arguments))))
-        except Exception as error:  # the model's to deal with
-            return _answer(name, f"Error: {type(error).__name__}: {error}")
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return str(await _result(self._functions[name](**arguments)))
 
 
 def as_environment(made: Any) -> Any:
@@ -100,7 +126,7 @@ def methods_of(world: Any) -> list[Function]:
 
 def has_tools(factory: Any) -> bool:
     """Whether it is known before it makes anything that this will have tools."""
-    return isinstance(factory, Tools) or isinstance(factory, type) and not callable(getattr(factory, "step", None))
+    return isinstance(factory, ToolMaker) or isinstance(factory, type) and not callable(getattr(factory, "step", None))
 
 
 def pays(factory: Any) -> bool:

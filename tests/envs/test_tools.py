@@ -132,7 +132,7 @@ def test_trls_environment_classes_work_as_they_are():
     assert isinstance(environment, ToolEnvironment)
     assert [tool["function"]["name"] for tool in environment.tools] == ["increment"]
     said = asyncio.run(environment.reset({"prompt": "Count!", "start": 3}, seed=0))
-    assert said == [{"role": "user", "content": "Count! You begin at 3."}]
+    assert said == "Count! You begin at 3."
     assert step(environment, call("increment", step=4))[0][0]["content"] == "7"
     assert environment.get_reward() == 7.0
     again = [{"role": "system", "content": "s"}, {"role": "user", "content": "Count!"}]
