@@ -123,3 +123,15 @@ def test_tools(train, gsm8k_train, gsm8k_test, tmp_path, name):
     files = [f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}", "data.max_prompt_tokens=1500"]
     metrics = train(name, *files, f"model.name={tmp_path / 'chat'}")
     assert metrics[-1]["environment/turns"] >= 1 and "rewards/gsm8k/mean" in metrics[-1]
+
+
+def test_game(train, tmp_path):
+    """On a model of single characters, whose words are no guesses: each game ends with its second invalid move."""
+    pytest.importorskip("textarena", reason="textarena is not installed")
+    tokenizer = make_chat_tokenizer(trl_template("qwen2_5"))
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    metrics = train("game", f"model.name={tmp_path / 'chat'}", "evaluation.every=2")
+    assert metrics[-1]["environment/turns"] == 2 and metrics[-1]["eval/turns"] == 2
+    assert metrics[-1]["environment/failure_rate"] == 0 and metrics[-1]["environment/return"] == 0

@@ -43,7 +43,12 @@ class OpenEnvSession:
         return after_prompt(row["prompt"], f"\n{said}") if said else None
 
     async def step(self, completion: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        result = await self._client.step({self._action: completion})
+        try:
+            result = await self._client.step({self._action: completion})
+        except RuntimeError as error:
+            raise ValueError(
+                f"the server refuses an action whose field {self._action!r} (action) is a text: {error}"
+            ) from error
         reward = 0.0 if result.reward is None else float(result.reward)
         return f"\n{self._read(result)}\n", reward, result.done, False, {}
 

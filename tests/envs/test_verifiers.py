@@ -1,0 +1,184 @@
+"""Environments of verifiers, against the installed package: its tasks are rows, its conversations turns, its rewards the reward."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from fastppo.envs.adapters import Verifiers
+from tests.envs.worlds import make_engine, play
+from tests.tiny import make_tokenizer
+
+pytest.importorskip("verifiers.v1", reason="pip install fastppo[verifiers]", exc_type=ImportError)
+
+SINGLE = '''
+import verifiers.v1 as vf
+
+
+class LettersConfig(vf.TasksetConfig):
+    count: int = 3
+
+
+class LetterData(vf.TaskData):
+    answer: str
+
+
+class LetterTask(vf.Task[LetterData, vf.State, vf.TaskConfig]):
+    @vf.reward
+    async def right(self, task, trace) -> float:
+        return float(trace.last_reply == task.answer)
+
+    @vf.reward(weight=0.5)
+    async def short(self, trace) -> float:
+        return float(len(trace.last_reply) <= 1)
+
+    @vf.metric
+    async def turns(self, trace) -> float:
+        return trace.num_turns
+
+
+class Letters(vf.Taskset[LetterTask, LettersConfig]):
+    def load(self):
+        for letter in "abc"[: self.config.count]:
+            yield LetterTask(LetterData(prompt=f"say {letter}", answer=letter), self.config.task)
+
+
+__all__ = ["Letters"]
+'''
+TALK = (
+    SINGLE
+    + '''
+
+class TalkConfig(vf.EnvConfig):
+    player: vf.AgentConfig = vf.AgentConfig()
+
+
+class Talk(vf.Env[TalkConfig]):
+    async def run(self, task, agents):
+        async with agents.player.interaction(task) as talk:
+            segment = await talk.turn()
+            while not segment.terminated and segment.last_reply != task.data.answer:
+                segment = await talk.turn("no")
+
+    async def finalize(self, task, episode):
+        episode.traces[0].record_reward("first", float(episode.traces[0].num_turns == 1), 2.0)
+
+
+__all__ = ["Letters", "Talk"]
+'''
+)
+WITH_RULES = SINGLE.replace(
+    "    @vf.metric",
+    """    @vf.stop
+    async def enough(self, trace: vf.Trace) -> bool:
+        return trace.num_turns >= 2
+
+    async def setup(self, trace) -> None:
+        trace.state.artifacts["begun"] = b""
+
+    @vf.metric""",
+)
+TALK_WITH_RULES = WITH_RULES + TALK[len(SINGLE) :]
+NEEDS_RUNTIME = SINGLE.replace("async def right(self, task, trace)", "async def right(self, task, trace, runtime)")
+TWO_SEATS = TALK.replace("player: vf", "other: vf.AgentConfig = vf.AgentConfig()\n    player: vf")
+ENDLESS = SINGLE.replace("def load", "INFINITE = True\n\n    def load")
+RAISES = SINGLE.replace("return float(trace.last_reply == task.answer)", "raise OSError('no judge')")
+FILES = {
+    "fastppo_single": SINGLE,
+    "fastppo_talk": TALK,
+    "fastppo_rules": TALK_WITH_RULES,
+    "fastppo_runtime": NEEDS_RUNTIME,
+    "fastppo_seats": TWO_SEATS,
+    "fastppo_endless": ENDLESS,
+    "fastppo_raises": RAISES,
+}
+
+
+@pytest.fixture(autouse=True)
+def tasksets(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+async def conversation(made, row, *answers):
+    """What it says, and what it pays in the end; where the answers do not end it, it is cut off."""
+    environment = made()
+    said, over = [await environment.reset(row)], False
+    for answer in answers:
+        assert not over
+        observation, reward, over, truncated, _ = await environment.step(answer)
+        assert reward == 0.0 and not truncated
+        said.append(observation)
+    paid = await environment.get_reward()
+    await environment.close()
+    return said, paid
+
+
+def talk(made, row, *answers):
+    return asyncio.run(conversation(made, row, *answers))
+
+
+def test_tasks_of_one_turn():
+    made = Verifiers("fastppo-single", count=2)
+    assert made.rows() == [{"prompt": "say a", "task": 0}, {"prompt": "say b", "task": 1}]
+    assert talk(made, made.rows()[1], "b") == (["say b", None], 1.5)
+    assert talk(made, made.rows()[1], "a") == (["say b", None], 0.5)
+    assert talk(made, made.rows()[1], "a b") == (["say b", None], 0.0)
+
+
+def test_a_conversation():
+    made = Verifiers("fastppo-talk")
+    assert talk(made, {"task": 2}, "c") == (["say c", None], 3.5)
+    assert talk(made, {"task": 2}, "a", "bb", "c") == (["say c", "no", "no", None], 1.5)
+    assert talk(made, {"task": 2}, "a", "bb") == (["say c", "no", "no"], 0.0)  # cut off: what was said is scored
+
+
+def test_the_tasks_own_rules_end_a_conversation():
+    assert talk(Verifiers("fastppo-rules"), {"task": 0}, "b", "b") == (["say a", "no", None], 0.5)
+
+
+def test_a_system_prompt_is_a_message():
+    made = Verifiers("fastppo-single")
+    made._tasks[0] = made._tasks[0].with_data(system_prompt="Be short.")
+    said, _ = talk(made, {"task": 0}, "a")
+    assert said[0] == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "say a"}]
+
+
+def test_episodes():
+    """Of one object after another, those that are cut off too; a scoring that fails makes its episodes invalid."""
+    engine = make_engine()
+    engine.tokenizer = make_tokenizer("abcdefghijklmnopqrstuvwxyz ")
+    made = Verifiers("fastppo-talk")
+    played = play(made, engine, rows=made.rows(), max_turns=2, concurrent=2)
+    for episode in played.episodes:
+        assert episode.error is None and 1 <= len(episode.turns) <= 2 and 0 <= episode.total_reward <= 3.5
+    assert any(episode.truncated for episode in played.episodes)
+    broken = Verifiers("fastppo-raises")
+    failed = play(broken, engine, rows=broken.rows())
+    assert all("get_reward failed: TaskError: " in episode.error for episode in failed.episodes)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastppo environment")]
+
+
+@pytest.mark.parametrize(
+    ("taskset", "settings", "error", "message"),
+    [
+        ("fastppo-nowhere", {}, ModuleNotFoundError, "taskset 'fastppo-nowhere' not found"),
+        ("fastppo-single", {"cuont": 2}, ValueError, "cuont"),
+        ("fastppo-endless", {}, ValueError, "size is None, expected a number: the taskset fastppo-endless has no end"),
+        ("fastppo-seats", {}, ValueError, "the environment has the seats other, player, expected one"),
+        ("fastppo-runtime", {}, ValueError, "the tasks need a runtime, expected ones that are scored by what was said"),
+    ],
+)
+def test_what_only_a_harness_can_play_is_refused(taskset, settings, error, message):
+    with pytest.raises(error, match=message):
+        Verifiers(taskset, **settings)
+    if taskset == "fastppo-endless":
+        assert len(Verifiers(taskset, size=2).rows()) == 2
+
+
+def test_rows_have_to_say_which_task():
+    with pytest.raises(ValueError, match="the row has no column 'task', expected the rows of"):
+        asyncio.run(Verifiers("fastppo-single")().reset({"prompt": "a"}))
