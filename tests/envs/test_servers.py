@@ -125,14 +125,14 @@ def test_a_server_is_closed_from_another_thread_while_a_call_hangs(served):
     assert not server_of_this_process()
 
 
-def test_a_program_that_is_no_server_costs_its_episode(served):
+def test_a_program_that_is_no_server(served):
     async def talk():
         silent = MCP([sys.executable, "-c", "import time; time.sleep(600)"])()
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(silent.reset({}, 0), 1)
         silent.close()
         ended = MCP([sys.executable, "-c", ""])()
-        with pytest.raises(Exception, match="closed"):
+        with pytest.raises(ConnectionError, match=" -c  does not begin as an MCP server: Connection closed"):
             await ended.reset({}, 0)
         ended.close()
 

@@ -38,7 +38,7 @@ def test_a_run_records_its_episodes(tmp_path):
     trainer = make(tmp_path, eval_prompts=["ab", "c"])
     trainer.train()
     rows = read_metrics(tmp_path)
-    assert rows[0]["eval/scores"] >= 3 and rows[0]["eval/failures"] == 0
+    assert rows[0]["eval/scores"] >= 3 and rows[0]["eval/failures"] == 0 and rows[0]["eval/turns"] == 3
     for row in rows[1:]:
         assert row["environment/turns"] == 3 and row["environment/truncated_ratio"] == 0
         assert row["environment/return"] == pytest.approx(row["objective/scores"])
@@ -57,6 +57,21 @@ def test_a_reward_beside_the_environment_is_added(tmp_path):
     for row in read_metrics(tmp_path)[1:]:
         parts = row["rewards/environment/mean"] + row["rewards/count_a/mean"]
         assert row["objective/scores"] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("critic", ["lora", "shared"])
+def test_adapters_learn_from_episodes(tmp_path, critic):
+    """On the trunk as it is; what was sampled over several turns has the log-probs that scoring with adapters computes, to the last bit."""
+    pytest.importorskip("peft", reason="pip install fastppo[lora]")
+    settings = {"lora__r": 4, "critic__kind": critic, "reward__kl_coef": 0.05, "rollout__recompute_logprobs": "always"}
+    trainer = make(tmp_path, total_steps=3, **settings)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all(".lora_" in name for name in changed)
+    for row in read_metrics(tmp_path):
+        assert row["environment/turns"] == 3 and row["rollout/logprob_diff_max"] == 0
+    assert read_metrics(tmp_path)[-1]["objective/kl"] != 0
 
 
 def test_somebody_has_to_pay(tmp_path):

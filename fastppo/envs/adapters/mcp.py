@@ -55,7 +55,7 @@ class MCPServer(ToolDialogue):
         self.tools = []
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Observation:
-        """The row's prompt."""
+        """The row's prompt. Raises ConnectionError where the program does not begin as a server."""
         if self._restart:
             self.close()
         if self._portal is None:
@@ -87,7 +87,11 @@ class MCPServer(ToolDialogue):
         served = portal.start_task_soon(self._serve, listed)
         self._open.callback(served.cancel)
         self._portal = portal
-        self._client, tools = await asyncio.wrap_future(listed)
+        try:
+            self._client, tools = await asyncio.wrap_future(listed)
+        except ConnectionError:
+            self.close()
+            raise
         self.tools = [_schema(tool) for tool in tools]
 
     async def _serve(self, listed: Future[tuple[Any, list[Any]]]) -> None:
@@ -98,7 +102,8 @@ class MCPServer(ToolDialogue):
                 await asyncio.Event().wait()
         except Exception as error:
             if not listed.done():
-                listed.set_exception(error)
+                command = " ".join([self._parameters.command, *self._parameters.args])
+                listed.set_exception(ConnectionError(f"{command} does not begin as an MCP server: {_cause(error)}"))
 
 
 async def _list_tools(client: Any) -> list[Any]:
@@ -109,6 +114,13 @@ async def _list_tools(client: Any) -> list[Any]:
         page = await client.list_tools(cursor=page.next_cursor)
         tools += page.tools
     return tools
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a group."""
+    while inner := getattr(error, "exceptions", None):
+        error = inner[0]
+    return error
 
 
 def _schema(tool: Any) -> dict[str, Any]:
