@@ -15,7 +15,7 @@ from fastppo.data.chat import ChatTemplate
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs.dialogue import Dialogue
 from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row
-from fastppo.envs.tools import has_tools, pays
+from fastppo.envs.tools import TextMaker, has_tools, pays
 from fastppo.model.host import on_device
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.result import RewardAnswers
@@ -220,9 +220,16 @@ def source_of(
         return AnswerSource(engine)
     if has_tools(environment):
         Dialogue(tokenizer, chat).check_tools()
-    elif chat is not None and isinstance(environment, type) and not hasattr(environment, "tools"):
+    elif chat is not None and _answers(environment):
         Dialogue(tokenizer, chat).check("user")
     return EpisodeSource(environment, engine, tokenizer, config)
+
+
+def _answers(environment: Factory) -> bool:
+    """Whether it is known before it makes anything that this will say something upon a turn, and has no tools."""
+    if isinstance(environment, TextMaker):
+        return environment.answers
+    return isinstance(environment, type) and not hasattr(environment, "tools")
 
 
 class NoRewards:

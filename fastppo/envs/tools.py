@@ -15,6 +15,17 @@ Function = Callable[..., Any]
 OWN_METHODS = {"reset", "get_reward", "close"}  # of a world: no tools
 
 
+class TextMaker(ABC):
+    """Makes environments that say texts or messages and have no tools."""
+
+    answers = True
+    """Whether one ever says anything upon a turn."""
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """An environment."""
+
+
 class ToolMaker(ABC):
     """Makes environments that have tools and pay nothing."""
 

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs.adapters import READY_ENVIRONMENTS, Gymnasium, ReasoningGym, TextArena
+from fastppo.envs.source import source_of
 from fastppo.recipe import load_recipe, resolve_environment
 from fastppo.rewards.reasoning_gym import task_rows
-from tests.envs.worlds import play, threads
+from tests.envs.chat import chat_of, make_chat_tokenizer
+from tests.envs.worlds import make_engine, play, threads
 from tests.tiny import LETTERS
 
 ROW = {"prompt": "Play."}
@@ -133,6 +136,16 @@ def test_problems_need_their_columns_and_a_number_of_tries():
     for attempts in (0, True, "2"):
         with pytest.raises(ValueError, match="attempts is .*, expected a whole number >= 1"):
             ReasoningGym(attempts=attempts)
+
+
+def test_only_what_says_more_needs_a_template_that_keeps_history():
+    pytest.importorskip("reasoning_gym", reason="pip install fastppo[reasoning-gym]")
+    last = "{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}"  # forgets what the assistant said
+    tokenizer = make_chat_tokenizer("{% for m in messages %}" + last + "{% endfor %}")
+    arguments = make_engine(), tokenizer, chat_of(tokenizer), EnvironmentConfig()
+    source_of(ReasoningGym(), *arguments)
+    with pytest.raises(ValueError, match="the chat template of somebody/a-model rewrites an earlier turn"):
+        source_of(ReasoningGym(attempts=2), *arguments)
 
 
 # textarena

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastppo.envs.adapters.optional import imported
 from fastppo.envs.environment import Observation, after_prompt
+from fastppo.envs.tools import TextMaker
 
 
-class Gymnasium:
+class Gymnasium(TextMaker):
     """Makes environments of Gymnasium: `Gymnasium("FrozenLake-v1", render_mode="ansi")`.
 
     The policy reads the row's prompt, which says what the game is, and after it the first observation, on a line of its own: a text where the

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastppo.envs.adapters.optional import imported
 from fastppo.envs.environment import Observation, after_prompt
+from fastppo.envs.tools import TextMaker
 
 
-class OpenEnv:
+class OpenEnv(TextMaker):
     """Makes sessions of an OpenEnv server, each a WebSocket of its own: `OpenEnv("http://127.0.0.1:8000", action="message", observation="text")`.
 
     The policy reads the row's prompt, and after it, on a line of its own, the first observation; the server is given the seed and the row's columns

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastppo.envs.environment import Observation
+from fastppo.envs.tools import TextMaker
 from fastppo.rewards.reasoning_gym import reasoning_gym
 
 COLUMNS = ("question", "answer", "metadata", "task", "task_arguments")
 WRONG = "\nThat is not right. Try again.\n"
 
 
-class ReasoningGym:
+class ReasoningGym(TextMaker):
     """Makes environments in which the policy answers a problem, is told when it is wrong, and may try again. The problems are the rows of the data
     `reasoning_gym:TASK`.
 
@@ -31,7 +32,7 @@ class ReasoningGym:
         if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
             raise ValueError(f"attempts is {attempts!r}, expected a whole number >= 1")
         reasoning_gym([], [], [], [], [], [])  # asks for the library
-        self._attempts, self._wrong = attempts, wrong
+        self._attempts, self._wrong, self.answers = attempts, wrong, attempts > 1
 
     def __call__(self) -> ReasoningGymEnvironment:
         return ReasoningGymEnvironment(self._attempts, self._wrong)

@@ -11,13 +11,14 @@ from typing import Any
 
 from fastppo.envs.adapters.optional import imported
 from fastppo.envs.environment import Observation, after_prompt
+from fastppo.envs.tools import TextMaker
 
 Opponent = Callable[[str, random.Random], str]
 
 _ONE_AT_A_TIME = threading.Lock()  # games draw from Python's own random numbers, which all threads share
 
 
-class TextArena:
+class TextArena(TextMaker):
     """Makes games: `TextArena("GuessTheNumber-v0")`, `TextArena("Nim-v0", players=2, opponent=play)`.
 
     The policy reads the row's prompt and, on a line of its own, what the game says to its player: rules, hints, boards, what others did. Only what

@@ -12,11 +12,12 @@ from typing import Any
 
 from fastppo.envs.adapters.optional import imported
 from fastppo.envs.environment import Message, Observation
+from fastppo.envs.tools import TextMaker
 
 TASK = "task"  # the column of a row that says which task it is
 
 
-class Verifiers:
+class Verifiers(TextMaker):
     """Makes episodes of an environment of verifiers 0.4: `Verifiers("my-taskset", split="train")`. The policy takes the environment's one seat, in
     place of a program that asks a model ("harness"); what the environment says it reads as the user's messages, and its rewards are paid in the end.
 
