@@ -8,9 +8,10 @@ import threading
 import pytest
 
 from fastppo.envs.adapters import Verifiers
+from fastppo.rollout import Engine
 from tests.envs.tasksets import FILES
-from tests.envs.worlds import make_engine, play
-from tests.tiny import make_tokenizer
+from tests.envs.worlds import play
+from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("verifiers.v1", reason="pip install fastppo[verifiers]", exc_type=ImportError)
 
@@ -68,8 +69,8 @@ def test_a_system_prompt_is_a_message():
 
 def test_episodes():
     """Of one object after another, those that are cut off too; a scoring that fails makes its episodes invalid."""
-    engine = make_engine()
-    engine.tokenizer = make_tokenizer("abcdefghijklmnopqrstuvwxyz ")
+    tokenizer = make_tokenizer("abcdefghijklmnopqrstuvwxyz ")
+    engine = Engine(make_model(vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer, max_batch_size=4)
     made = Verifiers("fastppo-talk")
     played = play(made, engine, rows=made.rows(), max_turns=2, concurrent=2)
     for episode in played.episodes:
