@@ -2,7 +2,7 @@
 
 64 episodes of a small Qwen2 with 6 turns of 16 tokens each, on the CPU. One environment takes a second for each answer. Shown are the tokens a second
 of the other 63 until the last of them has ended: with nobody slow, with the slow one, and with the slow one where each turn waits for everybody's
-(lockstep, as in a loop that steps all environments together). What it prints is the table of docs/environments.md.
+(lockstep, as in a loop that steps all environments together).
 """
 
 from __future__ import annotations

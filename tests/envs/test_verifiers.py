@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 
 from fastppo.envs.adapters import Verifiers
 from fastppo.rollout import Engine
 from tests.envs.tasksets import FILES
-from tests.envs.worlds import play
+from tests.envs.worlds import play, threads
 from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("verifiers.v1", reason="pip install fastppo[verifiers]", exc_type=ImportError)
@@ -79,7 +78,9 @@ def test_episodes():
     broken = Verifiers("fastppo-raises")
     failed = play(broken, engine, rows=broken.rows())
     assert all("get_reward failed: TaskError: " in episode.error for episode in failed.episodes)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastppo environment")]
+    for thread in threads():
+        thread.join(10)
+    assert not threads()
 
 
 @pytest.mark.parametrize(
