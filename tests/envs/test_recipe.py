@@ -64,7 +64,10 @@ def test_tools_by_name_and_from_a_file(resolve):
             "{tools: [calculater]}",
             r"environment.tools.0 is 'calculater', expected the name of a ready function \(the nearest is calculator\)",
         ),
-        ("{factory: World}", "environment.factory is 'World', expected package.module:function"),
+        (
+            "{factory: World}",
+            r"environment.factory is 'World', expected the name of a ready .* \(the nearest is openenv\), package.module:function",
+        ),
         ("{factory: worlds.py:Wrld}", "worlds.py has no function Wrld; the nearest is World"),
         ("{factory: worlds.py:World, tools: [calculator]}", "tools is .'calculator'., expected none beside factory"),
         ("{arguments: {size: 5}}", "arguments is {'size': 5}, expected none without factory"),
