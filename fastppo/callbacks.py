@@ -66,6 +66,10 @@ class Callbacks:
             own = [dict(argument) if isinstance(argument, dict) else argument for argument in arguments]
             getattr(callback, event)(trainer, *own)
 
+    def hear_of(self, event: str) -> bool:
+        """Whether any does something then."""
+        return any(getattr(type(each), event) is not getattr(Callback, event) for each in self._named.values())
+
     def state_dict(self) -> dict[str, Any]:
         return {name: callback.state_dict() for name, callback in self._named.items()}
 

@@ -4,7 +4,8 @@
 
 A checkpoint is written to a hidden temporary folder, every file is flushed to the disk, a manifest with sizes and SHA-256 comes last, and one
 rename makes it visible. Older ones are removed only afterwards. One process at a time may write to a root. What goes wrong once a checkpoint is
-complete is a warning: it is there.
+complete is a warning: it is there. Of a run whose weights are divided among ranks the tensors are in the folder `shards` instead, which all ranks
+write (`sharded_checkpoint.py`); whoever reads need not know.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ from torch import Tensor, nn
 
 from fastppo.errors import CheckpointError
 from fastppo.low_bit import joined, parts_of
+from fastppo.stored_shards import StoredShards
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
 _NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{6,}})")
 
 
-Checkpoint = tuple[dict[str, dict[str, Tensor]], dict[str, Any], int]
+Checkpoint = tuple[Mapping[str, Mapping[str, Tensor]], dict[str, Any], int]
 """(tensors by file, state, step)"""
 
 
@@ -52,35 +55,72 @@ def save_checkpoint(
     anything else fails: nothing is left behind, and the checkpoints that were there still are.
     """
     root = Path(root)
-    target, temporary = checkpoint_path(root, step), root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
-    replaced = root / f"{_REPLACED}{target.name}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        temporary.mkdir()
+    with reported(root, step, temporary_folder(root, step)) as temporary:
+        begin_checkpoint(temporary)
         for name, named in tensors.items():
             save_file(_separate(named), temporary / f"{name}.safetensors")
-        saved = {"step": step, "files": sorted(tensors), "state": state}
-        (temporary / "state.json").write_text(json.dumps(saved, indent=1))
-        manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
-            _flush(path)
-        _flush_folder(temporary, root)
+        manifest = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
+        return publish_checkpoint(temporary, step, manifest, sorted(tensors), state, keep=keep, spared=spared)
+
+
+def temporary_folder(root: Path, step: int) -> Path:
+    """Where checkpoint `step` is written until it is whole."""
+    return root / f"{_TEMPORARY}{step:06d}-{os.getpid()}"
+
+
+def begin_checkpoint(temporary: Path) -> None:
+    """Make the folder, and remove what a killed process has left."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(temporary.parent)
+    temporary.mkdir()
+
+
+@contextmanager
+def reported(root: Path, step: int, temporary: Path) -> Iterator[Path]:
+    """What goes wrong in the block leaves nothing behind, and is a CheckpointError."""
+    try:
+        yield temporary
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        state_is_at_fault = isinstance(error, TypeError | ValueError)  # a full disk is an OSError or a SafetensorError
+        cure = "" if state_is_at_fault else "; free some space or choose another output_dir, then resume"
+        raise CheckpointError(
+            f"checkpoint {checkpoint_path(root, step)} could not be written: {error}. The earlier ones are untouched{cure}"
+        ) from error
+
+
+def publish_checkpoint(
+    temporary: Path,
+    step: int,
+    manifest: Mapping[str, Any],
+    names: Sequence[str],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    spared: Collection[int],
+) -> Path:
+    """Write state and manifest beside the tensors, of whose files `manifest` has the fingerprints, and rename the folder into place."""
+    root = temporary.parent
+    target = checkpoint_path(root, step)
+    replaced = root / f"{_REPLACED}{target.name}"
+    saved = {"step": step, "files": list(names), "state": state}
+    (temporary / STATE).write_text(json.dumps(saved, indent=1))
+    manifest = {**manifest, STATE: fingerprint(temporary / STATE)}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for name in (*manifest, MANIFEST):
+        _flush(temporary / name)
+    for folder in {path.parent for path in map(temporary.joinpath, (*manifest, MANIFEST))}:
+        _flush_folder(folder, root)
+    try:
         if (
             target.exists()
         ):  # reached again after a resume from an older one; still found under its other name until the rename below
             target.rename(replaced)
         temporary.rename(target)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError:
         if replaced.exists() and not target.exists():
             replaced.rename(target)
-        state_is_at_fault = isinstance(error, TypeError | ValueError)  # a full disk is an OSError or a SafetensorError
-        cure = "" if state_is_at_fault else "; free some space or choose another output_dir, then resume"
-        raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. The earlier ones are untouched{cure}"
-        ) from error
+        raise
     _flush_folder(root, root)
     _remove_leftovers(root)
     up_to_now = {number: path for number, path in list_checkpoints(root).items() if number <= step}
@@ -91,18 +131,21 @@ def save_checkpoint(
 
 
 def checkpoint_path(root: str | Path, step: int) -> Path:
-    """Where `save_checkpoint` writes."""
+    """Where checkpoint `step` is once it is whole."""
     return Path(root) / f"step-{step:06d}"
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """(tensors, state, step) of a checkpoint on the CPU. Raises CheckpointError when a file is missing or is not what was written."""
+def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """(tensors, state, step) of a checkpoint on the CPU. Raises CheckpointError when a file is missing or, unless another rank has verified that,
+    is not what was written."""
     path = Path(path)
-    manifest = _verify(path)
-    tensors = {
+    manifest = _read_manifest(path, verify)
+    tensors: Mapping[str, Mapping[str, Tensor]] = {
         name.removesuffix(".safetensors"): load_file(path / name) for name in manifest if name.endswith(".safetensors")
     }
-    saved = json.loads((path / "state.json").read_text())
+    if any(name.startswith(f"{SHARDS}/") for name in manifest):
+        tensors = StoredShards(path / SHARDS)
+    saved = json.loads((path / STATE).read_text())
     if lost := sorted(set(saved.get("files", ())) - set(tensors)):
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not list {lost[0]}.safetensors")
     return tensors, saved["state"], saved["step"]
@@ -136,21 +179,22 @@ def list_checkpoints(root: str | Path) -> dict[int, Path]:
     return dict(sorted({int(match.group(1)): path for match, path in matches if match}.items()))
 
 
-def _verify(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest, once every file it lists is there with the size and hash it lists."""
+def _read_manifest(path: Path, verify: bool) -> dict[str, dict[str, Any]]:
+    """The manifest; `verify`: once every file it lists is there with the size and hash it lists."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest, dict) or "state.json" not in manifest:
-            raise ValueError(f"{MANIFEST} does not list state.json")
+        if not isinstance(manifest, dict) or STATE not in manifest:
+            raise ValueError(f"{MANIFEST} does not list {STATE}")
         for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
+            if verify and fingerprint(path / name) != expected:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     return manifest
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -424,6 +424,20 @@ class PPOConfig:
         if budget is not None and budget < most:
             raise ValueError(f"search.budget is {budget}, expected at least rollout.max_new_tokens = {most}")
 
+    @model_validator(mode="after")
+    def _check_sharding(self) -> PPOConfig:
+        """TRPO differentiates gradients again, and low-bit numbers are not divided."""
+        served = {
+            "algorithm": (self.algorithm, "ppo"),
+            "optimizer.name": (self.optimizer.name, "adamw"),
+            "optimizer.bf16_stochastic_round": (self.optimizer.bf16_stochastic_round, False),
+            "lora.quantization": (self.lora.quantization, None),
+        }
+        for name, (value, expected) in served.items():
+            if self.distributed.sharding == "full" and value != expected:
+                raise ValueError(f"{name} is {value}, expected {expected} with distributed.sharding full")
+        return self
+
     def sampling_warning(self) -> str | None:
         """A sentence where completions are drawn from another distribution than the one that is trained, and nothing corrects for it."""
         rollout = self.rollout

@@ -118,6 +118,7 @@ class _Alone(nn.Module):
     def __init__(self, critic: Critic) -> None:
         super().__init__()
         self.critic = critic
+        self.dtypes = {parameter.dtype for parameter in critic.parameters()}
 
     def forward(self, rollout: Rollout, *, policy: bool, values: bool) -> Outputs:
         return critic_outputs(self.critic, rollout)

@@ -21,11 +21,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from fastppo.distributed_config import DistributedConfig
 from fastppo.errors import TrainingError, is_users
 from fastppo.interruption import Interrupted
 from fastppo.model import resolve_device
+from fastppo.model.sharding import Sharding
 from fastppo.out_of_memory import is_out_of_memory
 from fastppo.run_folder import differences
 
@@ -85,6 +87,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that records the run."""
         return self.rank == 0
+
+    @property
+    def lost(self) -> str | None:
+        """Who is gone, in a sentence, once a meeting has failed for want of them."""
+        return self._lost
 
     @property
     def restarted(self) -> bool:
@@ -285,6 +292,14 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[f"version of {package}"] = version(package)
     return found
+
+
+def sharding_of(config: DistributedConfig, ranks: Ranks, device: torch.device) -> Sharding | None:
+    """How weights are divided; None where every rank has all of them. One rank has nothing to divide."""
+    if config.sharding == "none" or ranks.size == 1:
+        return None
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    return Sharding(mesh, getattr(torch, config.reduce_dtype), config.cpu_offload)
 
 
 def refuse_several(what: str) -> None:

@@ -51,7 +51,7 @@ def export_run(
     elif (folder := Path(folder).expanduser()).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {str(folder)!r}, which is not empty, expected a new or an empty one")
     tokenizer = load_tokenizer(model or settings.get("tokenizer") or name)
-    dtype = next(iter(policy.values())).dtype if lora is None else identity["model.dtype"]
+    dtype = identity.get("model.dtype") or next(iter(policy.values())).dtype  # sharded weights are kept in a wider type
     trained = load_model(name, dtype=dtype, device="cpu")
     adapters = None if lora is None else adapters_on(trained, path, identity)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
-from fastppo.distributed import ALONE, Ranks
+from fastppo.distributed import ALONE, LostRank, Ranks
 from fastppo.errors import TrainingError
 from fastppo.evaluation import Evaluation
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
@@ -20,6 +21,7 @@ from fastppo.out_of_memory import Found, TokenBudget, is_out_of_memory
 from fastppo.plan import Lengths, Microbatch, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
 from fastppo.roles import Roles
 from fastppo.rollout.rollout import Rollout
+from fastppo.stored_shards import read_into
 
 Losses = Iterator[tuple[Tensor, Mapping[str, Tensor]]]
 """(loss, metrics) of some micro-batches of a minibatch, which add up."""
@@ -62,9 +64,11 @@ class Learner:
             name: Optimizer(module.named_parameters(), self._schedules[name].lr, self._schedules[name])
             for name, module in roles.trained().items()
         }
-        self.loss_scale = LossScale.for_parameters(roles.parameters())
+        self.loss_scale = LossScale.for_types(roles.dtypes)
         for trained in self.optimizers.values():
             trained.loss_scale = self.loss_scale
+        self.is_sharded = any(trained.is_sharded for trained in self.optimizers.values())
+        """Whether each rank has a part of the weights alone."""
         self.step = 0
         self.skipped_in_a_row = 0
 
@@ -84,8 +88,21 @@ class Learner:
 
     def within_memory(self, attempt: Callable[[Plan], Found], plan: Plan, lengths: Lengths) -> tuple[Found, Plan]:
         """What `attempt` makes of a plan, and that plan: with smaller micro-batches where memory ran out, in which case it is repeated from its
-        beginning, without gradients. Raises TrainingError where that is of no use."""
+        beginning, without gradients. Raises TrainingError where that is of no use, as with sharded weights: other ranks may wait within a layer."""
+        if self.is_sharded:
+            with self._naming_lost_ranks():
+                return self.budget.once(attempt, plan), plan
         return self.budget.fit(attempt, plan, lengths, self._clear_gradients)
+
+    @contextmanager
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        """Where a layer cannot be gathered because a rank is gone, torch's error becomes one that says which."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.ranks.lost is None:
+                raise
+            raise LostRank(self.ranks.lost) from error
 
     def evaluate(
         self,
@@ -182,10 +199,9 @@ class Learner:
         """The minibatch's metrics, its gradient norms, and whether these are finite. Where fp16 gradients have overflowed, again at a
         smaller scale. All numbers come to the host at once: it waits for the device once a minibatch."""
         while True:
-            own = [batch for batch in self.ranks.own(minibatch) if batch]
-            totals = self._summed(accumulate_gradients(losses(self.roles, minibatch, own), self.loss_scale.value))
+            totals = self._summed(accumulate_gradients(self._own_losses(losses, minibatch), self.loss_scale.value))
             for optimizer in self.optimizers.values():
-                optimizer.unscale()
+                optimizer.take_gradients()
             norms = {name: optimizer.gradient_norm() for name, optimizer in self.optimizers.items()}
             metrics = _numbers(totals | {f"grad_norm/{name}": norm for name, norm in norms.items()})
             finite = all(math.isfinite(metrics[f"grad_norm/{name}"]) for name in norms)
@@ -193,17 +209,31 @@ class Learner:
                 return metrics, norms, finite
             self._clear_gradients()
 
+    def _own_losses(self, losses: MakeLosses, minibatch: Minibatch) -> Losses:
+        """Of this rank's micro-batches. With sharded weights every rank has to run as many: some sequence stands in for an empty one, whose loss
+        and metrics are 0."""
+        own = self.ranks.own(minibatch)
+        if not self.is_sharded:
+            yield from losses(self.roles, minibatch, [batch for batch in own if batch])
+            return
+        stand_in = next(batch for batch in minibatch if batch)[:1]
+        made = losses(self.roles, minibatch, [batch or stand_in for batch in own])
+        for batch, (loss, metrics) in zip(own, made, strict=True):
+            yield (loss, metrics) if batch else (loss * 0, {name: torch.zeros_like(x) for name, x in metrics.items()})
+
     def _summed(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics of all ranks' micro-batches together; the gradients become theirs too, where any rank has one."""
+        """The metrics of all ranks' micro-batches together; the gradients become theirs too, where any rank has one. FSDP has summed its own."""
         if self.ranks.size == 1:
             return totals
-        masters = [master for optimizer in self.optimizers.values() for master in optimizer.masters.values()]
+        whole = [optimizer for optimizer in self.optimizers.values() if not optimizer.is_sharded]
+        masters = [master for optimizer in whole for master in optimizer.masters.values()]
         found = self.ranks.exchange("what is learned", (list(totals), [master.grad is not None for master in masters]))
         names = next((names for names, _ in found if names), [])
         for master, learned in zip(masters, zip(*(present for _, present in found), strict=True), strict=True):
             if any(learned) and master.grad is None:
                 master.grad = torch.zeros_like(master, dtype=torch.float32)
-        metrics = masters[0].new_zeros(len(names), dtype=torch.float64)
+        device = next(iter(totals.values())).device if totals else masters[0].device
+        metrics = torch.zeros(len(names), dtype=torch.float64, device=device)
         if totals:
             metrics += torch.stack(list(totals.values()))
         self.ranks.sum_("metrics", [metrics])
@@ -227,11 +257,21 @@ class Learner:
         return tensors, state
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, bit for bit."""
+        """Go on from what `state_dict` returned, bit for bit, also where the weights are sharded otherwise than they were. Raises CheckpointError
+        or RuntimeError where it is of other networks."""
         for name, module in self.roles.trained().items():
-            module.load_state_dict(tensors[name])
-            self.optimizers[name].restore_masters(tensors.get(f"{name}_masters", {}))
-            self.optimizers[name].load_state_dict(tensors[f"{name}_optimizer"], state[f"{name}_optimizer"])
+            optimizer, saved, masters = self.optimizers[name], f"{name}_optimizer", tensors.get(f"{name}_masters")
+            if optimizer.is_sharded:
+                weights = tensors if masters is None else {name: {**tensors[name], **masters}}
+                read_into(module.state_dict(), weights, name)
+                moments = optimizer.empty_state(state[saved])
+                read_into(moments, tensors, saved)
+            else:
+                module.load_state_dict(tensors[name])
+                # A run whose weights were sharded has kept them in fp32, and has no other masters.
+                optimizer.restore_masters(tensors[name] if masters is None else masters)
+                moments = tensors[saved]
+            optimizer.load_state_dict(moments, state[saved])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.budget.load_state_dict(state.get("token_budget", self.budget.state_dict()))

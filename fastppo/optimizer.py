@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastppo.checkpoint import flatten_optimizer, restore_optimizer
 from fastppo.config import OptimizerConfig
 from fastppo.low_bit import drawn_from, make_adamw
+from fastppo.model.sharding import as_sharded, local_part
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -43,8 +46,9 @@ class LossScale:
         self._before: float | None = None
 
     @classmethod
-    def for_parameters(cls, parameters: Iterable[nn.Parameter]) -> LossScale:
-        return cls(cls.LARGEST if any(p.dtype == torch.float16 for p in parameters) else 1.0)
+    def for_types(cls, dtypes: Collection[torch.dtype]) -> LossScale:
+        """dtypes: those that the networks compute in."""
+        return cls(cls.LARGEST if torch.float16 in dtypes else 1.0)
 
     def keep(self, finite: bool) -> bool:
         """Whether the gradients made with this scale are kept; if not, the scale has fallen and they are to be made again."""
@@ -74,6 +78,8 @@ class Optimizer:
     Parameters that are not fp32 get an fp32 master copy: gradients accumulate into it in fp32 (also over micro-batches), AdamW updates it, and
     the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights. With
     `bf16_stochastic_round` a bf16 parameter has none: it is rounded up or down at random, with its gradient still summed in fp32.
+
+    Of a sharded parameter, which is fp32, this rank's part is its own master: each rank updates its part, with the gradient norm of all parts.
     """
 
     def __init__(
@@ -84,11 +90,18 @@ class Optimizer:
         self.loss_scale = LossScale(1.0)
         self._rounds_at_random = config.bf16_stochastic_round
         self.masters = {name: self._master(parameter) for name, parameter in self.parameters.items()}
+        meshes = [p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)]
+        self._mesh = meshes[0] if meshes else None
         decayed = [master for master in self.masters.values() if master.dim() > 1]
         rest = [master for master in self.masters.values() if master.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         self.adamw = make_adamw(groups, lr, config)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks have a part each of what learns."""
+        return self._mesh is not None
 
     def set_learning_rate(self, factor: float) -> float:
         """Set every group to `factor` times the peak and return that rate."""
@@ -97,19 +110,29 @@ class Optimizer:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         return rate
 
-    def unscale(self) -> None:
-        """Take the loss scale off the gradients of fp32 parameters, a value head's say; those of separate masters have lost it on their way."""
-        if self.loss_scale.value != 1:
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is parameter and parameter.grad is not None:
-                    parameter.grad.div_(self.loss_scale.value)
+    def take_gradients(self) -> None:
+        """Of all micro-batches: this rank's parts of what FSDP has summed; and take the loss scale off those of fp32 parameters, a value head's
+        say. Those of separate masters have lost it on their way."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                gradient = self.masters[name].grad = local_part(parameter.grad)
+                if self.loss_scale.value != 1:
+                    gradient.div_(self.loss_scale.value)
 
     def gradient_norm(self) -> Tensor:
         """0-d fp32: 2-norm over all gradients, before clipping; 0 where there is none."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        if not gradients:  # torch's 0 would be on the host
-            return torch.zeros((), dtype=torch.float32, device=next(iter(self.masters.values())).device)
-        return torch.nn.utils.get_total_norm(gradients)
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:  # torch's 0 would be on the host
+            norm = torch.zeros((), dtype=torch.float32, device=next(iter(self.masters.values())).device)
+        return norm if self._mesh is None else self._norm_of_parts(norm)
+
+    def _norm_of_parts(self, norm: Tensor) -> Tensor:
+        """From the norm of this rank's parts that of all; each rank has to ask."""
+        squares = norm.to(self._mesh.device_type, torch.float64) ** 2
+        dist.all_reduce(squares, group=self._mesh.get_group())
+        return squares.sqrt().float()
 
     def step(self, norm: Tensor) -> None:
         """Clip by `norm`, the value of `gradient_norm`, update, and round into the model's parameters."""
@@ -125,9 +148,8 @@ class Optimizer:
     @torch.no_grad()
     def _publish(self) -> None:
         """Round the master weights into the parameters that the model computes with."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        for name, master in self.separate_masters().items():
+            self.parameters[name].copy_(master)
 
     def clear_gradients(self) -> None:
         for name, parameter in self.parameters.items():
@@ -135,22 +157,43 @@ class Optimizer:
 
     def separate_masters(self) -> dict[str, Tensor]:
         """The master weights that are not the parameters themselves: what a checkpoint must hold besides the model."""
-        return {name: master for name, master in self.masters.items() if master is not self.parameters[name]}
+        own = self.parameters
+        return {
+            name: x for name, x in self.masters.items() if x is not own[name] and not isinstance(own[name], DTensor)
+        }
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """AdamW's (tensors, JSON state), by parameter name."""
-        return flatten_optimizer(self.adamw, self.masters)
+        """AdamW's (tensors, JSON state), by parameter name; those of sharded parameters are sharded as these are."""
+        tensors, state = flatten_optimizer(self.adamw, self.masters)
+        return {name: self._as_its_parameter(name, tensor) for name, tensor in tensors.items()}, state
+
+    def _as_its_parameter(self, name: str, tensor: Tensor) -> Tensor:
+        """name: "exp_avg/<parameter>", or of another tensor of its size, or a count."""
+        return tensor if tensor.dim() == 0 else as_sharded(tensor, self.parameters[name.split("/", 1)[1]])
+
+    def empty_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors for what `state_dict` has given, whose numbers are to come."""
+        found = {}
+        for name in state["tensors"]:
+            key, parameter = name.split("/", 1)
+            master = self.masters[parameter]
+            found[name] = self._as_its_parameter(name, master.new_zeros(() if key == "step" else master.shape))
+        return found
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        restore_optimizer(self.adamw, self.masters, tensors, state)
+        parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+        restore_optimizer(self.adamw, self.masters, parts, state)
 
     @torch.no_grad()
-    def restore_masters(self, saved: dict[str, Tensor]) -> None:
+    def restore_masters(self, saved: Mapping[str, Tensor]) -> None:
         for name, master in self.separate_masters().items():
             master.copy_(saved[name])
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        """`parameter` itself when it is fp32 or needs no copy, else an fp32 one that its gradients flow into as they are made."""
+        """`parameter` itself when it is fp32 or needs no copy, else an fp32 one that its gradients flow into as they are made; this rank's part of a
+        sharded one."""
+        if isinstance(parameter, DTensor):
+            return nn.Parameter(local_part(parameter))
         if parameter.dtype == torch.float32:
             return parameter
         if parameter.dtype == torch.bfloat16 and self._rounds_at_random:

@@ -94,6 +94,19 @@ class TokenBudget:
             _give_back()
             plan = self._smaller(plan, lengths, reason)
 
+    def once(self, attempt: Callable[[Plan], Found], plan: Plan) -> Found:
+        """What `attempt` makes of the plan. Raises TrainingError where memory runs out."""
+        try:
+            with self._ranks.together("work within the token budget"):
+                return attempt(plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"memory ran out ({' '.join(str(error).split())}): learner.tokens_per_microbatch is {self.tokens}, expected less; with "
+                "distributed.sharding full a run does not go on with smaller micro-batches by itself"
+            ) from error
+
     def _smaller(self, plan: Plan, lengths: Lengths, reason: str) -> Plan:
         batches = [batch for epoch in plan for minibatch in epoch for batch in minibatch]
         largest = max(tokens_of(batch, lengths) for batch in batches)

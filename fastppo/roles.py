@@ -19,6 +19,7 @@ from fastppo.model import Critic, Histogram, HistogramHead, ValueHead, lm_head, 
 from fastppo.model.adapters import Adapters, TrainedAdapter
 from fastppo.model.host import on_device
 from fastppo.model.parts_trunk import trunk_of
+from fastppo.model.sharding import Sharding, gathered, shard_head, shard_network
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Plan, first_epoch
 from fastppo.rollout.record import places_in
@@ -90,28 +91,51 @@ class Roles(nn.Module):
             reference = copy.deepcopy(policy).requires_grad_(False)
         # Not a submodule: neither optimizers nor checkpoints touch the reference.
         object.__setattr__(self, "reference", reference)
+        self.dtypes = {parameter.dtype for parameter in self.parameters()}
+        """Types that the networks compute in."""
+        self.dtype, self.is_sharded = policy.dtype, False
         self._sampling_is_exact = (
             False  # whether sampled log-probs have been seen to be, bit for bit, those of a forward pass
         )
 
+    def shard(self, sharding: Sharding) -> None:
+        """Divide every network among the ranks, before any optimizer is made for it. The networks have to be the same on every rank. From then
+        on each rank has to call `forward` and `evaluate` as often as the others."""
+        _ = self.reference_sha256, self.base_sha256  # of whole weights
+        self.is_sharded = True
+        for network in self._networks():
+            shard_network(network, sharding)
+        for head in (self.value_head, None if self.critic is None else self.critic.head):
+            if head is not None:
+                shard_head(head, sharding)
+
+    def _networks(self) -> list[PreTrainedModel]:
+        """Each once, whoever shares it."""
+        trunk = None if self.critic is None else self.critic.trunk
+        return list({id(each): each for each in (self.policy, trunk, self.reference) if each is not None}.values())
+
     def forward(self, rollout: Rollout, *, policy: bool = True, values: bool = True, entropy: bool = True) -> Outputs:
         """Log-probabilities, entropy and values of the batch's actions; differentiable. `policy=False`: values alone, and of
         a shared trunk nothing learns but the value head."""
-        hidden = None
-        if policy or (values and self.critic is None):
-            with nullcontext() if policy else torch.no_grad():
-                hidden = _hidden(self.policy, rollout)
+        on_policy = values and self.critic is None
+        said = Outputs(None, None, None, None)
+        if policy or on_policy:
+            said = gathered(self.policy, lambda: self._policy_outputs(rollout, policy, on_policy, entropy))
+        if not values or on_policy:
+            return said
+        with self.speaking("critic"):
+            valued = critic_outputs(self.critic, rollout)
+        return valued._replace(logprobs=said.logprobs, entropy=said.entropy)
+
+    def _policy_outputs(self, rollout: Rollout, policy: bool, values: bool, entropy: bool) -> Outputs:
+        """What the policy's trunk tells: log-probabilities, and the values of a head on it."""
         logprobs = token_entropy = None
+        with nullcontext() if policy else torch.no_grad():
+            hidden = _hidden(self.policy, rollout)
         if policy:
             out = _head_logprobs(self.policy, hidden, rollout, with_entropy=entropy)
             logprobs, token_entropy = out if entropy else (out, None)
-        if not values:
-            return Outputs(logprobs, token_entropy, None, None)
-        if self.critic is None:
-            said = value_outputs(self.value_head, hidden, rollout)
-        else:
-            with self.speaking("critic"):
-                said = critic_outputs(self.critic, rollout)
+        said = value_outputs(self.value_head, hidden, rollout) if values else Outputs(None, None, None, None)
         return said._replace(logprobs=logprobs, entropy=token_entropy)
 
     def speaking(self, role: str) -> AbstractContextManager:
@@ -121,13 +145,17 @@ class Roles(nn.Module):
     @torch.no_grad()
     def action_states(self, rollout: Rollout) -> Tensor:
         """[N, H]: the policy's hidden states that score the actions."""
-        return _hidden(self.policy, rollout)[_rows(rollout, rollout.actions - 1)]
+        return gathered(self.policy, lambda: _hidden(self.policy, rollout)[_rows(rollout, rollout.actions - 1)])
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """fp32 [N]: the reference's log-probabilities of the actions, at the sampling temperature."""
-        with self.speaking("reference"):
+
+        def said() -> Tensor:
             return _head_logprobs(self.reference, _hidden(self.reference, rollout), rollout, with_entropy=False)
+
+        with self.speaking("reference"):
+            return gathered(self.reference, said)
 
     @torch.no_grad()
     def evaluate(
@@ -175,16 +203,16 @@ class Roles(nn.Module):
             if wanted in want
         }
         for indices in ranks.own(first_epoch(plan)) if found else ():
-            if not indices:
+            if not indices and not self.is_sharded:
                 continue
-            batch = rollout.select(indices)
+            batch = rollout.select(indices or [0])  # other ranks wait for this one's part of a layer
             actions = on_device(places_in(rollout.action_bounds, indices), device)
             places = {"final_values": on_device(indices, device)}
             valued = bool({"values", "final_values"} & set(want))
             outputs = self(batch, policy="logprobs" in want, values=valued, entropy=False)._asdict()
             if "reference" in want:
                 outputs["ref_logprobs"] = self.reference_logprobs(batch)
-            for name, tensor in found.items():
+            for name, tensor in found.items() if indices else ():
                 tensor[places.get(name, actions)] = outputs[name].float()
         ranks.sum_("evaluation", list(found.values()))
         return found
@@ -219,7 +247,7 @@ class Roles(nn.Module):
 
 def critic_outputs(critic: Critic, rollout: Rollout) -> Outputs:
     """The values of a critic with a trunk of its own, and nothing else; differentiable."""
-    return value_outputs(critic.head, _hidden(critic.trunk, rollout), rollout)
+    return gathered(critic.trunk, lambda: value_outputs(critic.head, _hidden(critic.trunk, rollout), rollout))
 
 
 def value_outputs(head: ValueHead | HistogramHead, hidden: Tensor, rollout: Rollout) -> Outputs:

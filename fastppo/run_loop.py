@@ -23,9 +23,10 @@ from fastppo.interruption import Interrupted, Interruption, end
 from fastppo.learner import Learner
 from fastppo.model import load_model, load_tokenizer, prepare_model
 from fastppo.model.adapters import Adapters
+from fastppo.model.sharding import WholeCopy
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
-from fastppo.roles import weights_sha256
+from fastppo.roles import Roles, weights_sha256
 from fastppo.run_folder import ADAPTER, BEST, MODEL, Onlooker, RunFolder, as_written
 from fastppo.run_state import RunState
 from fastppo.tracking import Tracking
@@ -42,6 +43,8 @@ class RunLoop(ABC):
     model: PreTrainedModel
     adapters: Adapters | None = None
     """Of the model, where they alone learn."""
+    whole: WholeCopy | None = None
+    """A copy of the model that each rank samples from and writes, where its weights are divided among the ranks."""
     tokenizer: PreTrainedTokenizerBase
     reporter: Reporter
     learner: Learner
@@ -117,6 +120,7 @@ class RunLoop(ABC):
         self._stop_reason = None
         with folder.lock(note):
             self.state.begin(folder, self.recipe, resume=resume, evaluate=self._evaluates, note=note)
+            self._gather()
             known = {"next_step": self.state.next_record, "resumed": self.step > 0}
             trackers = self.config.tracking if self.ranks.first else TrackingConfig()
             self.tracking = Tracking(trackers, folder, **known, note=note)
@@ -124,12 +128,14 @@ class RunLoop(ABC):
                 try:
                     with self.ranks.together("end of the steps"):
                         metrics = self._run(folder)
+                        self.state.wait()
                 except BaseException as error:
                     self.state.save_before(error, folder, keep=self.config.checkpoint.keep, note=note)
                     self.ranks.part("last checkpoint")
                     if isinstance(error, Interrupted):
                         end(error)
                     raise
+            self._gather()
             if self.ranks.first:
                 self._write_model(folder)
                 self._plot(folder)
@@ -137,10 +143,17 @@ class RunLoop(ABC):
         return metrics
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the model and the tokenizer in Transformers' format, its configurations as they came; adapters are merged."""
+        """Write the model and the tokenizer in Transformers' format, its configurations as they came; adapters are merged. Of sharded weights those
+        after the last step."""
         Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
-        merged = {} if self.adapters is None else {"state_dict": self.adapters.merged_state()}
-        write_model(self.model, self.tokenizer, path, **merged)
+        holder = self.whole or self
+        merged = {} if holder.adapters is None else {"state_dict": holder.adapters.merged_state()}
+        write_model(holder.model, self.tokenizer, path, **merged)
+
+    def _gather(self) -> None:
+        """Let the whole copy of sharded weights have what they are now; every rank has to call it."""
+        if self.whole is not None:
+            self.whole.refresh(self.model)
 
     # The loop
 
@@ -156,6 +169,8 @@ class RunLoop(ABC):
             self._agree()
             if self._due_to_save():
                 path = self.state.save(folder, keep=self.config.checkpoint.keep)
+                if self.callbacks.hear_of("on_checkpoint"):
+                    self.state.wait()
                 self.callbacks.call("on_checkpoint", self, path)
                 self._agree()
             self._interruption.check()
@@ -204,10 +219,11 @@ class RunLoop(ABC):
         try:
             self.save_pretrained(folder.path / MODEL)
             if self.adapters is not None:
-                self.adapters.save(folder.path / ADAPTER)
+                (self.whole or self).adapters.save(folder.path / ADAPTER)
             if self.best:
                 name, option, which = BEST, " --best", "best step's"
-                self.best.write(self.learner.roles.trained()["policy"], self.save_pretrained, folder)
+                policy = self.learner.roles.trained()["policy"] if self.whole is None else self.whole.policy
+                self.best.write(policy, self.save_pretrained, folder)
         except Exception as error:  # Transformers and the disk have many
             raise TrainingError(
                 f"{folder.path / name} could not be written: {error}. The weights are in the {which} checkpoint of {folder.checkpoints}; "
@@ -218,10 +234,10 @@ class RunLoop(ABC):
         """Rank 0's is the one that shows something."""
         return reporter if self.ranks.first else Reporter(reporter.total_steps, quiet=True)
 
-    def _require_same_ranks(self) -> None:
-        """Raises ValueError naming a setting, a version of a package, or what of model and data differs between ranks."""
+    def _require_same_ranks(self, roles: Roles) -> None:
+        """Raises ValueError naming a setting, a version of a package, or what of model and data differs between ranks. roles: not sharded yet."""
         if self.ranks.size > 1:
-            learned = self.learner.roles.trained().items()
+            learned = roles.trained().items()
             weights = {f"weights of the {name}": weights_sha256(module.named_parameters()) for name, module in learned}
             self.ranks.require_same(as_written(self.recipe) | versions() | weights | self._identity())
 

@@ -31,6 +31,7 @@ from fastppo.errors import CheckpointError
 from fastppo.learner import Learner
 from fastppo.roles import Roles
 from fastppo.run_folder import RunFolder
+from fastppo.sharded_checkpoint import ShardedCheckpoints
 
 Note = Callable[[str], None]
 
@@ -55,6 +56,7 @@ class RunState:
     ) -> None:
         self._learner, self._algorithm, self._sampler, self._make_identity = learner, algorithm, sampler, identity
         self._best, self._ranks = best, learner.ranks
+        self._shards = ShardedCheckpoints(self._ranks.timeout) if learner.is_sharded else None
         self._more = {name: part for name, part in {"best": best, "callbacks": callbacks}.items() if part is not None}
         self.step = 0
         self.unrecorded: dict[str, float] | None = None
@@ -112,7 +114,7 @@ class RunState:
         """Rank 0 says which is the newest that is whole; the others read the same one."""
         found = load_latest_checkpoint(folder.checkpoints) if self._ranks.first else None
         path = self._ranks.broadcast("newest checkpoint", None if found is None else found[0])
-        return (path, load_checkpoint(path)) if found is None and path is not None else found
+        return (path, load_checkpoint(path, verify=False)) if found is None and path is not None else found
 
     def _go_back_to(
         self, folder: RunFolder, settings: Mapping[str, Any], path: Path, checkpoint: Checkpoint
@@ -138,8 +140,9 @@ class RunState:
         return changes + [what for name, what in _DATA.items() if saved.get(name) != self._identity.get(name)]
 
     def save(self, folder: RunFolder, *, keep: int) -> Path:
-        """Returns where. Ranks have the same weights: the first one writes them."""
-        if not self._ranks.first:
+        """Returns where. Ranks that have the same weights let the first one write them; sharded ones are written by all, while the run goes on
+        (`wait`)."""
+        if self._shards is None and not self._ranks.first:
             self._saved = self.step
             return checkpoint_path(folder.checkpoints, self.step)
         return self._write(folder, keep)
@@ -150,23 +153,39 @@ class RunState:
         if self._algorithm is not None:
             state["algorithm"] = self._algorithm.state_dict()
         state |= {name: part.state_dict() for name, part in self._more.items()}
-        path = save_checkpoint(folder.checkpoints, self.step, tensors, state, keep=keep, spared=self._spared)
+        save = save_checkpoint if self._shards is None else self._shards.save
+        save(folder.checkpoints, self.step, tensors, state, keep=keep, spared=self._spared)
         self._saved = self.step
-        return path
+        return checkpoint_path(folder.checkpoints, self.step)
+
+    def wait(self) -> None:
+        """Until what `save` has begun is whole. Every rank has to call it. Raises CheckpointError where it could not be written."""
+        if self._shards is not None:
+            self._shards.wait()
 
     def save_before(self, error: BaseException, folder: RunFolder, *, keep: int, note: Note) -> None:
         """A checkpoint of the steps that the newest one lacks, before `error` ends the run. After a fault no older one is removed for it:
         its weights may be what is wrong."""
-        if not self.whole or self.step in (0, self._saved) or isinstance(error, CheckpointError):
-            return
-        keep = keep if isinstance(error, KeyboardInterrupt) else keep + 1
         try:
-            if self._ranks.first:
+            if not isinstance(error, LostRank):
+                self.wait()
+            if not self.whole or self.step in (0, self._saved) or isinstance(error, CheckpointError):
+                return
+            keep = keep if isinstance(error, KeyboardInterrupt) else keep + 1
+            if self._shards is not None:
+                self._write_parts(error, folder, keep)
+            elif self._ranks.first:
                 self._write(folder, keep)
             elif isinstance(error, LostRank):
                 self._write_as_heir(folder, keep, note)
         except Exception as failure:  # `error` is what the user has to hear of
             note(f"step {self.step} could not be saved: {failure}")
+
+    def _write_parts(self, error: BaseException, folder: RunFolder, keep: int) -> None:
+        if isinstance(error, LostRank):
+            raise CheckpointError("the lost rank had a part of the weights")
+        self._write(folder, keep)
+        self.wait()
 
     def _write_as_heir(self, folder: RunFolder, keep: int, note: Note) -> None:
         """Where rank 0 is the one that is lost, whoever gets its folder saves: raises ValueError where another rank has it."""
@@ -187,7 +206,7 @@ def identity(config: PPOConfig, roles: Roles, prompts: PromptDataset) -> dict[st
     mean something else. The prompts themselves may: that is only said."""
     critic = config.critic
     return {
-        **model_identity(roles.policy),
+        **model_identity(roles),
         "critic.kind": critic.kind,
         "critic.head": critic.head,
         "critic.bins": critic.bins,
@@ -206,9 +225,9 @@ def identity(config: PPOConfig, roles: Roles, prompts: PromptDataset) -> dict[st
     }
 
 
-def model_identity(model: PreTrainedModel) -> dict[str, Any]:
+def model_identity(roles: Roles) -> dict[str, Any]:
     """What `identity` holds of the model that is trained."""
-    return {"model": model_shape(model), "model.dtype": str(model.dtype).removeprefix("torch.")}
+    return {"model": model_shape(roles.policy), "model.dtype": str(roles.dtype).removeprefix("torch.")}
 
 
 def model_shape(model: PreTrainedModel) -> dict[str, Any]:

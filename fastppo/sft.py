@@ -96,7 +96,7 @@ class SFTTrainer(RunLoop):
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
         self.state = RunState(self.learner, None, self.sampler, self._identity)
         self._interruption = Interruption()
-        self._require_same_ranks()
+        self._require_same_ranks(self.learner.roles)
 
     def evaluate(self) -> dict[str, float]:
         """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""
@@ -181,7 +181,7 @@ class SFTTrainer(RunLoop):
             return dataset.limited(context_length(self.model), self.model.get_input_embeddings().weight.shape[0])
 
     def _identity(self) -> dict[str, Any]:
-        return model_identity(self.model) | {
+        return model_identity(self.learner.roles) | {
             "seed": self.config.seed,
             "learner.minibatch_size": self.config.learner.minibatch_size,
             "number of examples": len(self.examples),

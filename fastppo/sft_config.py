@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field, fields
 from typing import Literal
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from fastppo.config import (
@@ -123,6 +124,14 @@ class SFTConfig:
     checkpoint: SFTCheckpointConfig = field(default_factory=SFTCheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    @model_validator(mode="after")
+    def _require_whole_weights(self) -> SFTConfig:
+        if self.distributed.sharding != "none":
+            raise ValueError(
+                f"distributed.sharding is {self.distributed.sharding}, expected none in supervised fine-tuning, whose ranks have all weights"
+            )
+        return self
 
 
 @dataclass(config=STRICT)

@@ -25,7 +25,7 @@ from fastppo.console import Reporter, printable
 from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
-from fastppo.distributed import device_of, ranks_of
+from fastppo.distributed import device_of, ranks_of, sharding_of
 from fastppo.envs.episodes import Factory
 from fastppo.envs.source import Answers, rewards_of, source_of
 from fastppo.errors import TrainingError
@@ -37,6 +37,7 @@ from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metri
 from fastppo.model import context_length
 from fastppo.model.adapters import adapters_of, add_adapters
 from fastppo.model.host import on_device
+from fastppo.model.sharding import WholeCopy
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
@@ -123,6 +124,9 @@ class PPOTrainer(RunLoop):
         self.algorithm = self._algorithm()
         if config.lora.r:
             self.adapters = add_adapters(self.model, config.lora, config.seed)
+        sharding = sharding_of(config.distributed, self.ranks, device)
+        if sharding is not None:
+            self.whole = WholeCopy(self.model, self.adapters)
         self.roles = Roles(
             self.model,
             critic=config.critic.kind,
@@ -134,6 +138,9 @@ class PPOTrainer(RunLoop):
         )
         if config.lora.quantization:
             self.roles.quantize_base()
+        self._require_same_ranks(self.roles)
+        if sharding is not None:
+            self.roles.shard(sharding)
         self.learner = Learner(
             self.roles,
             optimizer=config.optimizer,
@@ -144,7 +151,8 @@ class PPOTrainer(RunLoop):
             ranks=self.ranks,
         )
         kept = KEPT_CACHE if device.type == "cuda" else False
-        self.engine = Engine(self.model, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
+        sampled = self.model if self.whole is None else self.whole.model
+        self.engine = Engine(sampled, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         expert = config.algorithm == "expert_iteration" and config.search.kind not in SAMPLED
         if expert and self.ranks.size > 1:
             raise ValueError(
@@ -170,7 +178,6 @@ class PPOTrainer(RunLoop):
         more = {"best": self.best, "callbacks": self.callbacks}
         self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity, **more)
         self._interruption = Interruption()
-        self._require_same_ranks()
 
     @property
     def _evaluates(self) -> bool:
@@ -218,6 +225,7 @@ class PPOTrainer(RunLoop):
             try:
                 records = rollout, evaluation, targets
                 metrics |= self.algorithm.update(self.learner, *records, plan, self._show_update, critic_plan)
+                self._gather()
             except NonFiniteUpdates as error:
                 where = folder.path / f"offending-batch-{self.step:06d}.safetensors"
                 if self.ranks.first:
@@ -271,7 +279,8 @@ class PPOTrainer(RunLoop):
         """Completions of the next prompts, and the rows that these stand in."""
         rows = [self.prompts[index] for index in self.sampler.next()]
         sampling, check = self.config.rollout.sampling(seed), self._interruption.check
-        options = {"progress": self._show_rollout, "value_head": self.roles.value_head}
+        # A sharded head has no values here: no rank samples as many tokens as another.
+        options = {"progress": self._show_rollout, "value_head": None if self.whole else self.roles.value_head}
         return self.collector.sample(rows, sampling, check, **options), rows
 
     def _with_found(self, answers: Answers, rows: list[Row], seed: int) -> tuple[Answers, dict[str, float]]:

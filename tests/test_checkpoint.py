@@ -130,7 +130,7 @@ def test_a_lost_manifest_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
-@pytest.mark.parametrize("function", ["save_file", "_flush", "_fingerprint"])
+@pytest.mark.parametrize("function", ["save_file", "_flush", "fingerprint"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, function):
     save(tmp_path, 1)
 

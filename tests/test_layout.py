@@ -67,6 +67,8 @@ FLOORS = [
         "fastppo.calibration",
         "fastppo.collection",
         "fastppo.distributed",
+        "fastppo.sharded_checkpoint",
+        "fastppo.stored_shards",
         "fastppo.reward_model_training",
         "fastppo.sft",
         "fastppo.samples",

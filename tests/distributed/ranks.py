@@ -14,7 +14,10 @@ from typing import Any
 SECONDS = 300  # that a function may take; the machine may be busy
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "fastppo", "tests.tiny_trainer"])
+# The last one is what FSDP's hooks import when they are first called.
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "transformers", "fastppo", "tests.tiny_trainer", "torch._dynamo"]
+)
 
 
 class RankFailed(AssertionError):

@@ -26,7 +26,7 @@ def test_schedule_warms_up_then_decays_to_its_end():
 
 
 def test_loss_scale_falls_on_overflow_and_rises_again():
-    scale = LossScale.for_parameters([nn.Parameter(torch.zeros(1, dtype=torch.float16))])
+    scale = LossScale.for_types({torch.float16})
     highest = scale.value
     assert highest > 1 and not scale.keep(False) and scale.value < highest
     for _ in range(2 * LossScale.GROWTH_INTERVAL):
@@ -47,7 +47,7 @@ def test_small_fp16_gradients_survive():
     """1e-9 is below fp16's smallest number; multiplied by the loss scale it is not."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.float16))
     optimizer = Optimizer([("w", parameter)], 0.0, OptimizerConfig())
-    optimizer.loss_scale = LossScale.for_parameters([parameter])
+    optimizer.loss_scale = LossScale.for_types({parameter.dtype})
     (parameter.float().sum() * 1e-9 * optimizer.loss_scale.value).backward()
     scale = optimizer.loss_scale.value
     assert_rounds_to((optimizer.masters["w"].grad * scale).half(), 1e-9 * scale)

@@ -1,0 +1,216 @@
+"""Networks divided among ranks by FSDP2 (`torch.distributed.fsdp.fully_shard`): each rank keeps an equal part and gathers a layer while it runs.
+
+Units are the decoder layers, each for itself, what stands around them (embedding, last norm, output head), and a value head. What learns is kept in
+fp32, each rank's part being the optimizer's master weights, and is gathered in the type that the network had; what is frozen keeps its type.
+A sharded network runs by its own modules, on a CPU too: FSDP gathers and frees at their calls, which our kernels over a model's parts have not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastppo.model.adapters import Adapters, TrainedAdapter
+
+Found = TypeVar("Found")
+
+
+class Sharding(NamedTuple):
+    """How networks are divided."""
+
+    mesh: DeviceMesh
+    """One dimension: the ranks."""
+    reduce_dtype: torch.dtype = torch.float32
+    """Gradients of a half-precision network are summed over the ranks in this type."""
+    cpu_offload: bool = False
+    """Each rank's part, and with it the optimizer's state, lies in the host's memory while no layer needs it."""
+
+    def options(self, compute_dtype: torch.dtype | None) -> dict[str, Any]:
+        """What `fully_shard` takes. compute_dtype: what weights are gathered in; None: each in its own type."""
+        precision = MixedPrecisionPolicy()
+        if compute_dtype is not None:
+            precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=self.reduce_dtype)
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        return {"mesh": self.mesh, "mp_policy": precision, "offload_policy": offload}
+
+
+def shard_network(network: PreTrainedModel, sharding: Sharding) -> None:
+    """Divide a prepared causal LM or its trunk, in place. From then on its weights are there inside of `gathered` alone.
+
+    Raises ValueError for a network without decoder layers, whose weights would all be gathered at once, or with weights of two narrow types.
+    """
+    layers = decoder_layers(network)
+    if not layers:
+        raise ValueError(
+            f"distributed.sharding is full, expected none: {type(network).__name__} has no layers that could be gathered one by one"
+        )
+    options = sharding.options(_widen(network))
+    for layer in layers:
+        fully_shard(layer, **options)
+    # Gathered from the first to the last layer, and through the backward pass, in which the head comes first and the embedding last.
+    fully_shard(network, reshard_after_forward=False, **options)
+    _sum_gradients(network)
+    network.run_gathered = lambda call: _owning(call())
+    register_fsdp_forward_method(network, "run_gathered")
+
+
+def shard_head(head: nn.Module, sharding: Sharding) -> None:
+    """Divide a value head, in place, in the type that it has. A histogram head's `logits` are a call of it too."""
+    head.register_forward_hook(lambda module, arguments, values: _owning(values))
+    fully_shard(head, reshard_after_forward=True, **sharding.options(None))
+    _sum_gradients(head)
+    if hasattr(head, "logits"):
+        register_fsdp_forward_method(head, "logits")
+
+
+def gathered(network: nn.Module, call: Callable[[], Found]) -> Found:
+    """What `call` makes while embedding, last norm and head of a sharded network are whole: the trunk's hidden states and what the head says of
+    them. Tensors of it that learn gather them again as their gradients come. Every rank has to call it. Any other network is whole anyway.
+    """
+    if not isinstance(network, FSDPModule):
+        return call()
+    # A trunk gathers them at its own call, and would free them at the end of this one where the two are nested.
+    found = call() if network.base_model is network else network.run_gathered(call)
+    if not torch.is_grad_enabled():
+        network.reshard()  # no backward pass will
+    return found
+
+
+def _owning(found: Any) -> Any:
+    """Tensors that are no views: FSDP hangs its gathering on them, which is lost where one is written to."""
+    if isinstance(found, tuple):
+        return type(found)(*map(_owning, found))
+    return found.clone() if isinstance(found, Tensor) else found
+
+
+def decoder_layers(network: nn.Module) -> list[nn.Module]:
+    """Those that Transformers can call, and recompute, each by itself."""
+    return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; another tensor itself."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """`part` as this rank's part of a tensor that is divided as `like` is; itself where that is whole."""
+    if not isinstance(like, DTensor):
+        return part
+    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    return DTensor.from_local(part, like.device_mesh, like.placements, **layout)
+
+
+def _widen(network: nn.Module) -> torch.dtype | None:
+    """Make what learns fp32, and return the type that it had where that was a narrower one."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    narrow = {parameter.dtype for parameter in learned if parameter.dtype.itemsize < torch.float32.itemsize}
+    if len(narrow) > 1:
+        names = " and ".join(sorted(map(str, narrow)))
+        raise ValueError(
+            f"{type(network).__name__} has weights in {names}, expected one of them with distributed.sharding full"
+        )
+    for parameter in learned:
+        if parameter.dtype in narrow:
+            parameter.data = parameter.data.float()
+    return narrow.pop() if narrow else None
+
+
+def _sum_gradients(network: nn.Module) -> None:
+    """Losses have the denominators of all ranks already: gradients are added up, not averaged."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no operation that scales and sums
+
+
+class WholeCopy:
+    """A whole copy of a network, to sample from: its weights are gathered anew after each step, into memory that stays where it is, so that decoders
+    and CUDA graphs that were made for it go on to serve.
+
+    Args:
+        model: what is copied, before it is sharded. adapters: of the model, where it has some; the copy has its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
+        self.adapters = copy.deepcopy(adapters)
+        self.model: PreTrainedModel = copy.deepcopy(model) if self.adapters is None else self.adapters.model
+        self.model.requires_grad_(False)
+        _lay_flat(self.model)
+
+    @property
+    def policy(self) -> nn.Module | TrainedAdapter:
+        """What of it a checkpoint of the policy is read into."""
+        return self.model if self.adapters is None else self.adapters.trained("policy")
+
+    @torch.no_grad()
+    def refresh(self, network: PreTrainedModel) -> None:
+        """Take over what learns of `network`, which is sharded now. Every rank has to call it."""
+        network.reshard()
+        learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        for name, own in self.model.named_parameters():
+            if name in learned:
+                own.copy_(learned[name].detach().to(device=own.device, dtype=own.dtype).full_tensor())
+
+
+def _lay_flat(network: nn.Module) -> None:
+    """Put the parameters of each type side by side into one block of memory, each at a multiple of 64 bytes."""
+    parameters = list(network.parameters())
+    for dtype in {parameter.dtype: None for parameter in parameters}:
+        own = [parameter for parameter in parameters if parameter.dtype == dtype]
+        step = 64 // dtype.itemsize
+        sizes = [-(-parameter.numel() // step) * step for parameter in own]
+        block = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
+        for parameter, part in zip(own, block.split(sizes), strict=True):
+            flat = part[: parameter.numel()].view(parameter.shape)
+            parameter.data = flat.copy_(parameter.data)
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank gets from the others, and so sends them, for one micro-batch of one network."""
+
+    gathered: int
+    reduced: int
+
+    @classmethod
+    def of(
+        cls, network: nn.Module, ranks: int, *, learns: bool, compute_size: int = 4, reduce_size: int = 4
+    ) -> Traffic:
+        """By formula, of a network that may be an outline on the meta device, sharded or not. L numbers stand in layers, as which a value head
+        counts, and A around them:
+
+            forward            (L + A) c (R - 1) / R
+            and backward     + L c (R - 1) / R, and (L + A) r (R - 1) / R of gradients
+
+        of c and r bytes a number, each parameter rounded up to a multiple of R rows. learns: all of it does, and there is a backward pass.
+        """
+        layers = {p for layer in decoder_layers(network) or [network] for p in layer.parameters()}
+        inside = sum(_padded(p, ranks) for p in layers)
+        around = sum(_padded(p, ranks) for p in network.parameters() if p not in layers)
+        received = (inside + around) * (ranks - 1) // ranks
+        again = inside * (ranks - 1) // ranks
+        if not learns:
+            return cls(received * compute_size, 0)
+        return cls((received + again) * compute_size, received * reduce_size)
+
+
+def _padded(parameter: nn.Parameter, ranks: int) -> int:
+    """Elements of a parameter whose rows are divided evenly."""
+    rows = parameter.shape[0]
+    return -(-rows // ranks) * ranks * (parameter.numel() // rows)
