@@ -7,6 +7,7 @@ import py_compile
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -160,11 +161,13 @@ def test_ray_starts_the_ranks(tmp_path, stories_model):
         "rollout.prompts_per_step=4", "rollout.max_new_tokens=8", "data.eval_size=0",
     ]  # fmt: skip
     program = [sys.executable, LAUNCH / "ray_train.py", "--cpu", "--workers", "2", ROOT / "recipes" / "stories.yaml"]
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     quiet["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"  # workers that import while other tests run
-    done = subprocess.run(
-        [*map(str, program), *settings], env=os.environ | quiet, capture_output=True, text=True, timeout=1200
-    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # sockets lie there, whose paths may have 107 bytes
+        quiet["RAY_TMPDIR"] = short
+        done = subprocess.run(
+            [*map(str, program), *settings], env=os.environ | quiet, capture_output=True, text=True, timeout=1200
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     (record,) = read_metrics(tmp_path / "run")
     assert record["step"] == 1
