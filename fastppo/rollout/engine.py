@@ -18,6 +18,7 @@ from fastppo.rollout.pages import PagedCache, pages_for
 from fastppo.rollout.prompts import encode_prompts
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
+from fastppo.rollout.sequences import Manner
 from fastppo.rollout.session import Session
 from fastppo.rollout.stats import GenerationStats
 from fastppo.rollout.stopping import StopStrings, stop_ids
@@ -120,14 +121,19 @@ class Engine:
             return generation.pack()
 
     def open(
-        self, sampling: SamplingParams, *, max_length: int | None = None, value_head: ValueHead | None = None
+        self,
+        sampling: SamplingParams,
+        *,
+        max_length: int | None = None,
+        on_tokens: OnTokens | None = None,
+        value_head: ValueHead | None = None,
     ) -> Session:
         """A session of many turns, for `with engine.open(sampling) as session`.
 
         Args:
             sampling: `max_new_tokens`, `min_new_tokens` and what ends a completion hold for each turn.
             max_length: most tokens of a sequence: prompt, turns and what is given between them. By default the model's context.
-            value_head: as `generate` takes it.
+            on_tokens, value_head: as `generate` takes them.
 
         Raises:
             ValueError: stop strings without a tokenizer; a `max_length` beyond the model's context, or none where that has no limit.
@@ -142,25 +148,30 @@ class Engine:
         pages = 2 * slots * pages_for(longest)  # as many sequences between two turns as in one
         with self.runner.alone(), lending:
             lent = lending.enter_context(self.runner.lend(slots, longest, pages=pages))
-            options = dict(slots=slots, max_length=longest, many_turns=True, value_head=value_head)
+            options = dict(slots=slots, max_length=longest, many_turns=True, on_tokens=on_tokens, value_head=value_head)
             generation = self._generation(*lent, sampling, **options)
-            return Session(generation, self.runner, self._encode_one, lending.pop_all())
+            return Session(generation, self.runner, self._encode_one, self._manner, lending.pop_all())
 
     def _encode_one(self, prompt: Sequence[int] | str) -> list[int]:
         return encode_prompts([prompt], self.model, self.tokenizer)[0]
 
     def _generation(self, cache: PagedCache, decoder: Decoder, sampling: SamplingParams, **options: Any) -> Generation:
-        strings = StopStrings(self.tokenizer, sampling.stop_strings) if sampling.stop_strings else None
-        stops = dict(stop_ids=sorted(stop_ids(self.model, self.tokenizer, sampling)), stop_strings=strings)
-        generation = Generation(self.model, cache, decoder, sampling, **stops, **options)
+        stops = sorted(stop_ids(self.model, self.tokenizer, sampling))
+        generation = Generation(self.model, cache, decoder, self._manner(sampling), stop_ids=stops, **options)
         self.stats = generation.stats
         return generation
+
+    def _manner(self, sampling: SamplingParams) -> Manner:
+        """Raises ValueError for stop strings without a tokenizer."""
+        strings = sampling.stop_strings
+        if strings and self.tokenizer is None:
+            raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
+        return Manner(sampling, StopStrings(self.tokenizer, strings) if strings else None)
 
     def _check(self, sampling: SamplingParams) -> None:
         """Whether the model can be sampled from in this way."""
         require_prepared(self.model)
-        if sampling.stop_strings and self.tokenizer is None:
-            raise ValueError("sampling.stop_strings needs a tokenizer: Engine(model, tokenizer)")
+        self._manner(sampling)
 
 
 def _checked_numbers(numbers: Sequence[int] | None, count: int) -> list[int]:

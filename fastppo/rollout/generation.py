@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -20,13 +21,15 @@ from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, pages_for
 from fastppo.rollout.rollout import FinishReason, Rollout
 from fastppo.rollout.sampling import SamplingParams
-from fastppo.rollout.sequences import Sequence, Turn, pack
+from fastppo.rollout.sequences import Manner, Sequence, Turn, pack
 from fastppo.rollout.stats import GenerationStats
-from fastppo.rollout.stopping import StopStrings
 
 DRAWS_AHEAD = {"cuda": 1}
 """By device type (0 for others), how many draws of decode steps are on their way when the host looks at one. A GPU so always has a step to run while
 the host learns which sequences ended in the step before; those that a stop token ends run one more step, whose token is left out."""
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""Settings of `SamplingParams` that say how a token is drawn."""
 
 OnTokens = Callable[[list[tuple[int, int]]], None]
 ValueHead = Callable[[Tensor], Tensor]
@@ -84,21 +87,21 @@ class Generation:
         model: PreTrainedModel,
         cache: PagedCache,
         decoder: Decoder,
-        sampling: SamplingParams,
+        usual: Manner,
         *,
         slots: int,
         max_length: int,
         stop_ids: list[int],
-        stop_strings: StopStrings | None,
         many_turns: bool,
         on_tokens: OnTokens | None = None,
         value_head: ValueHead | None = None,
     ) -> None:
-        """slots: most rows. max_length: most tokens of a sequence. many_turns: others may follow upon a first, so pages are kept.
-        value_head: what is to be said of each state besides."""
-        self.decoder, self.sampling, self.max_length = decoder, sampling, max_length
+        """usual: how turns are sampled that have no manner of their own. slots: most rows. max_length: most tokens of a sequence.
+        many_turns: others may follow upon a first, so pages are kept. value_head: what is to be said of each state besides."""
+        self.decoder, self.usual, self.max_length = decoder, usual, max_length
+        self.drawn_by = {_drawing(usual.sampling)}  # every way in which tokens are drawn here
         self.many_turns, self.on_tokens = many_turns, on_tokens
-        self.stop_ids, self.stop_strings = frozenset(stop_ids), stop_strings
+        self.stop_ids = frozenset(stop_ids)
         self.head, self.value_head = lm_head(model), value_head
         self.device = self.head.weight.device
         self.slots = slots
@@ -123,27 +126,38 @@ class Generation:
     # What the caller asks for
 
     def add(
-        self, tokens: list[int], n: int, name: str, streams: list[int] | None = None, prompt: int | None = None
+        self,
+        tokens: list[int],
+        n: int,
+        name: str,
+        streams: list[int] | None = None,
+        prompt: int | None = None,
+        manner: Manner | None = None,
     ) -> list[Sequence]:
         """n sequences that begin with the prompt `tokens`, called `name` in errors. Raises ValueError where the cache can never hold one of them.
 
         streams: [n] what their draws come from; by default their numbers. prompt: which prompt it is; by default how many came before.
+        manner: how they are sampled; by default as usual.
         """
-        first, limit = len(self.sequences), self._limit(tokens)
+        first, manner = len(self.sequences), manner or self.usual
+        limit = min(manner.sampling.max_new_tokens, self.max_length - len(tokens))
         streams = list(range(first, first + n)) if streams is None else streams
         number = self.prompts if prompt is None else prompt
-        added = [Sequence(first + i, streams[i], number, list(tokens), limit) for i in range(n)]
+        added = [Sequence(first + i, streams[i], number, list(tokens), manner, limit) for i in range(n)]
         self.admission.add(name, tokens, added)
+        self.drawn_by.add(_drawing(manner.sampling))
         self.sequences += added
         self.prompts += 1
         return added
 
-    def append(self, sequence: Sequence, tokens: list[int], most: int) -> None:
+    def append(self, sequence: Sequence, tokens: list[int], most: int, manner: Manner) -> None:
         """Give tokens to a sequence whose turn has ended, and it the next turn, of at most so many. Raises as `add`."""
         whole = sequence.tokens + tokens
-        longer = replace(sequence, tokens=whole, limit=min(self._limit(whole), most))
+        longer = replace(sequence, tokens=whole, limit=min(self.max_length - len(whole), most))
         self.admission.require_room(f"sequence {sequence.id}", longer, longer.pages_for_turn)
         sequence.tokens, sequence.limit, sequence.finish_reason = whole, longer.limit, None
+        sequence.manner, sequence.cut = manner, False
+        self.drawn_by.add(_drawing(manner.sampling))
         self.admission.resume(sequence)
 
     def fork(self, sequence: Sequence) -> Sequence:
@@ -160,9 +174,20 @@ class Generation:
         sequence.closed, sequence.tokens = True, sequence.tokens + tokens
         self.admission.forget(sequence)
 
-    def _limit(self, tokens: list[int]) -> int:
-        """How many tokens the next turn may get: `max_new_tokens`, or what the longest sequence leaves."""
-        return min(self.sampling.max_new_tokens, self.max_length - len(tokens))
+    def cut(self, sequence: Sequence) -> None:
+        """The turn under way ends with the next token."""
+        sequence.cut = True
+        for row in self.rows:
+            if row.sequence is sequence:
+                row.left = min(row.left, 1)
+
+    def logprobs(self, sequence: Sequence) -> list[float]:
+        """Of the tokens of its last turn, as `Rollout.logprobs` has them."""
+        start, end = sequence.chosen[-1]
+        places = sequence.draws[len(sequence.draws) - (end - start) :]
+        draws = [self.draws[bisect_right(self.draws, place, key=lambda draw: draw.first) - 1] for place in places]
+        found = [draw.sampled.logprobs[place - draw.first] for draw, place in zip(draws, places, strict=True)]
+        return torch.stack(found).tolist() if found else []
 
     @property
     def busy(self) -> bool:
@@ -202,7 +227,7 @@ class Generation:
     def _seat(self, sequences: list[Sequence], outputs: HeadOutputs) -> None:
         """Rows for sequences, and the first tokens of their turns."""
         first = len(self.rows)
-        self.rows += [_Row(sequence, len(sequence.tokens), sequence.limit) for sequence in sequences]
+        self.rows += [_Row(s, len(s.tokens), 1 if s.cut else s.limit) for s in sequences]
         rows, width = slice(first, len(self.rows)), max(len(sequence.pages) for sequence in sequences)
         self.state["sequence"][rows] = self._tensor([sequence.stream for sequence in sequences])
         self.state["length"][rows] = self._tensor([len(sequence.tokens) for sequence in sequences])
@@ -236,10 +261,9 @@ class Generation:
         self._retire()
 
     def _sample(self, first_row: int, logits: Tensor, state: dict[str, Tensor]) -> SampledTokens:
-        params, floor = self.sampling, self.sampling.min_new_tokens
-        options = dict(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
+        params, floor, rows = self.usual.sampling, self.usual.sampling.min_new_tokens, self.rows[first_row:]
+        options = self._drawing_of(rows)
         streams = dict(seed=params.seed, sequence_ids=state["sequence"], positions=state["length"])
-        rows = self.rows[first_row:]
         if not self.stop_ids or all(row.drawn >= floor for row in rows):
             return sample_tokens(logits, **options, **streams)
         early = self._tensor([row.drawn < floor for row in rows], torch.bool)
@@ -249,6 +273,14 @@ class Generation:
         sampled = sample_tokens(banned, **options, **streams)
         raw = token_logprobs(logits, sampled.tokens, temperature=params.temperature or 1.0, ignore_index=-1)
         return sampled._replace(logprobs=torch.where(early, raw, sampled.logprobs))
+
+    def _drawing_of(self, rows: list[_Row]) -> dict[str, float | Tensor]:
+        """How their tokens are drawn: numbers, or where rows differ tensors [rows]."""
+        if len(self.drawn_by) == 1:
+            return dict(zip(DRAWING, _drawing(self.usual.sampling), strict=True))
+        columns = zip(*(_drawing(row.sequence.manner.sampling) for row in rows), strict=True)
+        types = [torch.int64 if name == "top_k" else torch.float32 for name in DRAWING]
+        return {name: self._tensor(list(x), t) for name, x, t in zip(DRAWING, columns, types, strict=True)}
 
     def _look(self, *, ahead: int) -> None:
         """Learn all drawn tokens but those of the last `ahead` draws, and which turns they end."""
@@ -278,11 +310,8 @@ class Generation:
             return FinishReason.ERROR
         if token in self.stop_ids:
             return FinishReason.STOP
-        if (
-            self.stop_strings is not None
-            and row.seen >= self.sampling.min_new_tokens
-            and self.stop_strings.completed_by_last(row.tokens)
-        ):
+        stop_strings, floor = row.sequence.manner.stop_strings, self.usual.sampling.min_new_tokens
+        if stop_strings is not None and row.seen >= floor and stop_strings.completed_by_last(row.tokens):
             return FinishReason.STOP
         return FinishReason.LENGTH if row.left == 0 and row.seen == row.drawn else None
 
@@ -323,10 +352,14 @@ class Generation:
         columns = zip(*(draw.sampled for draw in self.draws), strict=True)
         sampled = SampledTokens(*(torch.cat(column) for column in columns))
         values = None if self.value_head is None else torch.cat([draw.values for draw in self.draws])
-        return pack(self.sequences, sampled, values, float(self.sampling.temperature), self.device)
+        return pack(self.sequences, sampled, values, float(self.usual.sampling.temperature), self.device)
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         return on_device(values, self.device, dtype)
+
+
+def _drawing(sampling: SamplingParams) -> tuple[float, ...]:
+    return tuple(getattr(sampling, name) for name in DRAWING)
 
 
 def _bytes_read_a_step(model: PreTrainedModel) -> int:

@@ -14,6 +14,8 @@ from fastppo.ops import SampledTokens
 from fastppo.rollout.pages import pages_for
 from fastppo.rollout.record import bounds_of
 from fastppo.rollout.rollout import FinishReason, Rollout
+from fastppo.rollout.sampling import SamplingParams
+from fastppo.rollout.stopping import StopStrings
 
 
 class Turn(NamedTuple):
@@ -26,6 +28,13 @@ class Turn(NamedTuple):
     finish_reason: FinishReason
 
 
+class Manner(NamedTuple):
+    """How a sequence's turns are sampled."""
+
+    sampling: SamplingParams
+    stop_strings: StopStrings | None
+
+
 @dataclass
 class Sequence:
     """A conversation as the host knows it."""
@@ -34,6 +43,7 @@ class Sequence:
     stream: int  # its draws come from this number
     prompt: int  # which prompt it continues
     tokens: list[int]  # given and chosen
+    manner: Manner
     limit: int = 0  # tokens that its turn may get
     chosen: list[tuple[int, int]] = field(default_factory=list)  # start and end of each turn in `tokens`
     draws: list[int] = field(default_factory=list)  # of each chosen token, its place among all draws
@@ -41,6 +51,7 @@ class Sequence:
     cached: int = 0  # tokens whose keys and values are in its pages
     finish_reason: FinishReason | None = None  # None while a turn is under way
     closed: bool = False
+    cut: bool = False  # its turn is to end with the next token
 
     @property
     def pages_for_turn(self) -> int:

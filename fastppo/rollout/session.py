@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import PreTrainedModel
 
 from fastppo.model.packed import lm_head
 from fastppo.ops import _checks
-from fastppo.rollout.generation import Generation
+from fastppo.rollout.generation import DRAWING, Generation
 from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.rollout import FinishReason, Rollout
-from fastppo.rollout.sequences import Sequence, Turn
+from fastppo.rollout.sampling import SamplingParams
+from fastppo.rollout.sequences import Manner, Sequence, Turn
 from fastppo.rollout.stats import GenerationStats
+
+OWN_SETTINGS = {"temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop_strings", "n"}
+"""Of `SamplingParams`, which a sequence may have otherwise than its session (`n` says nothing of one sequence)."""
 
 
 class Session:
@@ -38,10 +43,16 @@ class Session:
     """
 
     def __init__(
-        self, generation: Generation, runner: ModelRunner, encode: Callable[[Any], list[int]], lent: ExitStack
+        self,
+        generation: Generation,
+        runner: ModelRunner,
+        encode: Callable[[Any], list[int]],
+        manner: Callable[[SamplingParams], Manner],
+        lent: ExitStack,
     ) -> None:
-        """encode: checks a prompt and makes token ids of it. lent: gives back what the generation uses."""
-        self._generation, self._runner, self._encode, self._lent = generation, runner, encode, lent
+        """encode: checks a prompt and makes token ids of it. manner: finds what settings need. lent: gives back what the generation uses."""
+        self._generation, self._runner, self._lent = generation, runner, lent
+        self._encode, self._make_manner = encode, manner
         self._vocab_size = len(lm_head(runner.model).weight)
         self._weights = _versions(runner.model)
         self._untold: deque[Turn] = deque()  # that ended, and that the caller has not been given
@@ -68,15 +79,24 @@ class Session:
         """Whether a turn is under way, or has ended and the caller has not been given it."""
         return bool(self._untold) or self._generation.busy
 
-    def add(self, prompt: Many[int] | str, n: int | None = None, *, streams: Many[int] | None = None) -> list[int]:
+    def add(
+        self,
+        prompt: Many[int] | str,
+        n: int | None = None,
+        *,
+        streams: Many[int] | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> list[int]:
         """The numbers of `n` (by default `sampling.n`) new sequences, which share what is computed of the prompt and get their first turn.
 
         streams: [n] numbers that their draws come from instead of their own: what a sequence says then does not depend on when it was added.
+        sampling: how they are sampled, where temperature, filters, `max_new_tokens` or `stop_strings` are not the session's.
 
-        Raises as `Engine.generate` does for a prompt.
+        Raises as `Engine.generate` does for a prompt; ValueError for a `sampling` that differs in anything else.
         """
         self._require_open()
-        n = self._generation.sampling.n if n is None else _checks.integer_number("n", n, at_least=1)
+        manner = self._manner(sampling, self._generation.usual)
+        n = self._generation.usual.sampling.n if n is None else _checks.integer_number("n", n, at_least=1)
         tokens, most = self._encode(prompt), self.max_length - 1
         if len(tokens) > most:
             raise ValueError(f"prompt has {len(tokens)} tokens, expected at most {most}: one new token needs a place")
@@ -84,24 +104,33 @@ class Session:
             streams = [_checks.integer_number(f"streams[{i}]", stream) for i, stream in enumerate(streams)]
             if len(streams) != n:
                 raise ValueError(f"streams has {len(streams)} numbers, expected {n}, one for each new sequence")
-        return [sequence.id for sequence in self._generation.add(tokens, n, "prompt", streams)]
+        return [sequence.id for sequence in self._generation.add(tokens, n, "prompt", streams, manner=manner)]
 
-    def append(self, id: int, tokens: Many[int], *, max_new_tokens: int | None = None) -> None:
+    def append(
+        self,
+        id: int,
+        tokens: Many[int],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> None:
         """Give tokens (what a tool or a person answered) to a sequence whose turn has ended, and it the next turn.
 
         max_new_tokens: of this turn, where it may have fewer than `sampling` says.
+        sampling: how the sequence is sampled from now on, as `add` takes it; by default as before.
 
         With no tokens it goes on where it ended, say at `max_new_tokens`. Raises ValueError where its turn has not ended, where its logits
         were not finite, for an id outside the vocabulary, and where no room is left for one new token.
         """
-        most_new = self._generation.sampling.max_new_tokens
+        sequence = self._resting(id)
+        manner = self._manner(sampling, sequence.manner)
+        most_new = manner.sampling.max_new_tokens
         if max_new_tokens is not None:
             most_new = _checks.integer_number("max_new_tokens", max_new_tokens, at_least=1, at_most=most_new)
-        sequence = self._resting(id)
         given = self._given(sequence, tokens)
         if sequence.finish_reason == FinishReason.ERROR:
             raise ValueError(f"sequence {id} ended because its logits were not finite, expected one that can go on")
-        self._generation.append(sequence, given, most_new)
+        self._generation.append(sequence, given, most_new, manner)
 
     def fork(self, id: int) -> int:
         """The number of a new sequence with the same past as one whose turn has ended, be it closed. `append` gives it its next turn.
@@ -117,6 +146,17 @@ class Session:
         """
         sequence = self._resting(id)
         self._generation.close(sequence, self._given(sequence, tokens) if len(tokens) else [])
+
+    def cut(self, id: int) -> None:
+        """Let a turn that is under way end with its next token; one that has ended stays as it is."""
+        self._require_open()
+        sequence = self._known(id)
+        if sequence.finish_reason is None:
+            self._generation.cut(sequence)
+
+    def logprobs(self, id: int) -> list[float]:
+        """Of the tokens of a sequence's last turn, as `Rollout.logprobs` will have them. Raises ValueError where the turn has not ended."""
+        return self._generation.logprobs(self._ended(id))
 
     def step(self) -> list[Turn]:
         """One step of all turns under way; those that ended with it."""
@@ -140,13 +180,16 @@ class Session:
     def rollout(self) -> Rollout:
         """All sequences by their numbers, closed or not; those of one `add` have one `prompt_index`, and so have their forks.
 
-        Raises ValueError while a turn is under way or where there is no sequence.
+        Raises ValueError while a turn is under way, where there is no sequence, and where temperatures or filters differed: one record has one
+        temperature.
         """
         sequences = self._generation.sequences
         if not sequences:
             raise ValueError("the session has no sequence, expected one: session.add(prompt)")
         if open_turns := [sequence.id for sequence in sequences if sequence.finish_reason is None]:
             raise ValueError(f"the turn of sequence {open_turns[0]} is under way, expected it to have ended")
+        if len(self._generation.drawn_by) > 1:
+            raise ValueError("the sequences were sampled at several temperatures or filters, expected one for all")
         return self._generation.pack()
 
     @contextmanager
@@ -163,15 +206,31 @@ class Session:
         if self._over:
             raise ValueError("the session is over, expected one whose block has not been left")
 
-    def _ended(self, id: int) -> Sequence:
-        """The sequence of that number, whose turn has ended."""
-        self._require_open()
+    def _manner(self, sampling: SamplingParams | None, usual: Manner) -> Manner:
+        """That of `sampling`; `usual` where it is None. Raises ValueError for what a session has once."""
+        if sampling is None:
+            return usual
+        all_have = self._generation.usual.sampling
+        own = OWN_SETTINGS if all_have.min_new_tokens == 0 else OWN_SETTINGS - set(DRAWING)
+        for spec in fields(sampling):
+            mine, expected = getattr(sampling, spec.name), getattr(all_have, spec.name)
+            if spec.name not in own and mine != expected:
+                raise ValueError(f"{spec.name} of sampling is {mine!r}, expected the session's {expected!r}")
+        return self._make_manner(sampling)
+
+    def _known(self, id: int) -> Sequence:
         sequences = self._generation.sequences
         if not isinstance(id, int) or not 0 <= id < len(sequences):
             raise ValueError(f"id is {id!r}, expected the number of a sequence (there are {len(sequences)})")
-        if sequences[id].finish_reason is None:
-            raise ValueError(f"the turn of sequence {id} is under way, expected it to have ended")
         return sequences[id]
+
+    def _ended(self, id: int) -> Sequence:
+        """The sequence of that number, whose turn has ended."""
+        self._require_open()
+        sequence = self._known(id)
+        if sequence.finish_reason is None:
+            raise ValueError(f"the turn of sequence {id} is under way, expected it to have ended")
+        return sequence
 
     def _resting(self, id: int) -> Sequence:
         sequence = self._ended(id)

@@ -416,3 +416,80 @@ def test_a_turn_is_never_longer_than_the_settings_say(model, most):
         (first,) = session
         with pytest.raises(ValueError, match=f"max_new_tokens is {most}, expected an integer from 1 to 6"):
             session.append(first.id, [], max_new_tokens=most)
+
+
+# Sequences that are sampled in a way of their own
+
+OWN = [
+    SamplingParams(n=2, max_new_tokens=9, seed=5, temperature=0.5, top_k=9),
+    SamplingParams(n=2, max_new_tokens=4, seed=5, temperature=1.7, top_p=0.8),
+    SamplingParams(n=2, max_new_tokens=9, seed=5, temperature=0, min_p=0.1),
+    SAMPLING,
+]
+
+
+def test_each_sequence_may_be_sampled_in_a_way_of_its_own(model):
+    """It draws what it would in a session where all are sampled so; with the log-probs that a rollout of that session has."""
+    engine, found = Engine(model, max_batch_size=4), {}
+    with engine.open(SAMPLING) as session:
+        for i, own in enumerate(OWN):
+            session.add(PROMPTS[2], streams=[7, 8 + i], sampling=None if own is SAMPLING else own)
+        for turn in session:
+            found[turn.id] = (turn.tokens, session.logprobs(turn.id))
+            session.close(turn.id)
+        with pytest.raises(ValueError, match="several temperatures or filters"):
+            session.rollout()
+    for i, own in enumerate(OWN):
+        with engine.open(own) as session:
+            ids = session.add(PROMPTS[2], streams=[7, 8 + i])
+            for turn in session:
+                session.close(turn.id)
+            rollout = session.rollout()
+        for id in ids:
+            begin, end = rollout.action_bounds[id : id + 2]
+            assert found[2 * i + id] == (rollout.completions()[id], rollout.logprobs[begin:end].tolist())
+
+
+def test_a_turn_may_be_sampled_otherwise_than_the_one_before(model):
+    def second(**append):
+        with Engine(model).open(SAMPLING) as session:
+            session.add([3, 4, 5], n=1)
+            (first,) = session
+            session.append(first.id, [6], **append)
+            (turn,) = session
+            return turn.tokens
+
+    greedy = SamplingParams(n=1, max_new_tokens=3, seed=5, temperature=0)
+    assert second() != second(sampling=greedy) and len(second(sampling=greedy)) <= 3
+    assert second(sampling=greedy, max_new_tokens=2) == second(sampling=greedy)[:2]
+
+
+def test_what_a_session_has_once_is_no_sequences_own(model):
+    with Engine(model).open(SAMPLING) as session:
+        for changes, message in [
+            ({"seed": 6}, "seed of sampling is 6, expected the session's 5"),
+            ({"ignore_eos": True}, "ignore_eos"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                session.add([3], sampling=SamplingParams(**{"n": 2, "seed": 5} | changes))
+        with pytest.raises(ValueError, match="stop_strings needs a tokenizer"):
+            session.add([3], sampling=SamplingParams(seed=5, stop_strings=("a",)))
+
+
+def test_a_turn_that_is_cut_ends_with_its_next_token_and_no_other_does(model):
+    """Also where it had to wait for a row; those that are on their way on a GPU are still taken."""
+    sampling = SamplingParams(n=1, max_new_tokens=40, seed=5, ignore_eos=True)
+    with Engine(model, max_batch_size=2).open(sampling) as session:
+        one, other, waiting = (session.add(prompt)[0] for prompt in ([3], [4], [5]))
+        for _ in range(6):
+            session.step()
+        session.cut(one)
+        session.cut(waiting)
+        turns = {turn.id: turn for turn in session}
+        assert 1 <= len(turns[one].tokens) <= 8 and len(turns[waiting].tokens) <= 1 + DRAWS_AHEAD["cpu"]
+        assert len(turns[other].tokens) == 40
+        assert {turn.finish_reason for turn in turns.values()} == {FinishReason.LENGTH}
+        session.cut(one)  # it has ended: nothing happens
+        session.append(one, [6])
+        (again,) = session
+        assert len(again.tokens) == 40
