@@ -1,4 +1,4 @@
-"""The command line: fastppo sft | reward-model | critic | train | plan | generate | export | plot | report | doctor | info | bench."""
+"""The command line: fastppo sft | reward-model | critic | train | plan | generate | serve | export | plot | report | doctor | info | bench."""
 
 from __future__ import annotations
 
@@ -155,6 +155,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--dtype", default="auto", help="float32, bfloat16, ... (default: float32 on a CPU, bfloat16 on a GPU)"
     )
     _add_search(generate)
+    serve = add("serve", _serve, "Offer a model as a server that speaks OpenAI's chat completions.")
+    serve.add_argument(
+        "model",
+        metavar="RECIPE",
+        help="recipe, whose model it is once that is trained; or run folder, model folder, hub name",
+    )
+    serve.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; beyond this machine FASTPPO_API_KEY has to be set (default 127.0.0.1)",
+    )
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default 8000)")
     export = add("export", _export, "Write the policy of a run's newest checkpoint, or of another, as a model folder.")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("folder", metavar="FOLDER", nargs="?", help="where to (default: model in the run folder)")
@@ -469,6 +482,12 @@ def _generate(options: argparse.Namespace) -> int:
     from fastppo.commands import generate
 
     return generate.run(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from fastppo.commands import serve
+
+    return serve.run(options)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ FLOORS = [
         "fastppo.rollout",
         "fastppo.rewards",
         "fastppo.envs",
+        "fastppo.serve",
         "fastppo.environment_config",
         "fastppo.config",
         "fastppo.evaluation_config",

@@ -49,6 +49,8 @@ def test_every_other_line_runs_in_the_order_shown(
             continue
         assert words[0] == "fastppo"
         command, arguments = words[1], words[2:]
+        if command == "serve":  # has no end; tests/serve/test_command.py
+            continue
         if command == "sft":
             arguments[1:1] = ["device=cpu", "data.eval_size=4", *toy[arguments[0]]]
         elif command == "train":

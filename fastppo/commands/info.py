@@ -33,6 +33,7 @@ EXTRAS = {
     "openenv": "openenv",
     "verifiers": "verifiers",
     "mcp": "mcp",
+    "serve": "uvicorn",
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "wandb": "wandb",

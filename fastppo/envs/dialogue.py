@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.data.chat import ChatTemplate, template_column
 from fastppo.envs.environment import TOOL, Message, Observation
 from fastppo.model import encode_prompt
-from fastppo.model.decoding import decode
+from fastppo.model.decoding import decode, token_texts
 from fastppo.model.endings import ANSWER, find_turn_end
 
 QUESTION = {"role": "user", "content": "The user's question."}
@@ -55,14 +55,47 @@ class Dialogue:
         if self._chat is None:
             text = self._text(observation)
             return self._encode(text) if text else []
-        ids = self._encode(self._after_answer(as_messages(observation), options=_options(row)))
+        return self._without(last, self._encode(self._after_answer(as_messages(observation), options=_options(row))))
+
+    def _without(self, last: int, ids: list[int]) -> list[int]:
+        """What closes a turn is not said twice."""
         return ids[1:] if ids[:1] == [last] == [self._turn_end] else ids
+
+    # What it reads of conversations that are told from their beginning each time
+
+    def conversation(self, messages: list[Message], tools: Schemas = ()) -> list[int]:
+        """What the policy reads when it is to answer these messages. Raises ValueError where the chat template refuses them, and as `check_tools`."""
+        return self._encode(self._rendered(messages, tools))
+
+    def continuation(self, messages: list[Message], answered: int, last: int, tools: Schemas = ()) -> list[int] | None:
+        """The ids that follow upon the policy's own answer, which is `messages[answered]` and whose last token was `last`, where the chat template
+        leaves all up to there as it was when the policy read it; None where it writes that in another way because of what follows."""
+        begun = self._rendered(messages[:answered], tools)
+        before = self._rendered(messages[: answered + 1], tools, begin_turn=False)
+        whole, end = self._rendered(messages, tools), before.rfind(self._closing)
+        if end < 0 or not whole.startswith(begun) or not whole.startswith(before[:end] + self._closing):
+            return None
+        return self._without(last, self._encode(whole[end:]))
+
+    def _rendered(self, messages: list[Message], tools: Schemas, *, begin_turn: bool = True) -> str:
+        if tools:
+            self.check_tools()
+        if self._chat is None:
+            raise ValueError("messages need a chat template, and there is none")
+        try:
+            return self._chat.render(messages, list(tools) or None, begin_turn=begin_turn)
+        except Exception as error:  # a template is a program that raises what it likes
+            raise ValueError(f"the chat template of {self._name} refuses the messages: {error}") from error
 
     # What the policy says
 
     def said(self, tokens: Sequence[int]) -> str:
         """The text of a turn, without special tokens."""
         return decode(self._tokenizer, tokens, skip_special_tokens=True)
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Of each token of a turn, special ones included."""
+        return token_texts(self._tokenizer, tokens)
 
     def message(self, past: Sequence[int], tokens: Sequence[int], tools: Schemas) -> Message:
         """A turn as the assistant's message, with `content` and, where it calls tools, `tool_calls`; with `parse_error` where it cannot be read.
