@@ -19,5 +19,7 @@ class EnvironmentConfig:
     after it is truncated. By default the model's context."""
     call_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds that one call of an environment may take; then its episode is invalid and the others go on."""
+    episode_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds that a program (`fastppo.envs.AgentProgram`) may take for an episode, the policy's answers included; then that is invalid."""
     concurrent: Annotated[int, Field(ge=1)] = 64
     """Environments that are open side by side, each with a thread of its own; further episodes begin as others end."""

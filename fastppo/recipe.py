@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastppo.envs import READY_TOOLS, Tools
+from fastppo.envs import READY_TOOLS, AgentProgram, Tools
 from fastppo.envs.adapters import READY_ENVIRONMENTS
 from fastppo.recipe_config import (
     EvalSetConfig,
@@ -116,6 +116,14 @@ def load_recipe(
         environment, start = recipe.environment, start_of("environment", "factory")
         if environment.factory:
             environment.factory = _located(environment.factory, "function", "environment.factory", start)
+        if environment.agent:
+            start = start_of("environment", "agent")
+            environment.agent = _located(environment.agent, "function", "environment.agent", start)
+        start = start_of("environment", "command")
+        environment.command = [
+            _located(word, "path", f"environment.command.{index}", start) if word.endswith(".py") else word
+            for index, word in enumerate(environment.command)
+        ]
         start = start_of("environment", "tools")
         environment.tools = [
             _located(tool, "function", f"environment.tools.{index}", start)
@@ -219,11 +227,13 @@ def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
     ]
 
 
-def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | None:
-    """What makes the environments of `environment`; None where it names none.
+def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | AgentProgram | None:
+    """What makes the environments of `environment`, or the program that it names; None where it names none.
 
     Raises FileNotFoundError or ValueError as `resolve_rewards` does, and TypeError for a tool that cannot be described.
     """
+    if config.agent or config.command:
+        return _program(config)
     if config.tools:
         names = enumerate(config.tools)
         return Tools(*(_find_function(text, f"environment.tools.{index}", READY_TOOLS) for index, text in names))
@@ -238,6 +248,16 @@ def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | 
             raise ValueError(f"{name} is {arguments!r}, but {config.factory} {error}") from error
         return _made(factory, _from_environment(arguments, name), name)
     return functools.partial(factory, **_from_environment(arguments, name)) if arguments else factory
+
+
+def _program(config: RecipeEnvironmentConfig) -> AgentProgram:
+    name = "agent" if config.agent else "command"
+    program = _find_function(config.agent, "environment.agent", {}) if config.agent else config.command
+    try:
+        return AgentProgram(program)
+    except (TypeError, ValueError) as error:
+        error.args = (f"environment.{name}: {error}",)
+        raise
 
 
 def _resolve(config: RewardFunctionConfig, where: str) -> Callable[..., Any]:

@@ -112,7 +112,7 @@ class RecipeRewardConfig(RewardConfig):
 
 @dataclass(config=STRICT)
 class RecipeEnvironmentConfig(EnvironmentConfig):
-    """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory` and `tools` is set."""
+    """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory`, `tools`, `agent` and `command` is set."""
 
     factory: PathText | None = None
     """What makes an environment: that of another library (`textarena`; docs/environments.md has them all), or a class for instance,
@@ -122,10 +122,16 @@ class RecipeEnvironmentConfig(EnvironmentConfig):
     tools: list[str] = field(default_factory=list)
     """Functions that the policy may call before it answers: `calculator`, `python` (`fastppo.envs.PythonSandbox`), or written as `factory` is."""
 
+    agent: PathText | None = None
+    """A function that is `fastppo.envs.AgentProgram`'s program, written as `factory` is."""
+    command: list[str] = field(default_factory=list)
+    """Or a command that is, as a list of words; one that ends with `.py` is a file, relative to the recipe."""
+
     @model_validator(mode="after")
     def _check_one(self) -> RecipeEnvironmentConfig:
-        if self.factory and self.tools:
-            raise ValueError(f"tools is {self.tools}, expected none beside factory, whose environment has its own")
+        given = [name for name in ("factory", "tools", "agent", "command") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]} is {getattr(self, given[1])!r}, expected none beside {given[0]}")
         if self.arguments and not self.factory:
             raise ValueError(f"arguments is {self.arguments}, expected none without factory")
         return self

@@ -26,6 +26,7 @@ from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
 from fastppo.distributed import device_of, ranks_of, sharding_of
+from fastppo.envs import AgentProgram
 from fastppo.envs.episodes import Factory
 from fastppo.envs.source import Answers, rewards_of, source_of
 from fastppo.errors import TrainingError
@@ -74,8 +75,8 @@ class PPOTrainer(RunLoop):
         config: every setting; see `PPOConfig`.
         tokenizer: needed with a loaded model; else the model's own by default.
         eval_prompts: held-out prompts, in the same forms; or several sets of them, a mapping from name to prompts.
-        environment: makes what the policy talks to in episodes of several turns, a class for instance (`fastppo.envs.Environment`). What it pays
-            is added to `reward`, where there is one.
+        environment: makes what the policy talks to in episodes of several turns, a class for instance (`fastppo.envs.Environment`), or a program that
+            talks to the policy (`fastppo.envs.AgentProgram`). What it pays is added to `reward`, where there is one.
         callbacks: called between the steps; see `Callback`.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
@@ -93,7 +94,7 @@ class PPOTrainer(RunLoop):
         *,
         reward: Reward | Sequence[Reward] | None = None,
         prompts: Any,
-        environment: Factory | None = None,
+        environment: Factory | AgentProgram | None = None,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_prompts: Any = None,
@@ -314,7 +315,7 @@ class PPOTrainer(RunLoop):
         """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid. seed: of an environment's chance."""
         greedy = dataclasses.replace(self.config.rollout.sampling(seed), n=1, temperature=0.0)
         answers = self.collector.sample(rows, greedy, self._interruption.check)
-        rollout, (result, _) = answers.rollout, self.collector.score(answers, rows, self._interruption.at_once)
+        rollout, result = answers.per_sample(self.collector.score(answers, rows, self._interruption.at_once)[0])
         self._note_errors(result)
         return (
             Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
@@ -355,7 +356,7 @@ class PPOTrainer(RunLoop):
         answers = self.collector.sample(rows, sampling, self._interruption.check)
         result, _ = self.collector.score(answers, rows, self._interruption.at_once, normalise=False)
         self._note_errors(result)
-        return answers.rollout, result, answers.held_out_metrics()
+        return *answers.per_sample(result), answers.held_out_metrics()
 
     def _note_errors(self, result: RewardResult) -> None:
         for error in result.errors:

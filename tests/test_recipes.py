@@ -113,13 +113,28 @@ def test_our_translations_are_whole_and_licensed():
     assert "Copyright (c) Django Software Foundation" in (DATA / "translations.LICENSE").read_text()
 
 
+def save_chat_model(folder, *template):
+    tokenizer = make_chat_tokenizer(*template)
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=8192)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+
+
+def test_an_agent(train, gsm8k_train, gsm8k_test, tmp_path):
+    """It asks twice, and each time goes on from what the policy said."""
+    for package in ("openai", "starlette", "uvicorn"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    save_chat_model(tmp_path / "chat")
+    files = [f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}", "data.max_prompt_tokens=1500"]
+    metrics = train("agent", *files, f"model.name={tmp_path / 'chat'}")
+    assert metrics[-1]["environment/turns"] == 2 and metrics[-1]["environment/sequences"] == 1
+    assert metrics[-1]["environment/failure_rate"] == 0
+
+
 @pytest.mark.parametrize("name", ["tools", "sandbox"])
 def test_tools(train, gsm8k_train, gsm8k_test, tmp_path, name):
     """On a model of single characters that writes no call: each episode is one turn, scored by its answer."""
-    tokenizer = make_chat_tokenizer(trl_template("qwen2_5"))
-    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=8192)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "chat")
+    save_chat_model(tmp_path / "chat", trl_template("qwen2_5"))
     files = [f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}", "data.max_prompt_tokens=1500"]
     metrics = train(name, *files, f"model.name={tmp_path / 'chat'}")
     assert metrics[-1]["environment/turns"] >= 1 and "rewards/gsm8k/mean" in metrics[-1]

@@ -4,6 +4,7 @@ from fastppo.envs.calculator import calculator
 from fastppo.envs.dialogue import Dialogue
 from fastppo.envs.environment import Environment, Observation
 from fastppo.envs.episodes import Episode, EpisodePlayer, Played, PlayedTurn
+from fastppo.envs.program import AgentProgram
 from fastppo.envs.sandbox import PythonSandbox, python
 from fastppo.envs.tools import Tools
 
@@ -11,6 +12,7 @@ READY_TOOLS = {tool.__name__: tool for tool in (calculator, python)}
 """By the names that recipes know them by."""
 
 __all__ = [
+    "AgentProgram",
     "Dialogue",
     "Environment",
     "Episode",

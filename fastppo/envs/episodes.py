@@ -20,6 +20,7 @@ from torch import Tensor
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs.dialogue import Dialogue, as_messages
 from fastppo.envs.environment import Message, Observation, reset, to_first_observation, to_reward, to_step
+from fastppo.envs.rounds import Rounds
 from fastppo.envs.worker import Reply, Worker
 from fastppo.model import context_length
 from fastppo.model.host import on_device
@@ -121,7 +122,7 @@ class EpisodePlayer:
         engine: whose model is the policy.
         config: limits.
 
-    Raises TypeError for what makes nothing, ValueError for a `max_tokens` beyond the model's context.
+    Raises TypeError for what makes nothing, ValueError as `require_length`.
     """
 
     def __init__(self, factory: Factory, engine: Engine, config: EnvironmentConfig) -> None:
@@ -129,11 +130,7 @@ class EpisodePlayer:
             raise TypeError(
                 f"{type(factory).__name__} is no environment, expected a class or a function that makes one"
             )
-        context = context_length(engine.model)
-        if context is not None and (config.max_tokens or 0) > context:
-            raise ValueError(f"max_tokens is {config.max_tokens}, expected at most the model's context of {context}")
-        if context is None and config.max_tokens is None:
-            raise ValueError("max_tokens is None, expected a number: the model's context has no limit")
+        require_length(config, engine)
         self._factory, self._engine, self._config = factory, engine, config
         self._replies: SimpleQueue[Reply] = SimpleQueue()
         self._idle: list[Worker] = []
@@ -168,7 +165,7 @@ class EpisodePlayer:
             play = _Play(self, session, rows, numbers, sampling, dialogue, self._config)
             try:
                 waited = play.run(progress, check)
-                rollout = play.rollout(self._engine.model.device)
+                rollout = rollout_of(session, play.episodes, sampling, self._engine.model.device)
             except BaseException:
                 play.drop()
                 raise
@@ -209,7 +206,7 @@ class _Asked(NamedTuple):
     then: Callable[[Any], None]
 
 
-class _Play:
+class _Play(Rounds):
     """One call of `EpisodePlayer.play`."""
 
     def __init__(
@@ -222,10 +219,11 @@ class _Play:
         dialogue: Dialogue,
         config: EnvironmentConfig,
     ) -> None:
-        self._player, self._session, self._dialogue = player, session, dialogue
+        super().__init__(session, len(numbers) * sampling.n)
+        self._player, self._dialogue = player, dialogue
         self._sampling, self._config = sampling, config
         self.episodes = [
-            Episode(prompt * sampling.n + sample, prompt, rows[prompt], _seed(sampling.seed, prompt))
+            Episode(prompt * sampling.n + sample, prompt, rows[prompt], seed_of(sampling.seed, prompt))
             for prompt, sample in itertools.product(numbers, range(sampling.n))
         ]
         self._to_begin = self.episodes[::-1]
@@ -234,24 +232,6 @@ class _Play:
         self._begun: list[tuple[Episode, list[int]]] = []  # that are to be added to the session
         self._by_sequence: dict[int, Episode] = {}
         self._closed: set[int] = set()  # sequences
-        self._ended = 0
-
-    def run(self, progress: Callable[[int, int], None], check: Callable[[], None]) -> float:
-        """Play all to their ends. Returns the seconds in which nothing could be sampled."""
-        waited, told = 0.0, 0
-        while self._ended < len(self.episodes):
-            self._begin_more()
-            start, waits = time.perf_counter(), not self._session.busy
-            self._hear(wait=waits)
-            waited += time.perf_counter() - start if waits else 0.0
-            self._add_begun()
-            for turn in self._session.step():
-                self._answer(turn)
-            if self._ended > told:
-                told = self._ended
-                progress(told, len(self.episodes))
-            check()
-        return waited
 
     def drop(self) -> None:
         """Leave nothing running."""
@@ -302,12 +282,12 @@ class _Play:
         why = None
         if reply.error is not None:
             late = isinstance(reply.error, asyncio.TimeoutError) and not reply.error.args
-            why = self._too_long(asked.what) if late else f"{asked.what} failed: {_described(reply.error)}"
+            why = self._too_long(asked.what) if late else f"{asked.what} failed: {described(reply.error)}"
         else:
             try:
                 asked.then(reply.value)
             except Exception as error:  # an answer that is none, or that the chat template refuses
-                why = _described(error)
+                why = described(error)
         if why is not None:
             reply.worker.stop()
             self._fail(asked.episode, why)
@@ -325,7 +305,7 @@ class _Play:
             raise ValueError(f"the first observation has {len(tokens)} tokens, expected 1 to {most}")
         self._begun.append((episode, tokens))
 
-    def _add_begun(self) -> None:
+    def _before_step(self) -> None:
         """Those with the same prompt share what is computed of it."""
         groups: dict[tuple[int, ...], list[Episode]] = {}
         for episode, tokens in sorted(self._begun, key=lambda begun: begun[0].number):
@@ -336,7 +316,7 @@ class _Play:
                 ids = self._session.add(tokens, len(episodes), streams=[episode.number for episode in episodes])
             except ValueError as error:  # ids that the model does not know, or more than `kv_memory` holds
                 for episode in episodes:
-                    self._fail_without_fault(episode, _described(error))
+                    self._fail_without_fault(episode, described(error))
                 continue
             for id, episode in zip(ids, episodes, strict=True):
                 episode.sequence, episode.tokens = id, list(tokens)
@@ -402,26 +382,36 @@ class _Play:
         self._ended += 1
         del self._workers[episode.number]
 
-    # Result
 
-    def rollout(self, device: torch.device) -> Rollout:
-        """Of all episodes, in the order of their numbers."""
-        begun = [self._by_sequence[id] for id in sorted(self._by_sequence)]
-        others = [episode for episode in self.episodes if episode.sequence is None]
-        parts = [self._session.rollout()] if begun else []
-        if others:
-            valued = bool(parts) and parts[0].values is not None
-            parts.append(_prompts_alone(others, float(self._sampling.temperature), device, valued))
-        whole = parts[0] if len(parts) == 1 else Rollout.joined(parts, [0, 0])
-        order = [episode.number for episode in begun + others]
-        if order != sorted(order):
-            whole = whole.select(sorted(range(len(order)), key=order.__getitem__))
-        reasons = [int(episode.finish_reason) for episode in self.episodes]
-        return replace(
-            whole,
-            finish_reasons=on_device(reasons, device, torch.int8),
-            prompt_index=on_device([episode.prompt for episode in self.episodes], device),
-        )
+def require_length(config: EnvironmentConfig, engine: Engine) -> None:
+    """Raises ValueError for a `max_tokens` beyond the model's context, or none where that has no limit."""
+    context = context_length(engine.model)
+    if context is not None and (config.max_tokens or 0) > context:
+        raise ValueError(f"max_tokens is {config.max_tokens}, expected at most the model's context of {context}")
+    if context is None and config.max_tokens is None:
+        raise ValueError("max_tokens is None, expected a number: the model's context has no limit")
+
+
+def rollout_of(
+    session: Session, episodes: Sequence[Episode], sampling: SamplingParams, device: torch.device
+) -> Rollout:
+    """All sequences of a session, in the order of the episodes that they are; those that have none are their prompts alone."""
+    places = range(len(episodes))
+    begun = sorted((i for i in places if episodes[i].sequence is not None), key=lambda i: episodes[i].sequence)
+    others = [i for i in places if episodes[i].sequence is None]
+    parts = [session.rollout()] if begun else []
+    if others:
+        valued = bool(parts) and parts[0].values is not None
+        parts.append(_prompts_alone([episodes[i] for i in others], float(sampling.temperature), device, valued))
+    whole = parts[0] if len(parts) == 1 else Rollout.joined(parts, [0, 0])
+    order = begun + others
+    if order != sorted(order):
+        whole = whole.select(sorted(places, key=order.__getitem__))
+    return replace(
+        whole,
+        finish_reasons=on_device([int(episode.finish_reason) for episode in episodes], device, torch.int8),
+        prompt_index=on_device([episode.prompt for episode in episodes], device),
+    )
 
 
 def _final_reward(environment: Any) -> Any:
@@ -449,13 +439,13 @@ def _prompts_alone(episodes: list[Episode], temperature: float, device: torch.de
     )
 
 
-def _seed(seed: int, prompt: int) -> int:
+def seed_of(seed: int, prompt: int) -> int:
     """Of the environments of one prompt of a play: 0 to 2^31 - 1, which every library takes."""
     digest = hashlib.blake2b(f"{seed}:{prompt}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """`ValueError: what it says`, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

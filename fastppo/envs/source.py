@@ -15,6 +15,8 @@ from fastppo.data.chat import ChatTemplate
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs.dialogue import Dialogue
 from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row
+from fastppo.envs.program import AgentProgram
+from fastppo.envs.program_player import ProgramPlayer
 from fastppo.envs.tools import TextMaker, has_tools, pays
 from fastppo.model.host import on_device
 from fastppo.rewards import RewardResult, RewardRunner
@@ -51,6 +53,10 @@ class Answers:
         """What `scored` returned, as tensors."""
         return Scores.of(result, self.rollout.tokens.device)
 
+    def per_sample(self, result: RewardResult) -> tuple[Rollout, RewardResult]:
+        """One sequence for each sample of a prompt, and its part of what `scored` returned."""
+        return self.rollout, result
+
     def completions(self, texts: list[str]) -> list[Any]:
         """What reward functions are given, of completions whose whole text is `texts`."""
         return texts
@@ -76,6 +82,8 @@ class Episodes(Answers):
         super().__init__(played.rollout)
         self._played = played
         self._earned = [episode.total_reward for episode in played.episodes]
+        numbers = [episode.number for episode in played.episodes]
+        self._lasts = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number]]
 
     def to(self, device: torch.device) -> Episodes:
         return Episodes(replace(self._played, rollout=self.rollout.to(device)))
@@ -87,12 +95,21 @@ class Episodes(Answers):
 
     def scored(self, result: RewardResult) -> RewardResult:
         """The sum; invalid where either is."""
-        count = len(self._earned)
+        samples = [self._played.episodes[i] for i in self._lasts]
         scores = [a + b for a, b in zip(result.scores, self._earned, strict=True)]
-        failed = Counter(episode.error for episode in self._played.episodes if episode.error is not None)
-        errors = [f"{times} of {count} episodes are invalid: {why}" for why, times in failed.items()]
+        failed = Counter(episode.error for episode in samples if episode.error is not None)
+        errors = [f"{times} of {len(samples)} episodes are invalid: {why}" for why, times in failed.items()]
         by_name = {NAME: self._earned} | result.by_name
         return RewardResult(scores, by_name, sum(map(math.isnan, scores)), errors + result.errors)
+
+    def per_sample(self, result: RewardResult) -> tuple[Rollout, RewardResult]:
+        """Of the sequences of one episode the last."""
+        if len(self._lasts) == self.rollout.num_sequences:
+            return self.rollout, result
+        scores = [result.scores[i] for i in self._lasts]
+        by_name = {name: [values[i] for i in self._lasts] for name, values in result.by_name.items()}
+        failures = sum(map(math.isnan, scores))
+        return self.rollout.select(self._lasts), RewardResult(scores, by_name, failures, result.errors)
 
     def scores(self, result: RewardResult) -> Scores:
         earned = on_device(self._earned, self.rollout.tokens.device, torch.float32)
@@ -110,15 +127,17 @@ class Episodes(Answers):
 
     def metrics(self) -> dict[str, float]:
         """Of the valid episodes, and of what waiting for environments cost."""
-        episodes = self._played.episodes
-        valid = [episode for episode in episodes if episode.error is None]
+        episodes, lasts = self._played.episodes, self._lasts
+        valid = [episodes[i] for i in lasts if episodes[i].error is None]
+        turns = sum(len(episode.turns) for episode in episodes if episode.error is None)
         metrics = {
-            "failure_rate": 1 - len(valid) / len(episodes),
+            "failure_rate": 1 - len(valid) / len(lasts),
+            "sequences": len(episodes) / len(lasts),
             "waited_seconds": self._played.waited,
             "hanging_calls": float(self._played.hanging),
         }
         if valid:
-            metrics["turns"] = sum(len(episode.turns) for episode in valid) / len(valid)
+            metrics["turns"] = turns / len(valid)
             metrics["return"] = sum(episode.total_reward for episode in valid) / len(valid)
             metrics["truncated_ratio"] = sum(episode.truncated for episode in valid) / len(valid)
         return {f"{NAME}/{name}": value for name, value in metrics.items()}
@@ -177,12 +196,18 @@ class AnswerSource:
 
 
 class EpisodeSource(AnswerSource):
-    """Episodes. Between `__enter__` and `__exit__` environments stay open for the next ones, else they are closed after each `sample`."""
+    """Episodes. Between `__enter__` and `__exit__` environments stay open for the next ones, else they are closed after each `sample`.
+
+    dialogue: how texts become tokens where the prompts' chat template does not say it.
+    """
 
     def __init__(
-        self, factory: Factory, engine: Engine, tokenizer: PreTrainedTokenizerBase, config: EnvironmentConfig
+        self,
+        player: EpisodePlayer | ProgramPlayer,
+        tokenizer: PreTrainedTokenizerBase,
+        dialogue: Dialogue | None = None,
     ) -> None:
-        self._player, self._tokenizer, self._kept = EpisodePlayer(factory, engine, config), tokenizer, False
+        self._player, self._tokenizer, self._dialogue, self._kept = player, tokenizer, dialogue, False
 
     def __enter__(self) -> EpisodeSource:
         self._kept = True
@@ -200,7 +225,7 @@ class EpisodeSource(AnswerSource):
         check: Callable[..., None],
         **options: Any,
     ) -> Episodes:
-        dialogue = Dialogue(self._tokenizer, chat)
+        dialogue = self._dialogue or Dialogue(self._tokenizer, chat)
         try:
             return Episodes(self._player.play(rows, sampling, dialogue, check=check, **options))
         finally:
@@ -209,7 +234,7 @@ class EpisodeSource(AnswerSource):
 
 
 def source_of(
-    environment: Factory | None,
+    environment: Factory | AgentProgram | None,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     chat: ChatTemplate | None,
@@ -218,11 +243,16 @@ def source_of(
     """Raises TypeError for what makes no environment, ValueError where the chat template cannot render its episodes."""
     if environment is None:
         return AnswerSource(engine)
+    if isinstance(environment, AgentProgram):
+        if not tokenizer.chat_template:
+            raise ValueError("a program speaks in messages, and the tokenizer has no chat template, expected one")
+        spoken = Dialogue(tokenizer, ChatTemplate(tokenizer, None))  # the program says everything
+        return EpisodeSource(ProgramPlayer(environment, engine, config), tokenizer, spoken)
     if has_tools(environment):
         Dialogue(tokenizer, chat).check_tools()
     elif chat is not None and _answers(environment):
         Dialogue(tokenizer, chat).check("user")
-    return EpisodeSource(environment, engine, tokenizer, config)
+    return EpisodeSource(EpisodePlayer(environment, engine, config), tokenizer)
 
 
 def _answers(environment: Factory) -> bool:
@@ -254,7 +284,7 @@ class NoRewards:
 
 
 def rewards_of(
-    reward: Reward | Sequence[Reward] | None, environment: Factory | None, **timing: Any
+    reward: Reward | Sequence[Reward] | None, environment: Factory | AgentProgram | None, **timing: Any
 ) -> RewardRunner | NoRewards:
     """Raises ValueError where nobody pays. timing: as `RewardRunner` takes it."""
     if reward is not None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fastppo.environment_config import EnvironmentConfig
-from fastppo.envs import READY_TOOLS, Tools
+from fastppo.envs import READY_TOOLS, AgentProgram, Tools
 from fastppo.envs.adapters import READY_ENVIRONMENTS
 from fastppo.envs.tools import as_environment
 from fastppo.recipe import load_recipe, resolve_environment
@@ -85,8 +85,9 @@ def test_those_of_other_libraries_are_made(name, package, tmp_path, monkeypatch)
 def test_every_setting_is_named():
     written = [yaml.safe_load(block)["environment"] for block in blocks("yaml")]
     EnvironmentConfig(**written[0])
-    assert isinstance(resolve_environment(RecipeEnvironmentConfig(**written[1])), Tools)
-    RecipeEnvironmentConfig(**written[2])
+    assert isinstance(resolve_environment(RecipeEnvironmentConfig(**written[1])), AgentProgram)
+    assert isinstance(resolve_environment(RecipeEnvironmentConfig(**written[2])), Tools)
+    RecipeEnvironmentConfig(**written[3])
     for name, maker in READY_ENVIRONMENTS.items():
         assert f"| `{name}` | `{maker.__name__}` | `fastppo[{name.replace('_', '-')}]` |" in TEXT
     for field in dataclasses.fields(RecipeEnvironmentConfig):

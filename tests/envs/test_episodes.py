@@ -17,8 +17,8 @@ import torch
 
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs import EpisodePlayer, Played
-from fastppo.rollout import Engine, FinishReason, SamplingParams, Session
-from tests.envs.worlds import ROWS, SAMPLING, TURNS, Talk, make_engine, play, rows_of, threads
+from fastppo.rollout import Engine, FinishReason, SamplingParams
+from tests.envs.worlds import ROWS, SAMPLING, TURNS, Talk, make_engine, play, rows_of, threads, watch_pages
 from tests.tiny import LETTERS, make_tokenizer
 
 EPISODES = len(ROWS) * SAMPLING.n
@@ -27,15 +27,7 @@ EPISODES = len(ROWS) * SAMPLING.n
 @pytest.fixture(autouse=True)
 def nothing_leaks(monkeypatch):
     """Every page is free when a session is over, and every thread ends."""
-    leave = Session.__exit__
-
-    def checked(session, *exception):
-        pool = session._generation.admission.pool
-        if exception[0] is None:
-            assert pool.available == pool.pages
-        leave(session, *exception)
-
-    monkeypatch.setattr(Session, "__exit__", checked)
+    watch_pages(monkeypatch)
     yield
     deadline = time.monotonic() + 10
     while threads() and time.monotonic() < deadline:

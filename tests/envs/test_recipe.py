@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastppo import cli
-from fastppo.envs import Tools
+from fastppo.envs import AgentProgram, Tools
 from fastppo.recipe import load_recipe, resolve_environment
 from fastppo.run_folder import read_metrics
 from tests.tiny import make_model, make_tokenizer
@@ -57,6 +57,14 @@ def test_tools_by_name_and_from_a_file(resolve):
     assert [tool["function"]["name"] for tool in environment().tools] == ["calculator", "double"]
 
 
+def test_a_program_by_its_function_or_its_command(resolve, tmp_path):
+    (tmp_path / "agent.py").write_text("def act(row, base_url, api_key):\n    return 1.0\n")
+    assert isinstance(resolve("{agent: agent.py:act}"), AgentProgram)
+    assert isinstance(resolve("{command: [python, agent.py, --fast]}"), AgentProgram)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.environment.command == ["python", str(tmp_path / "agent.py"), "--fast"]
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -70,13 +78,19 @@ def test_tools_by_name_and_from_a_file(resolve):
         ),
         ("{factory: worlds.py:Wrld}", "worlds.py has no function Wrld; the nearest is World"),
         ("{factory: worlds.py:World, tools: [calculator]}", "tools is .'calculator'., expected none beside factory"),
+        ("{command: [agent.py], agent: worlds.py:World}", "command is .'agent.py'., expected none beside agent"),
+        (
+            "{agent: worlds.py:double}",
+            r"environment.agent: program is a function that cannot be called as \(row, base_url",
+        ),
+        ("{command: [no-such-command]}", "environment.command: .* there is no command no-such-command"),
         ("{arguments: {size: 5}}", "arguments is {'size': 5}, expected none without factory"),
         ("{max_turns: 0}", "environment.max_turns is 0: expected"),
         ("{max_turn: 1}", "key environment.max_turn is not known; the nearest is max_turns"),
     ],
 )
 def test_what_is_wrong_is_named(resolve, environment, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         resolve(environment)
 
 

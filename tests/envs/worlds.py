@@ -7,7 +7,7 @@ import threading
 
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs import Dialogue, EpisodePlayer, Played
-from fastppo.rollout import Engine, SamplingParams
+from fastppo.rollout import Engine, SamplingParams, Session
 from tests.tiny import LETTERS, make_model, make_tokenizer
 
 TURNS = 3
@@ -47,6 +47,19 @@ def play(factory, engine=None, *, rows=ROWS, sampling=SAMPLING, player=None, che
     finally:
         if player is None:
             used.close()
+
+
+def watch_pages(monkeypatch) -> None:
+    """From now on every page is free when a session is over."""
+    leave = Session.__exit__
+
+    def checked(session, *exception):
+        pool = session._generation.admission.pool
+        if exception[0] is None:
+            assert pool.available == pool.pages
+        leave(session, *exception)
+
+    monkeypatch.setattr(Session, "__exit__", checked)
 
 
 def threads() -> list[threading.Thread]:
