@@ -183,8 +183,8 @@ class Roles(nn.Module):
             found = self._forward(rollout, set(want) - sampled.keys(), plan, ranks) | sampled
         else:
             found = self._forward(rollout, set(want), plan, ranks)
-            if "logprobs" in want and recompute_logprobs == "auto":
-                self._sampling_is_exact = exact and all(torch.equal(found[name], x) for name, x in sampled.items())
+            if "logprobs" in want:
+                self._sampling_is_exact |= exact and all(torch.equal(found[name], x) for name, x in sampled.items())
         return Evaluation(rollout.action_bounds, **found)
 
     def _forward(self, rollout: Rollout, want: Collection[str], plan: Plan, ranks: Ranks) -> dict[str, Tensor]:
