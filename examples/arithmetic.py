@@ -73,23 +73,23 @@ def make_problems(rng: random.Random, count: int) -> list[dict[str, str]]:
     while len(problems) < count:
         a, b = (rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
         prompt = f"{a}+{b}="
-        if worked_solution(prompt) != worked_solution(prompt, forgets=lambda: True):
+        if worked_solution(prompt) != worked_solution(prompt, forgets=lambda column: True):
             problems[min(a, b), max(a, b)] = {"prompt": prompt, "answer": str(a + b)}
     return list(problems.values())
 
 
-def worked_solution(prompt: str, forgets: Callable[[], bool] = lambda: False) -> str:
+def worked_solution(prompt: str, forgets: Callable[[int], bool] = lambda column: False) -> str:
     """The schoolbook way: columns from the right, each with the carry of the one before, then the answer that they make.
 
-    `47+85=` gives `<think>7+5=12,4+8+1=13</think>132`. Who `forgets()` the carry writes `4+8+0=12`, and 122.
+    `47+85=` gives `<think>7+5=12,4+8+1=13</think>132`. Who `forgets(2)`, the carry to the second column, writes `4+8+0=12`, and 122.
     """
     a, b = prompt.rstrip("=").split("+")
     steps, digits, carry = [], "", None
-    for x, y in zip(reversed(a), reversed(b), strict=True):
+    for column, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=True), start=1):
         total = int(x) + int(y) + (carry or 0)
         steps.append(f"{x}+{y}" + ("" if carry is None else f"+{carry}") + f"={total:02}")
         digits = f"{total % 10}{digits}"
-        carry = int(total >= 10 and not forgets())
+        carry = int(total >= 10 and not forgets(column + 1))
     return f"<think>{','.join(steps)}</think>{total // 10 or ''}{digits}"
 
 
@@ -108,7 +108,7 @@ def imitate(
         learner={"epochs": IMITATION_EPOCHS},
         optimizer={"lr": 6e-3, "warmup_steps": 20, "betas": (0.9, 0.95), "weight_decay": 0.1},
     )
-    solutions = [worked_solution(prompt, lambda: rng.random() < FORGETS) for prompt in prompts]
+    solutions = [worked_solution(prompt, lambda column: rng.random() < FORGETS) for prompt in prompts]
     examples = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, solutions, strict=True)]
     trainer = SFTTrainer(model, examples=examples, config=config, tokenizer=tokenizer, reporter=Reporter(0, quiet=True))
     return trainer.train()["loss/nll"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.data import PROMPT_COLUMNS, Row
+from fastppo.data import Row
 from fastppo.data.chat import ChatTemplate
 from fastppo.distributed import Ranks
 from fastppo.envs.source import Answers, AnswerSource, NoRewards
@@ -75,14 +75,14 @@ class Collector:
             rows: that the completions are of. at_once: a block in which a signal ends the waiting.
             normalise: False leaves out what a `WeightedReward` asks for.
         """
-        rollout, size = answers.rollout, self._ranks.size
+        rollout, size, rows = answers.rollout, self._ranks.size, answers.groups(rows)
         prompts, ids = rollout.prompt_index.tolist(), rollout.completions()
         own = [place for place, prompt in enumerate(prompts) if prompt % size == self._ranks.rank]
         texts = [""] * len(prompts)
         for place in own:
             texts[place] = decode(self._tokenizer, ids[place], skip_special_tokens=True)
         owners = [rows[prompts[place]] for place in own]
-        columns = {name: [row[name] for row in owners] for name in rows[0] if name not in PROMPT_COLUMNS}
+        columns = {name: [values[i] for i in own] for name, values in answers.columns(rows).items()}
         with at_once():
             said = answers.completions(texts)
             found = self._rewards.answers(

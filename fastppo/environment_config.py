@@ -16,7 +16,7 @@ class EnvironmentConfig:
     """Most turns of an episode; one that reaches them is truncated, not terminated."""
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Most tokens of an episode: prompt, turns and what the environment says between them. One that has no room for an observation and a token
-    after it is truncated. By default the model's context."""
+    after it is truncated. Of a debate, most tokens of a seat. By default the model's context."""
     call_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """Seconds that one call of an environment may take; then its episode is invalid and the others go on."""
     episode_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0

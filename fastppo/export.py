@@ -54,6 +54,8 @@ def export_run(
     dtype = identity.get("model.dtype") or next(iter(policy.values())).dtype  # sharded weights are kept in a wider type
     trained = load_model(name, dtype=dtype, device="cpu")
     adapters = None if lora is None else adapters_on(trained, path, identity)
+    if seats := dict(identity.get("lora.seats", ())):
+        adapters.add_seats(seats, next(seat for seat, role in seats.items() if role == "policy"))
     try:
         (trained if adapters is None else adapters.trained("policy")).load_state_dict(policy)
     except RuntimeError as error:

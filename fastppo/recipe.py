@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fastppo.debate_config import Debate, Speech
 from fastppo.envs import READY_TOOLS, AgentProgram, Tools
 from fastppo.envs.adapters import READY_ENVIRONMENTS
 from fastppo.recipe_config import (
@@ -175,10 +176,7 @@ def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":  # our own check of a section, or of several: its message names the key
         return f"{where}.{problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-    owner = (
-        EvalSetConfig if problem["loc"][:1] == ("data",) else RewardFunctionConfig
-    )  # which alone have keys below a section's
-    known = [spec.name for spec in dataclasses.fields(owner)]
+    known = [spec.name for spec in dataclasses.fields(_owner(problem["loc"]))]
     if problem["type"] == "unexpected_keyword_argument":
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]
         return f"key {where} is not known; the nearest is {near}"
@@ -188,6 +186,13 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{where} is {problem['input']!r}, expected keys and values: {', '.join(known)}"
     expected = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{where} is {problem['input']!r}: {expected.replace('input should be', 'expected')}"
+
+
+def _owner(place: tuple[str | int, ...]) -> type:
+    """Whose key it is, below those of a section."""
+    if place[:1] == ("environment",):
+        return Speech if "speeches" in place else Debate
+    return EvalSetConfig if place[:1] == ("data",) else RewardFunctionConfig
 
 
 def _locate(section: Any, key: str, name: str, folder: Path) -> None:
@@ -227,13 +232,15 @@ def resolve_rewards(config: RecipeRewardConfig) -> list[WeightedReward]:
     ]
 
 
-def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | AgentProgram | None:
-    """What makes the environments of `environment`, or the program that it names; None where it names none.
+def resolve_environment(config: RecipeEnvironmentConfig) -> Callable[[], Any] | AgentProgram | Debate | None:
+    """What makes the environments of `environment`, the program that it names, or its debate; None where it names none.
 
     Raises FileNotFoundError or ValueError as `resolve_rewards` does, and TypeError for a tool that cannot be described.
     """
     if config.agent or config.command:
         return _program(config)
+    if config.debate:
+        return config.debate
     if config.tools:
         names = enumerate(config.tools)
         return Tools(*(_find_function(text, f"environment.tools.{index}", READY_TOOLS) for index, text in names))

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastppo.config import PPOConfig, RewardConfig
+from fastppo.debate_config import Debate
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.setting_types import STRICT, Count, OptionalCount, PathText, SetName
 
@@ -112,7 +113,8 @@ class RecipeRewardConfig(RewardConfig):
 
 @dataclass(config=STRICT)
 class RecipeEnvironmentConfig(EnvironmentConfig):
-    """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory`, `tools`, `agent` and `command` is set."""
+    """What a recipe's policy talks to, and how episodes with it are played; at most one of `factory`, `tools`,
+    `agent`, `command` and `debate` is set."""
 
     factory: PathText | None = None
     """What makes an environment: that of another library (`textarena`; docs/environments.md has them all), or a class for instance,
@@ -121,6 +123,8 @@ class RecipeEnvironmentConfig(EnvironmentConfig):
     """Keyword arguments that it is called with. `${env:NAME}` in a text stands for an environment variable."""
     tools: list[str] = field(default_factory=list)
     """Functions that the policy may call before it answers: `calculator`, `python` (`fastppo.envs.PythonSandbox`), or written as `factory` is."""
+    debate: Debate | None = None
+    """Seats that speak in turn, each of them the policy: docs/debate.md."""
 
     agent: PathText | None = None
     """A function that is `fastppo.envs.AgentProgram`'s program, written as `factory` is."""
@@ -129,7 +133,7 @@ class RecipeEnvironmentConfig(EnvironmentConfig):
 
     @model_validator(mode="after")
     def _check_one(self) -> RecipeEnvironmentConfig:
-        given = [name for name in ("factory", "tools", "agent", "command") if getattr(self, name)]
+        given = [name for name in ("factory", "tools", "agent", "command", "debate") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{given[1]} is {getattr(self, given[1])!r}, expected none beside {given[0]}")
         if self.arguments and not self.factory:

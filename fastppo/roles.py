@@ -117,6 +117,20 @@ class Roles(nn.Module):
     def forward(self, rollout: Rollout, *, policy: bool = True, values: bool = True, entropy: bool = True) -> Outputs:
         """Log-probabilities, entropy and values of the batch's actions; differentiable. `policy=False`: values alone, and of
         a shared trunk nothing learns but the value head."""
+        asked = {"policy": policy, "values": values, "entropy": entropy}
+        if rollout.speakers is None:
+            return self._outputs(rollout, **asked)
+        order: list[int] = []
+        parts = []
+        for speaker in dict.fromkeys(rollout.speakers):
+            own = [i for i, name in enumerate(rollout.speakers) if name == speaker]
+            with self.speaking(speaker):
+                parts.append(self._outputs(rollout.select(own), **asked))
+            order += own
+        return _in_order(parts, order, rollout)
+
+    def _outputs(self, rollout: Rollout, *, policy: bool, values: bool, entropy: bool) -> Outputs:
+        """Of sequences of one speaker, who speaks."""
         on_policy = values and self.critic is None
         said = Outputs(None, None, None, None)
         if policy or on_policy:
@@ -243,6 +257,24 @@ class Roles(nn.Module):
     def base_sha256(self) -> str | None:
         """Fingerprint of the frozen weights under the adapters, which no checkpoint holds."""
         return None if self.adapters is None else weights_sha256(self.adapters.base_parameters())
+
+
+def _in_order(parts: list[Outputs], order: list[int], rollout: Rollout) -> Outputs:
+    """What `parts` say of the rollout's sequences, one after another in this order of theirs, in the rollout's own order."""
+    if len(parts) == 1:
+        return parts[0]
+    device = rollout.tokens.device
+    sequences = torch.empty(len(order), dtype=torch.int64)
+    sequences[order] = torch.arange(len(order))
+    shuffled = places_in(rollout.action_bounds, order)
+    actions = torch.empty_like(shuffled)
+    actions[shuffled] = torch.arange(len(shuffled))
+    places = {"final_values": on_device(sequences, device)}
+    by_action, found = on_device(actions, device), {}
+    for name in Outputs._fields:
+        said = [getattr(part, name) for part in parts]
+        found[name] = None if said[0] is None else torch.cat(said)[places.get(name, by_action)]
+    return Outputs(**found)
 
 
 def critic_outputs(critic: Critic, rollout: Rollout) -> Outputs:

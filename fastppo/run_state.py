@@ -221,6 +221,7 @@ def identity(config: PPOConfig, roles: Roles, prompts: PromptDataset) -> dict[st
         _REFERENCE: roles.reference_sha256,
         "lora": None if roles.adapters is None else roles.adapters.description(),
         "lora.quantization": config.lora.quantization,
+        "lora.seats": [] if roles.adapters is None else [list(seat) for seat in roles.adapters.seats.items()],
         _BASE: roles.base_sha256,
     }
 

@@ -23,12 +23,13 @@ from fastppo.collection import Collector
 from fastppo.config import PPOConfig
 from fastppo.console import Reporter, printable
 from fastppo.critics import histogram_of, separate_critic
-from fastppo.data import PROMPT_COLUMNS, PromptDataset, PromptSampler, Row, load_prompts
+from fastppo.data import PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
+from fastppo.debate_config import Debate
 from fastppo.distributed import device_of, ranks_of, sharding_of
 from fastppo.envs import AgentProgram
 from fastppo.envs.episodes import Factory
-from fastppo.envs.source import Answers, rewards_of, source_of
+from fastppo.envs.source import Answers, reward_columns, rewards_of, seat_adapters, source_of
 from fastppo.errors import TrainingError
 from fastppo.experience import Experience, sample_with_signal
 from fastppo.held_out import load_held_out
@@ -76,7 +77,8 @@ class PPOTrainer(RunLoop):
         tokenizer: needed with a loaded model; else the model's own by default.
         eval_prompts: held-out prompts, in the same forms; or several sets of them, a mapping from name to prompts.
         environment: makes what the policy talks to in episodes of several turns, a class for instance (`fastppo.envs.Environment`), or a program that
-            talks to the policy (`fastppo.envs.AgentProgram`). What it pays is added to `reward`, where there is one.
+            talks to the policy (`fastppo.envs.AgentProgram`). What it pays is added to `reward`, where there is one. A `fastppo.envs.Debate`: the
+            policy speaks in all its seats, which `reward` pays.
         callbacks: called between the steps; see `Callback`.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
@@ -94,7 +96,7 @@ class PPOTrainer(RunLoop):
         *,
         reward: Reward | Sequence[Reward] | None = None,
         prompts: Any,
-        environment: Factory | AgentProgram | None = None,
+        environment: Factory | AgentProgram | Debate | None = None,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_prompts: Any = None,
@@ -117,6 +119,7 @@ class PPOTrainer(RunLoop):
         self.adapters = adapters_of(model, config.lora)
         model = model if self.adapters is None else self.adapters.model
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
+        self.environment = environment
         self.prompts = self._load(prompts, "prompts")
         self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)
         self.reporter = self._reporter(reporter or Reporter(config.total_steps))
@@ -125,6 +128,8 @@ class PPOTrainer(RunLoop):
         self.algorithm = self._algorithm()
         if config.lora.r:
             self.adapters = add_adapters(self.model, config.lora, config.seed)
+        with naming("environment"):
+            seat_adapters(environment, self.adapters, config.algorithm)
         sharding = sharding_of(config.distributed, self.ranks, device)
         if sharding is not None:
             self.whole = WholeCopy(self.model, self.adapters)
@@ -162,7 +167,9 @@ class PPOTrainer(RunLoop):
         self.expert = Expert(config.search, self.engine, self.learner) if expert else None
         with naming("environment"):
             _require_whole_answers(environment, config)
-            self.source = source_of(environment, self.engine, self.tokenizer, self.prompts.chat, config.environment)
+            self.source = source_of(
+                environment, self.engine, self.tokenizer, self.prompts.chat, config.environment, self.adapters
+            )
         self.collector = Collector(
             self.source,
             self.engine,
@@ -257,7 +264,7 @@ class PPOTrainer(RunLoop):
         """Completions of the next prompts and their scores; some of them are written to the folder."""
         with clock("time/rollout"):
             answers, rows = self._collect(seed)
-        metrics = engine_metrics(self.engine.stats) | answers.metrics()
+        metrics = engine_metrics(self.engine.stats)
         if self.expert is not None and not self.algorithm.warmup.holds(self.step):
             with clock("time/search"):
                 answers, searched = self._with_found(answers, rows, seed)
@@ -271,9 +278,10 @@ class PPOTrainer(RunLoop):
                 greedy = self._greedy_scores(rows, seed)
         with clock("time/reward"):
             experience = self._score(answers, rows, folder, greedy)
-        solved_score = self.config.reward.solved_score
-        places = answers.rollout.prompt_index[on_device(answers.rollout.sampled, self.model.device)]
-        metrics |= self.sampler.saw(places, experience.all_scores.values, solved_score)
+        scores, device = experience.all_scores.values, self.model.device
+        sampled, final = on_device(answers.rollout.sampled, device), on_device(answers.final, device)
+        seen = answers.prompts()[sampled][final], scores[final]
+        metrics |= answers.metrics(scores.tolist()) | self.sampler.saw(*seen, self.config.reward.solved_score)
         return experience._replace(metrics=metrics)
 
     def _collect(self, seed: int) -> tuple[Answers, list[Row]]:
@@ -330,6 +338,7 @@ class PPOTrainer(RunLoop):
         self.reporter.phase("reward", 0, 1)
         rollout, (result, texts) = answers.rollout, self.collector.score(answers, rows, self._interruption.at_once)
         logged = 0 if folder is None else self.config.num_logged_samples
+        rows = answers.groups(rows)
         samples = answers.described(describe_samples(rollout, rows, texts, result, self.tokenizer, logged))
         scores = answers.scores(result)
         if greedy is not None:
@@ -356,7 +365,8 @@ class PPOTrainer(RunLoop):
         answers = self.collector.sample(rows, sampling, self._interruption.check)
         result, _ = self.collector.score(answers, rows, self._interruption.at_once, normalise=False)
         self._note_errors(result)
-        return *answers.per_sample(result), answers.held_out_metrics()
+        final = answers.final
+        return answers.rollout.select(final), result.select(final), answers.held_out_metrics()
 
     def _note_errors(self, result: RewardResult) -> None:
         for error in result.errors:
@@ -399,7 +409,7 @@ class PPOTrainer(RunLoop):
         limit = None if context is None else context - self.config.rollout.max_new_tokens
         with naming(name):
             dataset = source if isinstance(source, PromptDataset) else load_prompts(source, self.tokenizer)
-            self.rewards.check_columns(name for name in dataset[0] if name not in PROMPT_COLUMNS)
+            self.rewards.check_columns(reward_columns(self.environment, dataset[0]))
             return dataset.limited(limit, self.model.get_input_embeddings().weight.shape[0])
 
     def _longest(self) -> int:
@@ -410,7 +420,7 @@ class PPOTrainer(RunLoop):
         return identity(self.config, self.roles, self.prompts)
 
 
-def _require_whole_answers(environment: Factory | None, config: PPOConfig) -> None:
+def _require_whole_answers(environment: Factory | AgentProgram | Debate | None, config: PPOConfig) -> None:
     """Raises ValueError where a search would have to be one of episodes."""
     kind = config.search.kind
     if environment is not None and config.algorithm == "expert_iteration" and kind != "best-of-n":

@@ -31,6 +31,7 @@ FLOORS = [
         "fastppo.envs",
         "fastppo.serve",
         "fastppo.environment_config",
+        "fastppo.debate_config",
         "fastppo.config",
         "fastppo.evaluation_config",
         "fastppo.setting_types",

@@ -107,11 +107,11 @@ def test_the_demo_reward_is_verifiable():
 def test_the_demo_pupil_forgets_carries_and_nothing_else():
     demo = load_demo()
     assert demo.worked_solution("47+85=") == "<think>7+5=12,4+8+1=13</think>132"
-    assert demo.worked_solution("47+85=", forgets=lambda: True) == "<think>7+5=12,4+8+0=12</think>122"
+    assert demo.worked_solution("47+85=", forgets=lambda column: True) == "<think>7+5=12,4+8+0=12</think>122"
     for row in demo.make_problems(random.Random(0), 500):
         assert demo.worked_solution(row["prompt"]).endswith(f"</think>{row['answer']}")
         assert demo.judge(row, demo.worked_solution(row["prompt"])).right
-        careless = demo.judge(row, demo.worked_solution(row["prompt"], forgets=lambda: True))
+        careless = demo.judge(row, demo.worked_solution(row["prompt"], forgets=lambda column: True))
         assert careless.forgot_carry and not careless.right, "every problem needs a carry"
 
 

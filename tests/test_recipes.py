@@ -131,13 +131,16 @@ def test_an_agent(train, gsm8k_train, gsm8k_test, tmp_path):
     assert metrics[-1]["environment/failure_rate"] == 0
 
 
-@pytest.mark.parametrize("name", ["tools", "sandbox"])
-def test_tools(train, gsm8k_train, gsm8k_test, tmp_path, name):
-    """On a model of single characters that writes no call: each episode is one turn, scored by its answer."""
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("tools", "environment/turns"), ("sandbox", "environment/turns"), ("debate", "seat/second/tokens")],
+)
+def test_conversations(train, gsm8k_train, gsm8k_test, tmp_path, name, metric):
+    """On a model of single characters, which writes no call: with tools each episode is one turn, scored by its answer."""
     save_chat_model(tmp_path / "chat", trl_template("qwen2_5"))
     files = [f"data.path={gsm8k_train}", f"data.eval_path={gsm8k_test}", "data.max_prompt_tokens=1500"]
     metrics = train(name, *files, f"model.name={tmp_path / 'chat'}")
-    assert metrics[-1]["environment/turns"] >= 1 and "rewards/gsm8k/mean" in metrics[-1]
+    assert metrics[-1][metric] >= 1 and "rewards/gsm8k/mean" in metrics[-1]
 
 
 def test_game(train, tmp_path):

@@ -1,6 +1,8 @@
 """Environments: episodes of several turns with what answers the policy, pays it and says when it is over."""
 
+from fastppo.debate_config import Debate, Speech
 from fastppo.envs.calculator import calculator
+from fastppo.envs.debate import hold_debates
 from fastppo.envs.dialogue import Dialogue
 from fastppo.envs.environment import Environment, Observation
 from fastppo.envs.episodes import Episode, EpisodePlayer, Played, PlayedTurn
@@ -13,6 +15,7 @@ READY_TOOLS = {tool.__name__: tool for tool in (calculator, python)}
 
 __all__ = [
     "AgentProgram",
+    "Debate",
     "Dialogue",
     "Environment",
     "Episode",
@@ -21,5 +24,6 @@ __all__ = [
     "Played",
     "PlayedTurn",
     "PythonSandbox",
+    "Speech",
 ]
-__all__ += ["READY_TOOLS", "Tools", "calculator", "python"]
+__all__ += ["READY_TOOLS", "Tools", "calculator", "hold_debates", "python"]

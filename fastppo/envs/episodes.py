@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastppo.environment_config import EnvironmentConfig
 from fastppo.envs.dialogue import Dialogue, as_messages
@@ -122,7 +123,7 @@ class EpisodePlayer:
         engine: whose model is the policy.
         config: limits.
 
-    Raises TypeError for what makes nothing, ValueError as `require_length`.
+    Raises TypeError for what makes nothing, ValueError as `check_max_tokens`.
     """
 
     def __init__(self, factory: Factory, engine: Engine, config: EnvironmentConfig) -> None:
@@ -130,7 +131,7 @@ class EpisodePlayer:
             raise TypeError(
                 f"{type(factory).__name__} is no environment, expected a class or a function that makes one"
             )
-        require_length(config, engine)
+        check_max_tokens(engine.model, config.max_tokens)
         self._factory, self._engine, self._config = factory, engine, config
         self._replies: SimpleQueue[Reply] = SimpleQueue()
         self._idle: list[Worker] = []
@@ -165,7 +166,7 @@ class EpisodePlayer:
             play = _Play(self, session, rows, numbers, sampling, dialogue, self._config)
             try:
                 waited = play.run(progress, check)
-                rollout = rollout_of(session, play.episodes, sampling, self._engine.model.device)
+                rollout = pack([(session, play.episodes)], float(sampling.temperature), self._engine.model.device)
             except BaseException:
                 play.drop()
                 raise
@@ -306,21 +307,10 @@ class _Play(Rounds):
         self._begun.append((episode, tokens))
 
     def _before_step(self) -> None:
-        """Those with the same prompt share what is computed of it."""
-        groups: dict[tuple[int, ...], list[Episode]] = {}
-        for episode, tokens in sorted(self._begun, key=lambda begun: begun[0].number):
-            groups.setdefault(tuple(tokens), []).append(episode)
-        self._begun = []
-        for tokens, episodes in groups.items():
-            try:
-                ids = self._session.add(tokens, len(episodes), streams=[episode.number for episode in episodes])
-            except ValueError as error:  # ids that the model does not know, or more than `kv_memory` holds
-                for episode in episodes:
-                    self._fail_without_fault(episode, described(error))
-                continue
-            for id, episode in zip(ids, episodes, strict=True):
-                episode.sequence, episode.tokens = id, list(tokens)
-                self._by_sequence[id] = episode
+        begun, self._begun = self._begun, []
+        for episode, why in add_begun(self._session, begun):
+            self._fail_without_fault(episode, why)
+        self._by_sequence |= {episode.sequence: episode for episode, _ in begun if episode.sequence is not None}
 
     def _answer(self, turn: Turn) -> None:
         """A turn has ended: tell the environment."""
@@ -383,34 +373,56 @@ class _Play(Rounds):
         del self._workers[episode.number]
 
 
-def require_length(config: EnvironmentConfig, engine: Engine) -> None:
-    """Raises ValueError for a `max_tokens` beyond the model's context, or none where that has no limit."""
-    context = context_length(engine.model)
-    if context is not None and (config.max_tokens or 0) > context:
-        raise ValueError(f"max_tokens is {config.max_tokens}, expected at most the model's context of {context}")
-    if context is None and config.max_tokens is None:
+def check_max_tokens(model: PreTrainedModel, max_tokens: int | None) -> None:
+    """Raises ValueError for one that the model's context does not hold, and for None where that has no limit."""
+    context = context_length(model)
+    if context is not None and (max_tokens or 0) > context:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at most the model's context of {context}")
+    if context is None and max_tokens is None:
         raise ValueError("max_tokens is None, expected a number: the model's context has no limit")
 
 
-def rollout_of(
-    session: Session, episodes: Sequence[Episode], sampling: SamplingParams, device: torch.device
-) -> Rollout:
-    """All sequences of a session, in the order of the episodes that they are; those that have none are their prompts alone."""
-    places = range(len(episodes))
-    begun = sorted((i for i in places if episodes[i].sequence is not None), key=lambda i: episodes[i].sequence)
-    others = [i for i in places if episodes[i].sequence is None]
-    parts = [session.rollout()] if begun else []
-    if others:
-        valued = bool(parts) and parts[0].values is not None
-        parts.append(_prompts_alone([episodes[i] for i in others], float(sampling.temperature), device, valued))
-    whole = parts[0] if len(parts) == 1 else Rollout.joined(parts, [0, 0])
-    order = begun + others
-    if order != sorted(order):
-        whole = whole.select(sorted(places, key=order.__getitem__))
+def add_begun(session: Session, begun: Sequence[tuple[Episode, list[int]]]) -> list[tuple[Episode, str]]:
+    """Add episodes with what they begin with to the session: those that begin alike share what is computed of it.
+
+    Returns those that cannot begin, each with the reason: ids that the model does not know, or more than `kv_memory` holds.
+    """
+    groups: dict[tuple[int, ...], list[Episode]] = {}
+    failed: list[tuple[Episode, str]] = []
+    for episode, tokens in sorted(begun, key=lambda one: one[0].number):
+        groups.setdefault(tuple(tokens), []).append(episode)
+    for tokens, episodes in groups.items():
+        try:
+            ids = session.add(tokens, len(episodes), streams=[episode.number for episode in episodes])
+        except ValueError as error:
+            failed += [(episode, described(error)) for episode in episodes]
+            continue
+        for id, episode in zip(ids, episodes, strict=True):
+            episode.sequence, episode.tokens = id, list(tokens)
+    return failed
+
+
+def pack(played: Sequence[tuple[Session, Sequence[Episode]]], temperature: float, device: torch.device) -> Rollout:
+    """The rollout of all episodes in the order of their numbers, from sessions in which only these were played. Those of one number stay in the
+    order in which they stand."""
+    parts, order = [], []
+    for session, episodes in played:
+        if begun := sorted((e for e in episodes if e.sequence is not None), key=lambda e: e.sequence):
+            parts.append(session.rollout())
+            order += begun
+    if others := [e for _, episodes in played for e in episodes if e.sequence is None]:
+        parts.append(_prompts_alone(others, temperature, device, bool(parts) and parts[0].values is not None))
+        order += others
+    whole = parts[0] if len(parts) == 1 else Rollout.joined(parts, [0] * len(parts))
+    ranks = {id(e): (e.number, place) for _, episodes in played for place, e in enumerate(episodes)}
+    places = sorted(range(len(order)), key=lambda place: ranks[id(order[place])])
+    if places != list(range(len(order))):
+        whole = whole.select(places)
+    in_order = [order[place] for place in places]
     return replace(
         whole,
-        finish_reasons=on_device([int(episode.finish_reason) for episode in episodes], device, torch.int8),
-        prompt_index=on_device([episode.prompt for episode in episodes], device),
+        finish_reasons=on_device([int(episode.finish_reason) for episode in in_order], device, torch.int8),
+        prompt_index=on_device([episode.prompt for episode in in_order], device),
     )
 
 

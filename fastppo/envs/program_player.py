@@ -23,9 +23,9 @@ from fastppo.envs.episodes import (
     Played,
     PlayedTurn,
     Row,
+    check_max_tokens,
     described,
-    require_length,
-    rollout_of,
+    pack,
     seed_of,
 )
 from fastppo.envs.program import AgentProgram, Ended, ProgramRun, Task
@@ -88,11 +88,11 @@ class ProgramPlayer:
     An episode is one sequence as long as each request goes on from an earlier one's answer and the chat template leaves what was said as it was; what
     was generated stays the ids that it was. Any other request begins a further sequence of the same episode, with the same reward.
 
-    Raises ValueError as `require_length`, ImportError where the server's packages are missing.
+    Raises ValueError as `check_max_tokens`, ImportError where the server's packages are missing.
     """
 
     def __init__(self, program: AgentProgram, engine: Engine, config: EnvironmentConfig) -> None:
-        require_length(config, engine)
+        check_max_tokens(engine.model, config.max_tokens)
         self.program, self._engine, self.config = program, engine, config
         self.inbox: SimpleQueue[Ticket | Ended] = SimpleQueue()
         self.talks: dict[str, _Talk] = {}
@@ -132,7 +132,7 @@ class ProgramPlayer:
             try:
                 waited = play.run(progress, check)
                 episodes = play.episodes()
-                rollout = rollout_of(session, episodes, sampling, self._engine.model.device)
+                rollout = pack([(session, episodes)], float(sampling.temperature), self._engine.model.device)
             finally:
                 play.drop()
         self._hanging = [run for run in self._hanging if not run.join(0.0)]

@@ -9,15 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.data import PROMPT_COLUMNS
 from fastppo.data.chat import ChatTemplate
+from fastppo.debate_config import OWN_COLUMNS, Debate
 from fastppo.environment_config import EnvironmentConfig
+from fastppo.envs.debate import HeldDebates, hold_debates
 from fastppo.envs.dialogue import Dialogue
-from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row
+from fastppo.envs.episodes import EpisodePlayer, Factory, Played, Row, check_max_tokens
 from fastppo.envs.program import AgentProgram
 from fastppo.envs.program_player import ProgramPlayer
 from fastppo.envs.tools import TextMaker, has_tools, pays
+from fastppo.model.adapters import Adapters
 from fastppo.model.host import on_device
 from fastppo.rewards import RewardResult, RewardRunner
 from fastppo.rewards.result import RewardAnswers
@@ -35,6 +40,21 @@ class Answers:
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
+        self.final = list(range(len(rollout.sampled)))
+        """Of the sampled sequences those whose scores tell how well a prompt was answered."""
+
+    def prompts(self) -> Tensor:
+        """int64 [B], which of the sampled prompts a sequence is of."""
+        return self.rollout.prompt_index
+
+    def groups(self, rows: Sequence[Row]) -> list[Row]:
+        """Those that `rollout.prompt_index` counts, of the rows that were sampled for."""
+        return list(rows)
+
+    def columns(self, groups: Sequence[Row]) -> dict[str, list[Any]]:
+        """What reward functions are told of each sequence besides its prompt: name -> [B] values."""
+        owners = [groups[index] for index in self.rollout.prompt_index.tolist()]
+        return {name: [row[name] for row in owners] for name in owners[0] if name not in PROMPT_COLUMNS}
 
     def to(self, device: torch.device) -> Answers:
         """The same with the tensors on another device."""
@@ -61,7 +81,8 @@ class Answers:
         """What reward functions are given, of completions whose whole text is `texts`."""
         return texts
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, scores: Sequence[float]) -> dict[str, float]:
+        """scores: [B], NaN where invalid."""
         return {}
 
     def held_out_metrics(self) -> dict[str, float]:
@@ -83,7 +104,7 @@ class Episodes(Answers):
         self._played = played
         self._earned = [episode.total_reward for episode in played.episodes]
         numbers = [episode.number for episode in played.episodes]
-        self._lasts = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number]]
+        self.final = [i for i, number in enumerate(numbers) if numbers[i + 1 : i + 2] != [number]]
 
     def to(self, device: torch.device) -> Episodes:
         return Episodes(replace(self._played, rollout=self.rollout.to(device)))
@@ -95,7 +116,7 @@ class Episodes(Answers):
 
     def scored(self, result: RewardResult) -> RewardResult:
         """The sum; invalid where either is."""
-        samples = [self._played.episodes[i] for i in self._lasts]
+        samples = [self._played.episodes[i] for i in self.final]
         scores = [a + b for a, b in zip(result.scores, self._earned, strict=True)]
         failed = Counter(episode.error for episode in samples if episode.error is not None)
         errors = [f"{times} of {len(samples)} episodes are invalid: {why}" for why, times in failed.items()]
@@ -104,12 +125,9 @@ class Episodes(Answers):
 
     def per_sample(self, result: RewardResult) -> tuple[Rollout, RewardResult]:
         """Of the sequences of one episode the last."""
-        if len(self._lasts) == self.rollout.num_sequences:
+        if len(self.final) == self.rollout.num_sequences:
             return self.rollout, result
-        scores = [result.scores[i] for i in self._lasts]
-        by_name = {name: [values[i] for i in self._lasts] for name, values in result.by_name.items()}
-        failures = sum(map(math.isnan, scores))
-        return self.rollout.select(self._lasts), RewardResult(scores, by_name, failures, result.errors)
+        return self.rollout.select(self.final), result.select(self.final)
 
     def scores(self, result: RewardResult) -> Scores:
         earned = on_device(self._earned, self.rollout.tokens.device, torch.float32)
@@ -125,9 +143,9 @@ class Episodes(Answers):
             for episode in self._played.episodes
         ]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, scores: Sequence[float]) -> dict[str, float]:
         """Of the valid episodes, and of what waiting for environments cost."""
-        episodes, lasts = self._played.episodes, self._lasts
+        episodes, lasts = self._played.episodes, self.final
         valid = [episodes[i] for i in lasts if episodes[i].error is None]
         turns = sum(len(episode.turns) for episode in episodes if episode.error is None)
         metrics = {
@@ -158,6 +176,82 @@ class Episodes(Answers):
                 "error": episode.error,
             }
             for sample, episode in zip(samples, self._played.episodes, strict=False)
+        ]
+
+
+class Debates(Answers):
+    """Debates, each seat of which reward functions pay for itself. A seat's completion is what it said last."""
+
+    many_turns = True
+
+    def __init__(self, held: HeldDebates, debate: Debate) -> None:
+        super().__init__(held.rollout)
+        self._held, self._debate = held.debates, debate
+        self._episodes = [episode for one in held.debates for episode in one.seats.values()]
+        self.final = [i for i, episode in enumerate(self._episodes) if episode.seat == debate.answering]
+
+    def to(self, device: torch.device) -> Debates:
+        return Debates(HeldDebates(self.rollout.to(device), self._held), self._debate)
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[Debates]) -> Debates:
+        whole = Rollout.joined([share.rollout for share in shares], [0] * len(shares))
+        numbers = [episode.number for share in shares for episode in share._episodes]
+        rollout = whole.select(sorted(range(len(numbers)), key=numbers.__getitem__))
+        held = sorted((one for share in shares for one in share._held), key=lambda one: one.number)
+        return cls(HeldDebates(rollout, held), shares[0]._debate)
+
+    def prompts(self) -> Tensor:
+        return super().prompts() // len(self._debate.seats)
+
+    def groups(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows for _ in self._debate.seats]
+
+    def columns(self, groups: Sequence[Row]) -> dict[str, list[Any]]:
+        return super().columns(groups) | self._own_columns()
+
+    def _own_columns(self) -> dict[str, list[Any]]:
+        transcripts = [one.transcript(self._debate) for one in self._held for _ in one.seats]
+        return dict(zip(OWN_COLUMNS, ([episode.seat for episode in self._episodes], transcripts), strict=True))
+
+    def completions(self, texts: list[str]) -> list[Any]:
+        """Messages where the prompt is a conversation."""
+        said = [episode.turns[-1].completion if episode.turns else "" for episode in self._episodes]
+        return [
+            [{"role": "assistant", "content": text}] if isinstance(episode.row["prompt"], list) else text
+            for episode, text in zip(self._episodes, said, strict=True)
+        ]
+
+    def scored(self, result: RewardResult) -> RewardResult:
+        """Invalid where the debate is."""
+        count = len(self._held)
+        failed = Counter(one.error for one in self._held if one.error is not None)
+        errors = [f"{times} of {count} debates are invalid: {why}" for why, times in failed.items()]
+        scores = [
+            score if episode.error is None else math.nan
+            for score, episode in zip(result.scores, self._episodes, strict=True)
+        ]
+        return RewardResult(scores, result.by_name, sum(map(math.isnan, scores)), errors + result.errors)
+
+    def metrics(self, scores: Sequence[float]) -> dict[str, float]:
+        """What each seat earned and how many tokens it said, in the valid debates."""
+        metrics = {"debate/failure_rate": sum(one.error is not None for one in self._held) / len(self._held)}
+        for seat in self._debate.seats:
+            own = [
+                (score, sum(turn.tokens for turn in episode.turns))
+                for score, episode in zip(scores, self._episodes, strict=True)
+                if episode.seat == seat and not math.isnan(score)
+            ]
+            if own:
+                metrics[f"seat/{seat}/reward"] = sum(score for score, _ in own) / len(own)
+                metrics[f"seat/{seat}/tokens"] = sum(tokens for _, tokens in own) / len(own)
+        return metrics
+
+    def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        columns = self._own_columns()
+        return [
+            sample | {name: columns[name][place] for name in OWN_COLUMNS} | {"error": self._episodes[place].error}
+            for place, sample in enumerate(samples)
         ]
 
 
@@ -233,14 +327,48 @@ class EpisodeSource(AnswerSource):
                 self._player.close()
 
 
+class DebateSource(AnswerSource):
+    """Debates."""
+
+    def __init__(
+        self,
+        debate: Debate,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EnvironmentConfig,
+        adapters: Adapters | None,
+    ) -> None:
+        super().__init__(engine)
+        self._adapters = adapters if debate.own_adapters else None
+        check_max_tokens(engine.model, config.max_tokens)
+        self._debate, self._tokenizer, self._max_tokens = debate, tokenizer, config.max_tokens
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        chat: ChatTemplate | None,
+        check: Callable[..., None],
+        **options: Any,
+    ) -> Debates:
+        dialogue, limit = Dialogue(self._tokenizer, chat), self._max_tokens
+        options |= {"max_tokens": limit, "adapters": self._adapters, "check": check}
+        held = hold_debates(self._debate, self._engine, rows, sampling, dialogue, **options)
+        return Debates(held, self._debate)
+
+
 def source_of(
-    environment: Factory | AgentProgram | None,
+    environment: Factory | AgentProgram | Debate | None,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     chat: ChatTemplate | None,
     config: EnvironmentConfig,
+    adapters: Adapters | None = None,
 ) -> AnswerSource:
-    """Raises TypeError for what makes no environment, ValueError where the chat template cannot render its episodes."""
+    """Raises TypeError for what makes no environment, ValueError where the chat template cannot render its episodes.
+
+    adapters: the policy's, with those of a debate's seats.
+    """
     if environment is None:
         return AnswerSource(engine)
     if isinstance(environment, AgentProgram):
@@ -248,6 +376,10 @@ def source_of(
             raise ValueError("a program speaks in messages, and the tokenizer has no chat template, expected one")
         spoken = Dialogue(tokenizer, ChatTemplate(tokenizer, None))  # the program says everything
         return EpisodeSource(ProgramPlayer(environment, engine, config), tokenizer, spoken)
+    if isinstance(environment, Debate):
+        if chat is not None:
+            Dialogue(tokenizer, chat).check("user")
+        return DebateSource(environment, engine, tokenizer, config, adapters)
     if has_tools(environment):
         Dialogue(tokenizer, chat).check_tools()
     elif chat is not None and _answers(environment):
@@ -284,11 +416,35 @@ class NoRewards:
 
 
 def rewards_of(
-    reward: Reward | Sequence[Reward] | None, environment: Factory | AgentProgram | None, **timing: Any
+    reward: Reward | Sequence[Reward] | None, environment: Factory | AgentProgram | Debate | None, **timing: Any
 ) -> RewardRunner | NoRewards:
     """Raises ValueError where nobody pays. timing: as `RewardRunner` takes it."""
     if reward is not None:
         return RewardRunner(reward, **timing)
+    if isinstance(environment, Debate):
+        raise ValueError("None pays no seat of the debate, expected a function: its judge")
     if environment is None or not pays(environment):
         raise ValueError("None pays nothing, expected a function, or an environment that pays (tools alone do not)")
     return NoRewards()
+
+
+def reward_columns(environment: Factory | Debate | None, row: Row) -> list[str]:
+    """Names of what reward functions are told besides the prompt, of data with such rows. Raises ValueError where these do not suit the debate."""
+    names = [name for name in row if name not in PROMPT_COLUMNS]
+    if not isinstance(environment, Debate):
+        return names
+    environment.check_columns(names)
+    return [*names, *OWN_COLUMNS]
+
+
+def seat_adapters(environment: Factory | Debate | None, adapters: Adapters | None, algorithm: str) -> None:
+    """Add the adapters of a debate's seats where each has its own. Raises ValueError where they cannot have."""
+    if not isinstance(environment, Debate) or not environment.own_adapters:
+        return
+    if adapters is None:
+        raise ValueError("own_adapters of the debate is True, expected False without adapters (lora.r, or a PeftModel)")
+    if algorithm == "trpo":
+        raise ValueError(
+            "own_adapters of the debate is True, expected False with algorithm trpo: its step is of one policy"
+        )
+    adapters.add_seats(environment.seats, environment.answering)

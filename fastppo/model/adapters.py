@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path, PurePath
@@ -63,6 +63,8 @@ class Adapters:
         self._layers = [layer for _, layer in lora_layers(self.model)]
         self._roles: dict[str, str | None] = {"policy": self.policy, "reference": None}
         self._speaking = "policy"
+        self.seats: dict[str, str] = {}
+        """Of a debate whose seats have adapters of their own: name -> the role in which it speaks, "policy" or another."""
         self.model.requires_grad_(False)
         for parameter in self.parameters(self.policy).values():
             parameter.requires_grad_(True)
@@ -104,6 +106,13 @@ class Adapters:
         """An adapter that begins as a copy of the policy's, and learns."""
         self._copy_policy(CRITIC, learns=True)
 
+    def add_seats(self, seats: Iterable[str], policy: str) -> None:
+        """An adapter for each seat, which begins as a copy of the policy's, and learns with it; the policy's is that of the seat `policy`."""
+        self.seats = {seat: "policy" if seat == policy else f"seat_{seat}" for seat in seats}
+        for role in self.seats.values():
+            if role != "policy":
+                self._copy_policy(role, learns=True)
+
     def keep_reference(self) -> None:
         """From now on the reference is the policy as it is now. One that has learned nothing yet is the trunk alone."""
         own = self.parameters(self.policy).items()
@@ -127,7 +136,7 @@ class Adapters:
 
     @contextmanager
     def speaking(self, role: str) -> Iterator[None]:
-        """Inside the block the model is "policy", "critic" or "reference"; it is the policy outside of all blocks."""
+        """Inside the block the model is "policy", "critic", "reference" or a seat's (`seats`); it is the policy outside of all blocks."""
         before = self._speaking
         self._let_speak(role)
         try:
@@ -145,10 +154,14 @@ class Adapters:
         return nullcontext(), self.speaking(self._speaking)
 
     def trained(self, role: str, **beside: nn.Module) -> TrainedAdapter:
-        """What learns with a role: its adapter, under names that do not tell what the adapter is called, and modules beside it."""
+        """What learns with a role: its adapter, under names that do not tell what the adapter is called, and modules beside it. With the policy
+        those of the other seats."""
         adapter = self._roles[role]
         named = self.parameters(adapter).items()
         own = {".".join(part for part in name.split(".") if part != adapter): p for name, p in named}
+        if role == "policy":
+            for other in (name for name in self.seats.values() if name != "policy"):
+                own |= {f"{other}.{name}": p for name, p in self.trained(other).named_parameters()}
         own |= {f"{name}.{key}": p for name, module in beside.items() for key, p in module.named_parameters()}
         return TrainedAdapter(own)
 
@@ -211,16 +224,22 @@ class Adapters:
         return weight + layer.get_delta_weight(self.policy).to(weight.dtype)
 
     def save(self, folder: Path) -> None:
-        """The policy's adapter in peft's format."""
+        """The policy's adapter in peft's format; those of other seats in folders of their names under it."""
+        self._save(self.policy, folder)
+        for seat, role in self.seats.items():
+            if role != "policy":
+                self._save(role, folder / seat)
+
+    def _save(self, adapter: str, folder: Path) -> None:
         peft = _imported_peft()
         folder.mkdir(parents=True, exist_ok=True)
-        state = peft.get_peft_model_state_dict(self._wrapped, adapter_name=self.policy, save_embedding_layers=False)
+        state = peft.get_peft_model_state_dict(self._wrapped, adapter_name=adapter, save_embedding_layers=False)
         save_file(
             {name: x.detach().cpu().contiguous() for name, x in state.items()},
             folder / "adapter_model.safetensors",
             {"format": "pt"},
         )
-        config = self._wrapped.peft_config[self.policy]
+        config = self._wrapped.peft_config[adapter]
         trained, config.inference_mode = config.inference_mode, True
         config.save_pretrained(folder)
         config.inference_mode = trained

@@ -30,6 +30,12 @@ class RewardResult:
     errors: list[str]
     """One text for each failed attempt (also those that a retry made good) and each function with invalid entries."""
 
+    def select(self, indices: Sequence[int]) -> RewardResult:
+        """The completions at `indices`, in that order, with all errors."""
+        scores = [self.scores[i] for i in indices]
+        by_name = {name: [own[i] for i in indices] for name, own in self.by_name.items()}
+        return RewardResult(scores, by_name, sum(map(math.isnan, scores)), self.errors)
+
 
 @dataclass(frozen=True)
 class RewardAnswers:

@@ -64,6 +64,8 @@ class Rollout:
     """fp32 [N], of the state before each action, where the sampler had a value head."""
     found: Tensor | None = None
     """bool [B], which completions a search put together: their log-probabilities are the policy's own. None: the policy sampled all."""
+    speakers: Sequence[str] | None = None
+    """[B] on the host: the role in which the model said a sequence, where not all are the policy's (`Adapters.speaking`)."""
 
     def __post_init__(self) -> None:
         _check_tensor("cu_seqlens", self.cu_seqlens, torch.int32, None)
@@ -78,6 +80,8 @@ class Rollout:
             _check_tensor("values", self.values, torch.float32, self.num_actions)
         if self.found is not None:
             _check_tensor("found", self.found, torch.bool, self.num_sequences)
+        if self.speakers is not None and len(self.speakers) != self.num_sequences:
+            raise ValueError(f"speakers has {len(self.speakers)} names, expected {self.num_sequences}, one a sequence")
 
     @property
     def num_sequences(self) -> int:
@@ -194,6 +198,7 @@ class Rollout:
             temperature=self.temperature,
             values=None if self.values is None else self.values[actions],
             found=None if self.found is None else self.found[chosen],
+            speakers=None if self.speakers is None else [self.speakers[i] for i in indices],
             bounds=bounds,
             action_bounds=action_bounds,
             prompt_lengths=[self.prompt_lengths[i] for i in indices],
@@ -212,7 +217,10 @@ class Rollout:
         tensors["prompt_index"] = torch.cat([rollout.prompt_index + first for first, rollout in firsts])
         bounds = bounds_of(length for rollout in rollouts for length in rollout.lengths)
         cu_seqlens = on_device(bounds, tensors["tokens"].device, torch.int32)
-        return cls(cu_seqlens=cu_seqlens, temperature=rollouts[0].temperature, **tensors)
+        speakers = None
+        if rollouts[0].speakers is not None:
+            speakers = [name for rollout in rollouts for name in rollout.speakers]
+        return cls(cu_seqlens=cu_seqlens, temperature=rollouts[0].temperature, speakers=speakers, **tensors)
 
     @classmethod
     def of_shares(cls, shares: Sequence[Rollout]) -> Rollout:
@@ -227,7 +235,7 @@ class Rollout:
         for name in ("values", "found"):
             value = getattr(self, name)
             moved[name] = None if value is None else value.to(device)
-        return Rollout(**moved, temperature=self.temperature)
+        return Rollout(**moved, temperature=self.temperature, speakers=self.speakers)
 
     def _token_lists(self) -> list[tuple[list[int], int]]:
         tokens, bounds = self.tokens.tolist(), self.bounds

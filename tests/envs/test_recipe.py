@@ -111,3 +111,24 @@ def test_a_recipe_without_a_reward_trains_on_its_environment(tmp_path, resolve):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     assert cli.main(["train", str(tmp_path / "recipe.yaml")]) == 0
     assert read_metrics(tmp_path / "run")[-1]["environment/turns"] == 1
+
+
+@pytest.mark.parametrize(
+    ("debate", "message"),
+    [
+        ("{speeches: [{seat: a}]}", r"environment.debate.speeches has the seats \['a'\], expected at least two"),
+        ("{speaches: []}", "key environment.debate.speaches is not known; the nearest is speeches"),
+        ("{speeches: [{seat: a}, {seat: b}], answers: c}", "answers is 'c', expected one of the seats a, b"),
+        (
+            "{speeches: [{seat: a}, {seat: b, read: x}]}",
+            "key environment.debate.speeches.1.read is not known; the nearest is reads",
+        ),
+        (
+            "{speeches: [{seat: a}, {seat: b}]}, tools: [calculator]",
+            "debate has speeches, expected none beside factory or tools",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_debate_is_named(resolve, debate, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(f"{{debate: {debate}}}")

@@ -19,11 +19,19 @@ from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 
 
 def make(
-    output_dir, environment=Talk, *, reward=None, prompts=PROMPTS, eval_prompts=None, tokenizer=None, **changes
+    output_dir,
+    environment=Talk,
+    *,
+    reward=None,
+    prompts=PROMPTS,
+    eval_prompts=None,
+    tokenizer=None,
+    model=None,
+    **changes,
 ) -> PPOTrainer:
     config = tiny_config(output_dir, **changes)
     return PPOTrainer(
-        make_model(max_position_embeddings=128),
+        model or make_model(max_position_embeddings=128),
         reward=reward,
         environment=environment,
         prompts=prompts,
