@@ -4,7 +4,8 @@ A row holds `prompt`, `completion` (without special tokens), `score`, `rewards` 
 the token ids `prompt_ids` and `completion_ids`, with `action_mask` where the policy did not choose all of the latter, and for the tokens that it
 chose `tokens` (their texts), `logprobs` (as sampled); where the sample was learned from, `advantages` and `values` too; of an episode with an
 environment also its `turns` (`completion`, `reward`, `observation`) and the `error` that made it invalid; of a debate its `seat`, the
-`transcript` (`seat` and `text` of each speech) and the `error`; `found` is true where a search put the completion together. A number that is not finite is null.
+`transcript` (`seat` and `text` of each speech) and the `error`; `found` is true where a search put the completion together.
+A number that is not finite is null.
 `fastppo critic` trains on such rows.
 """
 
