@@ -129,7 +129,7 @@ class PPOTrainer(RunLoop):
         if config.lora.r:
             self.adapters = add_adapters(self.model, config.lora, config.seed)
         with naming("environment"):
-            seat_adapters(environment, self.adapters, config.algorithm)
+            seat_adapters(environment, self.adapters, config)
         sharding = sharding_of(config.distributed, self.ranks, device)
         if sharding is not None:
             self.whole = WholeCopy(self.model, self.adapters)

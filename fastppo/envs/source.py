@@ -437,14 +437,16 @@ def reward_columns(environment: Factory | Debate | None, row: Row) -> list[str]:
     return [*names, *OWN_COLUMNS]
 
 
-def seat_adapters(environment: Factory | Debate | None, adapters: Adapters | None, algorithm: str) -> None:
-    """Add the adapters of a debate's seats where each has its own. Raises ValueError where they cannot have."""
+def seat_adapters(environment: Factory | AgentProgram | Debate | None, adapters: Adapters | None, config: Any) -> None:
+    """Add the adapters of a debate's seats where each has its own. config: of the run. Raises ValueError where they cannot have."""
     if not isinstance(environment, Debate) or not environment.own_adapters:
         return
     if adapters is None:
         raise ValueError("own_adapters of the debate is True, expected False without adapters (lora.r, or a PeftModel)")
-    if algorithm == "trpo":
-        raise ValueError(
-            "own_adapters of the debate is True, expected False with algorithm trpo: its step is of one policy"
-        )
+    for name, value, why in (
+        ("algorithm", config.algorithm == "trpo", "trpo, whose step is of one policy"),
+        ("distributed.sharding", config.distributed.sharding == "full", "full, which samples from one merged copy"),
+    ):
+        if value:
+            raise ValueError(f"own_adapters of the debate is True, expected False with {name} {why}")
     adapters.add_seats(environment.seats, environment.answering)
