@@ -85,9 +85,11 @@ def _prompt_tokens(said: int | None, recipe: Recipe, context: int | None) -> int
 
 
 def _sharded(setup: Setup, asked: str | None) -> Setup:
-    """As asked, else whole weights where they fit, else spread ones."""
+    """As asked, else as the recipe spreads them, else whole weights where they fit, and spread ones where not."""
     if asked is not None:
         return setup.changed(asked)
+    if setup.config.distributed.sharding == "full":
+        return setup.changed("full")
     if setup.ranks == 1 or fits(setup):
         return setup
     return setup.changed("full")

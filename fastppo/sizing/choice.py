@@ -95,7 +95,7 @@ def _alike(change: Change) -> Iterator[Change]:
     for sharding, again in _ways(setup):
         words, way = list(change.words), setup.changed(sharding, learner__gradient_checkpointing=again)
         if sharding != setup.sharding:
-            words.append(f"--sharding {sharding}")
+            words.append(f"distributed.sharding={sharding}")
         if again != setup.config.learner.gradient_checkpointing:
             words.append(f"learner.gradient_checkpointing={str(again).lower()}")
         tokens = [way.microbatch, *_halves(way.microbatch, way.longest)]

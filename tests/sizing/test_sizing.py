@@ -215,9 +215,9 @@ def test_settings_that_fit_do_and_larger_ones_do_not():
 @pytest.mark.parametrize(
     ("gpu", "ranks", "settings", "expected"),
     [
-        ("h200", 8, {}, ["--sharding full"]),
+        ("h200", 8, {}, ["distributed.sharding=full"]),
         ("h200", 1, {}, ["lora.r=16", "critic.kind=lora"]),
-        ("rtx5090", 1, {}, ["--gpus", "--sharding full"]),
+        ("rtx5090", 1, {}, ["--gpus", "distributed.sharding=full"]),
         (
             "h200",
             1,
