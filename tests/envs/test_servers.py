@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -68,7 +69,12 @@ async def open_server(made):
 
 
 def server_of_this_process():
-    return {child for child in psutil.Process().children() if "mcp_server.py" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "mcp_server.py" in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 def test_tools_of_a_server(served):
