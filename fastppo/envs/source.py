@@ -162,7 +162,7 @@ class Episodes(Answers):
 
     def held_out_metrics(self) -> dict[str, float]:
         """`turns`, the mean of the valid episodes; nothing where none is."""
-        metrics = self.metrics()
+        metrics = self.metrics([])
         return {"turns": metrics[f"{NAME}/turns"]} if f"{NAME}/turns" in metrics else {}
 
     def described(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
