@@ -135,7 +135,8 @@ class RecipeEnvironmentConfig(EnvironmentConfig):
     def _check_one(self) -> RecipeEnvironmentConfig:
         given = [name for name in ("factory", "tools", "agent", "command", "debate") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{given[1]} is {getattr(self, given[1])!r}, expected none beside {given[0]}")
+            said = "has speeches" if given[1] == "debate" else f"is {getattr(self, given[1])!r}"
+            raise ValueError(f"{given[1]} {said}, expected none beside {given[0]}")
         if self.arguments and not self.factory:
             raise ValueError(f"arguments is {self.arguments}, expected none without factory")
         return self

@@ -125,7 +125,7 @@ def test_a_recipe_without_a_reward_trains_on_its_environment(tmp_path, resolve):
         ),
         (
             "{speeches: [{seat: a}, {seat: b}]}, tools: [calculator]",
-            "debate has speeches, expected none beside factory or tools",
+            "debate has speeches, expected none beside tools",
         ),
     ],
 )
