@@ -139,7 +139,7 @@ def test_a_request_that_does_not_go_on_begins_a_sequence_of_the_same_episode(eng
     scored = answers.scored(RewardResult([0.0] * 10, {}, 0, []))
     alone, result = answers.per_sample(scored)
     assert alone.prompt_index.tolist() == [0, 1] and result.scores == [2.0, 2.0]
-    metrics = answers.metrics()
+    metrics = answers.metrics([])
     assert metrics["environment/turns"] == 7 and metrics["environment/return"] == 2
     assert metrics["environment/sequences"] == 5 and metrics["environment/failure_rate"] == 0
 
@@ -275,7 +275,7 @@ def test_a_program_that_fails_makes_its_episode_invalid_and_no_other(engine, fai
     one, other = played.rollout.select(others), expected.rollout.select(kept)
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logprobs, other.logprobs)
     answers = Episodes(played)
-    assert answers.metrics()["environment/failure_rate"] == 0.5
+    assert answers.metrics([])["environment/failure_rate"] == 0.5
     assert [text for text in answers.scored(RewardResult([0.0] * len(played.episodes), {}, 0, [])).errors] == [
         f"2 of 4 episodes are invalid: {played.episodes[0].error}"
     ]
