@@ -15,11 +15,11 @@ from fastppo.environment_config import EnvironmentConfig
 from fastppo.evaluation_config import CheckpointConfig, DifficultyConfig, EvaluationConfig
 from fastppo.lora_config import LoRAConfig
 from fastppo.ops.sample_tokens import TEMPERATURES
+from fastppo.optimizer_config import OptimizerConfig
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.search_config import SAMPLED, SearchConfig
 from fastppo.setting_types import (
     STRICT,
-    Beta,
     Count,
     Finite,
     NonNegative,
@@ -258,33 +258,6 @@ class TRPOConfig:
 
 
 @dataclass(config=STRICT)
-class OptimizerConfig:
-    """AdamW and the schedule of the learning rates, policy's and critic's alike."""
-
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps the moments in 8 bits, with a scale for each 256 of them (Dettmers et al. 2021, arXiv:2110.02861); needs torchao."""
-    bf16_stochastic_round: bool = False
-    """bfloat16 weights without fp32 masters: they are rounded up or down at random, so that small updates are not lost on average (Zamirai et
-    al. 2020, arXiv:2010.06192); their moments are bfloat16 too, or 8 bits. Needs torchao."""
-    lr: NonNegative = 1e-6
-    """Peak learning rate of the policy."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up; `linear` and `cosine` reach `min_lr_ratio` in the last step."""
-    warmup_steps: OptionalCount = 0
-    """Steps in which the learning rates rise linearly from 0."""
-    min_lr_ratio: Share = 0.0
-    """Final learning rate as a share of the peak."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's moment decays."""
-    eps: Positive = 1e-8
-    """AdamW's denominator offset."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's decoupled weight decay (matrices only)."""
-    max_grad_norm: Positive = 1.0
-    """Gradients of actor and critic are clipped, each for itself, to this norm."""
-
-
-@dataclass(config=STRICT)
 class LearnerConfig:
     """How a rollout is learned from."""
 
@@ -299,6 +272,8 @@ class LearnerConfig:
     """The run stops after this many non-finite updates in a row; each is skipped and counted."""
     gradient_checkpointing: bool = False
     """Keep one hidden state a layer and compute the rest again in the backward pass: less memory, about a third more time."""
+    offload_reference: bool = False
+    """Keep the reference in the host's memory, and bring it to the GPU while a rollout is scored."""
 
 
 @dataclass(config=STRICT)
@@ -436,6 +411,26 @@ class PPOConfig:
         for name, (value, expected) in served.items():
             if self.distributed.sharding == "full" and value != expected:
                 raise ValueError(f"{name} is {value}, expected {expected} with distributed.sharding full")
+        return self
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> PPOConfig:
+        moved = {
+            "optimizer.offload": self.optimizer.offload,
+            "learner.offload_reference": self.learner.offload_reference,
+        }
+        if self.distributed.sharding == "full" and (names := [name for name, on in moved.items() if on]):
+            raise ValueError(
+                f"{names[0]} is true, expected false with distributed.sharding full: distributed.cpu_offload moves all"
+            )
+        if self.optimizer.offload and self.optimizer.bf16_stochastic_round:
+            raise ValueError(
+                "optimizer.bf16_stochastic_round is true, expected false with optimizer.offload, which keeps fp32 masters"
+            )
+        if self.lora.r and self.learner.offload_reference:
+            raise ValueError(
+                f"learner.offload_reference is true, expected false with lora.r = {self.lora.r}: the reference is the policy's own trunk"
+            )
         return self
 
     def sampling_warning(self) -> str | None:

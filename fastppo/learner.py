@@ -16,6 +16,7 @@ from fastppo.config import CriticConfig, LearnerConfig, OptimizerConfig
 from fastppo.distributed import ALONE, LostRank, Ranks
 from fastppo.errors import TrainingError
 from fastppo.evaluation import Evaluation
+from fastppo.model.host import require_gpu
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
 from fastppo.out_of_memory import Found, TokenBudget, is_out_of_memory
 from fastppo.plan import Lengths, Microbatch, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
@@ -59,6 +60,8 @@ class Learner:
         self.budget = TokenBudget(config.tokens_per_microbatch, note, ranks)
         if optimizer.bf16_stochastic_round:
             _require_bfloat16(roles)
+        if optimizer.offload:
+            require_gpu("optimizer.offload", next(roles.parameters()).device)
         self._critic, self._schedules = critic, {"policy": optimizer, "critic": critic_optimizer(critic, optimizer)}
         self.optimizers = {
             name: Optimizer(module.named_parameters(), self._schedules[name].lr, self._schedules[name])
@@ -226,7 +229,7 @@ class Learner:
         if self.ranks.size == 1:
             return totals
         whole = [optimizer for optimizer in self.optimizers.values() if not optimizer.is_sharded]
-        masters = [master for optimizer in whole for master in optimizer.masters.values()]
+        masters = [graded for optimizer in whole for graded in optimizer.graded.values()]
         found = self.ranks.exchange("what is learned", (list(totals), [master.grad is not None for master in masters]))
         names = next((names for names, _ in found if names), [])
         for master, learned in zip(masters, zip(*(present for _, present in found), strict=True), strict=True):

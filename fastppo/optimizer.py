@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from fastppo.checkpoint import flatten_optimizer, restore_optimizer
 from fastppo.config import OptimizerConfig
 from fastppo.low_bit import drawn_from, make_adamw
+from fastppo.model.host import on_host
 from fastppo.model.sharding import as_sharded, local_part
 
 
@@ -79,6 +80,8 @@ class Optimizer:
     the parameter receives the rounded result in place, so that a sampler which reads the same storage always sees the newest weights. With
     `bf16_stochastic_round` a bf16 parameter has none: it is rounded up or down at random, with its gradient still summed in fp32.
 
+    With `offload` every parameter has an fp32 master, on the host, which is updated there; gradients are summed in fp32 where the parameter is.
+
     Of a sharded parameter, which is fp32, this rank's part is its own master: each rank updates its part, with the gradient norm of all parts.
     """
 
@@ -88,7 +91,7 @@ class Optimizer:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         self.peak_lr, self.max_grad_norm = lr, config.max_grad_norm
         self.loss_scale = LossScale(1.0)
-        self._rounds_at_random = config.bf16_stochastic_round
+        self._rounds_at_random, self._offloads = config.bf16_stochastic_round, config.offload
         self.masters = {name: self._master(parameter) for name, parameter in self.parameters.items()}
         meshes = [p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)]
         self._mesh = meshes[0] if meshes else None
@@ -97,6 +100,11 @@ class Optimizer:
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         self.adamw = make_adamw(groups, lr, config)
+
+    @property
+    def graded(self) -> dict[str, nn.Parameter]:
+        """What gradients are added to, by name."""
+        return self.parameters if self._offloads else self.masters
 
     @property
     def is_sharded(self) -> bool:
@@ -115,17 +123,17 @@ class Optimizer:
         say. Those of separate masters have lost it on their way."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                gradient = self.masters[name].grad = local_part(parameter.grad)
+                gradient = self.graded[name].grad = local_part(parameter.grad)
                 if self.loss_scale.value != 1:
                     gradient.div_(self.loss_scale.value)
 
     def gradient_norm(self) -> Tensor:
         """0-d fp32: 2-norm over all gradients, before clipping; 0 where there is none."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        gradients = [x.grad for x in self.graded.values() if x.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
         else:  # torch's 0 would be on the host
-            norm = torch.zeros((), dtype=torch.float32, device=next(iter(self.masters.values())).device)
+            norm = torch.zeros((), dtype=torch.float32, device=next(iter(self.graded.values())).device)
         return norm if self._mesh is None else self._norm_of_parts(norm)
 
     def _norm_of_parts(self, norm: Tensor) -> Tensor:
@@ -136,7 +144,10 @@ class Optimizer:
 
     def step(self, norm: Tensor) -> None:
         """Clip by `norm`, the value of `gradient_norm`, update, and round into the model's parameters."""
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.graded.values(), self.max_grad_norm, norm)
+        if self._offloads:
+            for name, parameter in self.parameters.items():
+                self.masters[name].grad = None if parameter.grad is None else parameter.grad.to("cpu")
         with drawn_from(self._steps()) if self._rounds_at_random else nullcontext():
             self.adamw.step()
         self._publish()
@@ -148,7 +159,7 @@ class Optimizer:
     @torch.no_grad()
     def _publish(self) -> None:
         """Round the master weights into the parameters that the model computes with."""
-        for name, master in self.separate_masters().items():
+        for name, master in self._copies().items():
             self.parameters[name].copy_(master)
 
     def clear_gradients(self) -> None:
@@ -156,7 +167,11 @@ class Optimizer:
             parameter.grad = self.masters[name].grad = None
 
     def separate_masters(self) -> dict[str, Tensor]:
-        """The master weights that are not the parameters themselves: what a checkpoint must hold besides the model."""
+        """The master weights that say more than the parameters themselves: what a checkpoint must hold besides the model."""
+        return {name: x for name, x in self._copies().items() if self.parameters[name].dtype != x.dtype}
+
+    def _copies(self) -> dict[str, Tensor]:
+        """The master weights that are tensors of their own."""
         own = self.parameters
         return {
             name: x for name, x in self.masters.items() if x is not own[name] and not isinstance(own[name], DTensor)
@@ -186,14 +201,18 @@ class Optimizer:
 
     @torch.no_grad()
     def restore_masters(self, saved: Mapping[str, Tensor]) -> None:
-        for name, master in self.separate_masters().items():
-            master.copy_(saved[name])
+        """To be called when the parameters are restored."""
+        for name, master in self._copies().items():
+            master.copy_(saved[name] if name in saved else self.parameters[name])
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         """`parameter` itself when it is fp32 or needs no copy, else an fp32 one that its gradients flow into as they are made; this rank's part of a
         sharded one."""
         if isinstance(parameter, DTensor):
             return nn.Parameter(local_part(parameter))
+        if self._offloads:
+            parameter.grad_dtype = torch.float32
+            return nn.Parameter(on_host(parameter.detach().float()))
         if parameter.dtype == torch.float32:
             return parameter
         if parameter.dtype == torch.bfloat16 and self._rounds_at_random:

@@ -17,7 +17,7 @@ from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.model import Critic, Histogram, HistogramHead, ValueHead, lm_head, make_value_head, packed_hidden
 from fastppo.model.adapters import Adapters, TrainedAdapter
-from fastppo.model.host import on_device
+from fastppo.model.host import Resting, on_device
 from fastppo.model.parts_trunk import trunk_of
 from fastppo.model.sharding import Sharding, gathered, shard_head, shard_network
 from fastppo.ops import linear_token_logprobs
@@ -49,6 +49,7 @@ class Roles(nn.Module):
         histogram: what a new value head says; None for a number.
         with_reference: keep a frozen copy of the policy as it is now.
         gradient_checkpointing: keep one hidden state a layer for the backward pass and compute the rest again.
+        offload_reference: keep the reference on the host, but while a rollout is scored.
         adapters: of the policy, where these alone learn. The reference then is the same model without them.
     """
 
@@ -62,6 +63,7 @@ class Roles(nn.Module):
         with_reference: bool = False,
         gradient_checkpointing: bool = False,
         adapters: Adapters | None = None,
+        offload_reference: bool = False,
     ) -> None:
         super().__init__()
         _require_trainable(policy)
@@ -91,6 +93,7 @@ class Roles(nn.Module):
             reference = copy.deepcopy(policy).requires_grad_(False)
         # Not a submodule: neither optimizers nor checkpoints touch the reference.
         object.__setattr__(self, "reference", reference)
+        self._resting = Resting(reference) if offload_reference and reference is not None else None
         self.dtypes = {parameter.dtype for parameter in self.parameters()}
         """Types that the networks compute in."""
         self.dtype, self.is_sharded = policy.dtype, False
@@ -216,6 +219,16 @@ class Roles(nn.Module):
             for wanted, name in names.items()
             if wanted in want
         }
+        with nullcontext() if self._resting is None or "reference" not in want else self._resting.awake():
+            self._fill(found, rollout, want, plan, ranks)
+        ranks.sum_("evaluation", list(found.values()))
+        return found
+
+    def _fill(
+        self, found: dict[str, Tensor], rollout: Rollout, want: Collection[str], plan: Plan, ranks: Ranks
+    ) -> None:
+        """From this rank's micro-batches of the plan's first epoch."""
+        device = rollout.tokens.device
         for indices in ranks.own(first_epoch(plan)) if found else ():
             if not indices and not self.is_sharded:
                 continue
@@ -228,8 +241,6 @@ class Roles(nn.Module):
                 outputs["ref_logprobs"] = self.reference_logprobs(batch)
             for name, tensor in found.items() if indices else ():
                 tensor[places.get(name, actions)] = outputs[name].float()
-        ranks.sum_("evaluation", list(found.values()))
-        return found
 
     def trained(self) -> dict[str, nn.Module | TrainedAdapter]:
         """What learns, each with an optimizer and in a checkpoint's file of its own."""

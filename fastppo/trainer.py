@@ -38,7 +38,7 @@ from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics, search_metrics
 from fastppo.model import context_length
 from fastppo.model.adapters import adapters_of, add_adapters
-from fastppo.model.host import on_device
+from fastppo.model.host import on_device, require_gpu
 from fastppo.model.sharding import WholeCopy
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
@@ -130,6 +130,8 @@ class PPOTrainer(RunLoop):
             self.adapters = add_adapters(self.model, config.lora, config.seed)
         with naming("environment"):
             seat_adapters(environment, self.adapters, config)
+        if config.learner.offload_reference:
+            require_gpu("learner.offload_reference", device)
         sharding = sharding_of(config.distributed, self.ranks, device)
         if sharding is not None:
             self.whole = WholeCopy(self.model, self.adapters)
@@ -141,6 +143,7 @@ class PPOTrainer(RunLoop):
             with_reference="reference" in self.algorithm.needs,
             gradient_checkpointing=config.learner.gradient_checkpointing,
             adapters=self.adapters,
+            offload_reference=config.learner.offload_reference,
         )
         if config.lora.quantization:
             self.roles.quantize_base()

@@ -38,6 +38,7 @@ FLOORS = [
         "fastppo.lora_config",
         "fastppo.recipe_config",
         "fastppo.critic_config",
+        "fastppo.optimizer_config",
         "fastppo.distributed_config",
         "fastppo.search_config",
         "fastppo.setting_types",

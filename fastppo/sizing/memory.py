@@ -42,7 +42,7 @@ def memory_of(setup: Setup) -> Memory:
     held, cache = _held(setup), {"keys and values": float(_cache(setup))}
     kept = cache if not setup.on_cpu and _cache(setup) <= KEPT_CACHE * setup.memory else {}
     moments = {"sampling": held | cache | _sampling(setup)}
-    moments["scoring"] = held | kept | _scoring(setup)
+    moments["scoring"] = held | kept | _scoring(setup) | {"reference's weights": _reference(setup)}
     moments |= {name: held | kept | parts for name, parts in _updating(setup).items()}
     return Memory(moments)
 
@@ -55,21 +55,29 @@ def fits(setup: Setup) -> bool:
 
 
 def _held(setup: Setup) -> Parts:
-    policy, size, lora = setup.networks.policy, setup.dtype.itemsize, setup.config.lora.r > 0
+    size, lora = setup.dtype.itemsize, setup.config.lora.r > 0
     own_critic = 0 if setup.critic is None else own_trunk(setup.critic)
-    learns = setup.policy_learns + setup.critic_learns
+    learns, on_host = setup.policy_learns + setup.critic_learns, setup.config.optimizer.offload
+    reference = 0 if setup.config.learner.offload_reference else _reference(setup)
     parts: Parts = {
         "policy's weights": setup.policy_bytes / setup.shards,
         "critic's weights": own_critic * size / setup.shards,
-        "reference's weights": policy.parameters * size / setup.shards if setup.has_reference and not lora else 0,
+        "reference's weights": reference,
         "adapters": FP32 * learns / setup.shards if lora else 0,
-        "fp32 master weights": FP32 * learns / setup.shards if setup.has_masters else 0,
-        "AdamW's moments": setup.moment_bytes * learns / setup.shards,
+        "fp32 master weights": FP32 * learns / setup.shards if setup.has_masters and not on_host else 0,
+        "AdamW's moments": 0 if on_host else setup.moment_bytes * learns / setup.shards,
         "records": RECORD * setup.tokens * setup.ranks,
     }
     if setup.shards > 1:
         parts["whole policy to sample from"] = setup.policy_bytes
     return parts
+
+
+def _reference(setup: Setup) -> float:
+    """Bytes of its weights; with adapters it is the policy's trunk."""
+    if not setup.has_reference or setup.config.lora.r:
+        return 0.0
+    return setup.networks.policy.parameters * setup.dtype.itemsize / setup.shards
 
 
 # Sampling
