@@ -6,9 +6,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastppo import __version__
 from fastppo.errors import is_users
@@ -294,7 +294,7 @@ def _ppo_trainer(recipe: Recipe, options: argparse.Namespace, ranks: Ranks) -> P
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
     train, held_out = load_train_and_eval(recipe.data, tokenizer)
     if ranks.size == 1:
-        _warn_of_memory(recipe, max(len(row["prompt_ids"]) for row in train))
+        _warn_of_memory(recipe, train)
     return PPOTrainer(
         recipe.model.name,
         reward=reward,
@@ -318,13 +318,13 @@ def _connected(recipe: Recipe | SFTRecipe) -> Iterator[Ranks]:
         yield ranks
 
 
-def _warn_of_memory(recipe: Recipe, prompt: int) -> None:
+def _warn_of_memory(recipe: Recipe, prompts: Sequence[Mapping[str, Any]]) -> None:
     """Of a run by itself. A model that cannot be planned for is none that cannot be trained."""
     from fastppo.console import printable
     from fastppo.sizing import memory_warning
 
     with suppress(ValueError):
-        if warning := memory_warning(recipe, prompt):
+        if warning := memory_warning(recipe, max(len(row["prompt_ids"]) for row in prompts)):
             print(printable(f"fastppo: {warning}"), file=sys.stderr)
 
 

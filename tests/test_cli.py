@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from fastppo import Rollout, SamplingParams, cli, gae
 from fastppo.checkpoint import list_checkpoints, save_checkpoint
+from fastppo.distributed import ALONE
 from fastppo.errors import CheckpointError, TrainingError, is_users
 from fastppo.ops import use_backend
 from fastppo.run_folder import read_metrics
@@ -99,6 +100,7 @@ def fake_trainer(monkeypatch):
 
     class Trainer:
         stopped = None
+        ranks = ALONE
 
         def __init__(self, model, **keywords):
             fake.seen = {"model": model, **keywords}
@@ -111,6 +113,7 @@ def fake_trainer(monkeypatch):
 
     data = SimpleNamespace(load_train_and_eval=lambda *arguments: ("train", "held out"))
     monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer))
+    monkeypatch.setattr(cli, "_warn_of_memory", lambda recipe, prompts: None)
     monkeypatch.setitem(sys.modules, "fastppo.data", data)
     monkeypatch.setitem(
         sys.modules, "fastppo.model", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")

@@ -77,7 +77,7 @@ def merge(
     lse = peaks + sums
     top, first = lse.max(0)
     # The largest slice's own 1 stays out of the sum, so that the others keep their digits where they are small.
-    others = torch.arange(len(lse), device=lse.device).view(-1, *[1] * first.dim()) != first
+    others = torch.arange(len(lse), dtype=torch.int64, device=lse.device).view(-1, *[1] * first.dim()) != first
     rest = torch.where(others, (lse - top).exp(), 0).sum(0)
     log_q = (lse - top) - rest.log1p()
     places = owners.clamp(max=len(lse) - 1)[None]
