@@ -229,6 +229,7 @@ class PPOTrainer(RunLoop):
             metrics |= rollout_metrics(rollout, scores, evaluation, targets, self.config, kl_coef)
             if self.config.algorithm == "expert_iteration" and not self.algorithm.warmup.holds(self.step):
                 metrics |= search_metrics(rollout, scores, evaluation, targets, experience.prompts)
+        self.state.wait()  # a rank that is lost in an update costs that step alone
         with self.ranks.together("beginning of the update"):
             self._interruption.check()
         with clock("time/update"):
