@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -11,13 +10,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-SECONDS = 300  # that a function may take; the machine may be busy
+from tests.fresh import context
 
-_context = multiprocessing.get_context("forkserver")
-# The last one is what FSDP's hooks import when they are first called.
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "transformers", "fastppo", "tests.tiny_trainer", "torch._dynamo"]
-)
+SECONDS = 300  # that a function may take; the machine may be busy
 
 
 class RankFailed(AssertionError):
@@ -37,8 +32,8 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, environm
     for rank in range(size):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
         variables |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1} | (environment or {})
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_life, args=(theirs, variables, function, arguments))
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_life, args=(theirs, variables, function, arguments))
         process.start()
         theirs.close()
         pipes.append(ours)

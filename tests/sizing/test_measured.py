@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from fastppo.bench.memory import CLEAR_REFS, in_a_child
+from fastppo.bench.memory import CLEAR_REFS
 from fastppo.bench.step_memory import CONFIG, LONG, LORA, MIB, SHARED, Row, checkpointing, step_peaks
 from fastppo.sizing import memory_of
+from tests.fresh import in_a_fresh_process
 from tests.sizing.toys import setup_of_row
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not CLEAR_REFS.exists(), reason="peaks are read as on Linux")
@@ -54,8 +54,7 @@ def test_a_plan_agrees_with_what_is_measured(name):
     row = ROWS[name]
     if row.config.lora.r:
         pytest.importorskip("peft")
-    found = in_a_child(partial(step_peaks, row, GIVEN_BACK))
-    assert isinstance(found, list), found
+    found = in_a_fresh_process(step_peaks, row, GIVEN_BACK)
     planned = memory_of(setup_of_row(row, torch.bfloat16 if isinstance(row, HalfRow) else torch.float32))
     measured = max(found)
     assert abs(planned.peak - measured) <= AGREES * measured, (

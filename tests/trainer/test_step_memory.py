@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from fastppo.bench.memory import CLEAR_REFS, in_a_child
+from fastppo.bench.memory import CLEAR_REFS
 from fastppo.bench.step_memory import CONFIG, LORA, M_MMAP_THRESHOLD, MIB, SHARED, Row, checkpointing, step_peaks
 from fastppo.ops._head import SIZES
+from tests.fresh import in_a_fresh_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not CLEAR_REFS.exists(), reason="peaks are read as on Linux")
 
@@ -21,9 +21,7 @@ GIVEN_BACK = 64 << 10  # small networks are made of smaller tensors, whose holes
 
 def peaks(row: Row) -> tuple[int, int]:
     """Bytes of a rollout, and of scoring and updates."""
-    found = in_a_child(partial(step_peaks, row, GIVEN_BACK))
-    assert isinstance(found, list), found
-    return tuple(found)
+    return tuple(in_a_fresh_process(step_peaks, row, GIVEN_BACK))
 
 
 def after_much_was_freed(row: Row) -> list[int]:
@@ -36,7 +34,7 @@ def after_much_was_freed(row: Row) -> list[int]:
 
 def test_free_pages_of_the_heap_hide_no_peak():
     row = Row("", SHARED, vocabulary=256, hidden=64, layers=12, prompts=8, new_tokens=16)
-    alone, after = (in_a_child(partial(measure, row)) for measure in (step_peaks, after_much_was_freed))
+    alone, after = (in_a_fresh_process(measure, row) for measure in (step_peaks, after_much_was_freed))
     assert min(after) > 0.9 * min(alone) > MIB, (after, alone)
 
 
