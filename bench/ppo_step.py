@@ -395,7 +395,7 @@ def make_case(shape: Shape, quick: bool) -> Case:
         work=floors.ppo_step(model, *sizes, CONFIG.learner.num_minibatches, shared_trunk=shape.shared_trunk),
         phase_flops=floors.ppo_step_flops(model, *sizes, shared_trunk=shape.shared_trunk),
         rounds=ROUNDS if shape.samples == 1 else LONG_ROUNDS,
-        unchecked=() if quick else (EAGER,),
+        unchecked=() if quick else (EAGER, SEPARATE),
     )
 
 

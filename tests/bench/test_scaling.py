@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fastppo.bench import memory, report, run, scaling
+from fastppo.bench import harness, memory, report, run, scaling
 from fastppo.bench.catalog import OPS, case_file
 from fastppo.bench.floors import Ceilings
-from fastppo.bench.harness import Row
+from fastppo.bench.harness import Row, Schedule
 from fastppo.bench.setting import Setting
 from tests.bench.toys import a_record, toy_case
 from tests.tolerance import assert_rounds_to
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
@@ -41,6 +45,26 @@ def test_every_scaled_op_has_its_cases(op, device):
         points = list(scaling.points(op, device))
         assert len(points) == len(scaling.SHARES) * len(case_file(op).SCALED)
         assert all(point.case.providers.keys() == {"fastppo", "eager"} for point in points)
+
+
+@pytest.mark.parametrize("op", ["gae", "token_logprobs"])
+def test_the_shortest_of_a_curve_is_compared_with_fp64(op):
+    """The same code computes the others, whose truth would take longer than all that is timed."""
+    compared = {}
+    for point in scaling.points(op, "cpu"):
+        compared.setdefault(point.axis, []).append(point.case.needs_truth)
+    assert compared == {axis: [True, False, False, False] for axis in case_file(op).SCALED}
+
+
+def test_no_truth_is_computed_that_nothing_is_compared_with():
+    def exact(x):
+        raise AssertionError("computed")
+
+    case = replace(toy_case(), exact=exact)
+    rows = harness.measure(replace(case, unchecked=tuple(case.providers)), CPU, Schedule(1), Ceilings(1e10))
+    assert {(row.status, row.error) for row in rows.values()} == {("ok", None)}
+    failed = harness.measure(case, CPU, Schedule(1), Ceilings(1e10))
+    assert {row.status for row in failed.values()} == {"raised"}
 
 
 def curve_rows() -> list[Row]:
