@@ -46,3 +46,8 @@ def test_real_tokenizer(stories_model):
     tokenizer = load_tokenizer(str(stories_model))
     assert encode_prompt(tokenizer, "Once upon a time") == [1, 403, 407, 261, 378]
     assert encode_prompt(tokenizer, "x" * 9000)[0] == 1, "without a warning of its length"
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(ValueError, match=r"a text holds '\\ud83d', half a character, expected whole ones: 'a\\ud83d'"):
+        encode_prompt(make_tokenizer(), "a\ud83d")

@@ -50,6 +50,12 @@ def _as_messages(text: str | list[dict[str, Any]], role: str) -> list[dict[str, 
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Raises ValueError for half of a surrogate pair, which JSON and broken command lines can hold: tokenizers say nothing but TypeError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"a text holds {half}, half a character, expected whole ones: {ascii(text[:80])}") from error
     return tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)["input_ids"]
 
 

@@ -71,6 +71,7 @@ def read_request(body: Any) -> ChatRequest:
     """Raises RequestError for what is wrong or not known here."""
     if not isinstance(body, Mapping):
         raise RequestError(f"the body is {_kind(body)}, expected a JSON object")
+    _require_whole_characters(body)
     fields = {name: value for name, value in body.items() if value is not None}
     known = _READERS.keys() | ONLY.keys() | WITHOUT_EFFECT | {"model", "messages", "tools", "stream_options"}
     for name in fields:
@@ -103,6 +104,15 @@ def read_request(body: Any) -> ChatRequest:
     )
 
 
+def _require_whole_characters(body: Mapping[str, Any]) -> None:
+    """JSON can hold half of a surrogate pair, which no tokenizer takes and no answer can repeat."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise RequestError(f"the body holds {half}, half a character, expected whole ones") from error
+
+
 def read_messages(messages: Any) -> list[Message]:
     """A conversation that the policy is to go on with, as chat templates read it."""
     if not isinstance(messages, list) or not messages:
@@ -129,6 +139,9 @@ def _message(message: Any, where: str, names: dict[str, str]) -> Message:
     given = {key: value for key, value in message.items() if value is not None and key not in LEFT_OUT_OF_MESSAGES}
     if unknown := sorted(given.keys() - PARTS_OF_MESSAGES):
         raise RequestError(f"{where}.{unknown[0]} is not known here", f"{where}.{unknown[0]}", "unknown_parameter")
+    for key in ("name", "tool_call_id"):
+        if not isinstance(given.get(key, ""), str):
+            raise RequestError(f"{where}.{key} is {_kind(given[key])}, expected a text", f"{where}.{key}")
     content = _content(given.get("content", ""), f"{where}.content")
     if message["role"] == "assistant":
         return assistant_message(content, _calls(given.get("tool_calls", []), f"{where}.tool_calls", names))
@@ -154,7 +167,10 @@ def _calls(calls: Any, where: str, names: dict[str, str]) -> list[dict[str, Any]
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RequestError(f"{where}[{i}] is {call!r}, expected a call of a function with a name", f"{where}[{i}]")
-        names[call.get("id")] = function["name"]
+        id = call.get("id") or ""
+        if not isinstance(id, str):
+            raise RequestError(f"{where}[{i}].id is {_kind(id)}, expected a text", f"{where}[{i}].id")
+        names[id] = function["name"]
         found.append({"name": function["name"], "arguments": _arguments(function.get("arguments", "{}"))})
     return found
 
@@ -220,8 +236,8 @@ def _stop(value: Any, name: str) -> tuple[str, ...]:
 
 _READERS: dict[str, Callable[[Any, str], Any]] = {
     "n": _whole(1, MOST_CHOICES),
-    "max_tokens": _whole(1),
-    "max_completion_tokens": _whole(1),
+    "max_tokens": _whole(1, 2**63 - 1),
+    "max_completion_tokens": _whole(1, 2**63 - 1),
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
     "seed": _whole(-(2**63), 2**63 - 1),

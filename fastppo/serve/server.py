@@ -110,8 +110,8 @@ class ChatServer:
         owner = self._owner(request)
         try:
             body = json.loads(await request.body())
-        except ValueError as error:
-            raise RequestError(f"the body is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is not JSON that can be read: {error}") from error
         ticket = Ticket(read_request(body), owner, asyncio.get_running_loop())
         self._inbox.put(ticket)
         answer = Answer(ticket.request, self._model)

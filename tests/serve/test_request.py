@@ -79,6 +79,11 @@ def test_an_answer_that_comes_back_is_what_was_answered():
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]", "expected an object with a role: system"),
         ({"messages": [{"role": "user", "content": "x", "prefix": True}]}, "messages[0].prefix", "not known"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "ends with the assistant's turn"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, None, r"the body holds '\ud83d', half a character"),
+        ({"\ud83d": 1}, None, r"the body holds '\ud83d', half a character"),
+        ({"messages": [{"role": "tool", "tool_call_id": {}}]}, "messages[0].tool_call_id", "dict {}, expected a text"),
+        ({"messages": [{"role": "tool", "name": 3}]}, "messages[0].name", "int 3, expected a text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": [1]}]}]}, "messages[0].tool_calls[0].id", "list [1]"),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes, param, message):

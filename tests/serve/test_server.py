@@ -8,7 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -16,6 +18,7 @@ from fastppo.envs import Dialogue
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.serve import ChatServer, ChatService
 from tests.envs.chat import chat_of
+from tests.serve.client import ask, error_of, said
 from tests.serve.models import make_random_engine, make_saying_engine
 
 pytest.importorskip("starlette", reason="starlette is not installed")
@@ -178,6 +181,18 @@ def test_what_is_refused_is_an_error_of_the_client(client):
             other.models.list()
     with pytest.raises(openai.NotFoundError, match="only GET /v1/models"):
         client.embeddings.create(model="m", input="x")
+
+
+def test_what_no_tokenizer_takes_leaves_the_server_alive(client):
+    base_url = str(client.base_url).rstrip("/")
+    with pytest.raises(HTTPError) as half:
+        ask(base_url, "secret", "a\ud83d", model="m")
+    assert half.value.code == 400 and "half a character" in error_of(half.value)["message"]
+    request = Request(f"{base_url}/chat/completions", b"[" * 100_000, {"Authorization": "Bearer secret"})
+    with pytest.raises(HTTPError) as deep:
+        urlopen(request)
+    assert deep.value.code == 400 and "the body is not JSON that can be read" in error_of(deep.value)["message"]
+    assert said(ask(base_url, "secret", "hi", model="m", max_tokens=1))["role"] == "assistant"
 
 
 def test_nothing_more_is_sampled_for_a_client_that_has_gone():
