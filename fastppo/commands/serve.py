@@ -41,6 +41,8 @@ class Policy(NamedTuple):
 def run(options: argparse.Namespace) -> int:
     key = os.environ.get(KEY, "")
     _check_host(options.host, key)
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port is {options.port}, expected 0 to {2**16 - 1}")
     policy = policy_of(options.model, options.overrides)
     tokenizer = load_tokenizer(policy.tokenizer)
     if not tokenizer.chat_template:
@@ -67,8 +69,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_host(host: str, key: str) -> None:
-    """Raises ValueError for an address that other machines reach, where everybody could ask; OSError for one that is none."""
-    found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    """Raises ValueError for an address that other machines reach, where everybody could ask, and for one that is none."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host is {host!r}, expected a name or an address of this machine: {error}") from error
     if not key and not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
         raise ValueError(
             f"--host is {host}, which other machines can reach: set {KEY}, the key that requests then have to bring"

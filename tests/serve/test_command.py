@@ -70,6 +70,10 @@ def test_what_it_cannot_serve(model, tmp_path, capsys):
     (tmp_path / "run" / "config.yaml").write_text("seed: 1")
     assert "is a run that has not written its model yet: fastppo export" in error(tmp_path / "run")
     assert "seed=1 is given with" in error(model, "seed=1")
+    assert "--host is 'no.such.host.invalid', expected a name or an address" in error(
+        model, "--host", "no.such.host.invalid"
+    )
+    assert "--port is 65536, expected 0 to 65535" in error(model, "--port", "65536")
 
 
 def test_whose_model_a_recipe_names(model, tmp_path):
