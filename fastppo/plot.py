@@ -59,7 +59,8 @@ STYLES = ("-", "--", ":", "-.", (0, (1, 4)))
 def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
     """Draw the metrics of the run folder `run` to `out` (by default its curve.png) and return that path.
 
-    Panels without data are left out. Raises FileNotFoundError when `run` has no metrics, ImportError without matplotlib.
+    Panels without data are left out. Raises FileNotFoundError when `run` has no metrics, ValueError for an `out` that is named as no picture,
+    ImportError without matplotlib.
     """
     run = Path(run).expanduser()
     rows = read_metrics(run)
@@ -122,7 +123,9 @@ def _figure(found: Sequence[list[dict[str, Any]]], what: str) -> tuple[Any, list
 
 
 def _save(figure: Any, out: str | Path) -> Path:
-    out = Path(out).expanduser()
+    out, kinds = Path(out).expanduser(), figure.canvas.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"out is {str(out)!r}, expected a name with one of the endings .{', .'.join(sorted(kinds))}")
     figure.savefig(out, dpi=110)
     return out
 

@@ -116,6 +116,9 @@ def test_the_curve_is_a_picture(tmp_path):
     path = plot_run(make_run(tmp_path))
     assert path.name == "curve.png" and path.read_bytes()[:4] == b"\x89PNG"
     assert plot_run(tmp_path / "run", tmp_path / "other.png").exists()
+    for name in ("other", "other.foo"):  # the first would be written under another name
+        with pytest.raises(ValueError, match=rf"out is .*{name}', expected a name with one of the endings .*\.png"):
+            plot_run(tmp_path / "run", tmp_path / name)
 
 
 def test_a_run_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
