@@ -81,7 +81,15 @@ class RewardFunction:
         return {name: value for name, value in asked.items() if name not in self._options}
 
     def _try_options(self) -> None:
-        """Call a function of ours for no completions, so that what is wrong with its options is said before the run."""
+        """Call a function of ours for no completions, so that what is wrong with its options is said before the run. Its **columns would pass
+        over an option that it has not."""
+        known = [name for name, parameter in self._parameters.items() if parameter.kind not in _VARIADIC]
+        for name in self._options - set(known):
+            options = [name for name in known if self._parameters[name].kind is inspect.Parameter.KEYWORD_ONLY]
+            raise ValueError(
+                f"reward {self.name!r} has no option {name!r}, expected {', '.join(options) or 'none'}"
+                + _did_you_mean(name, dict.fromkeys(options))
+            )
         for name, parameter in self._parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 self._options.add(name)

@@ -39,3 +39,8 @@ def test_more_repetition_is_worse():
 def test_a_wrong_n_is_named_when_the_runner_is_made(n):
     with pytest.raises(ValueError, match="reward 'repetition': n is .*, expected an integer >= 1"):
         RewardRunner(partial(repetition, n=n), timeout=None)
+
+
+def test_an_option_that_it_has_not_is_no_column():
+    with pytest.raises(ValueError, match="reward 'repetition' has no option 'size', expected n"):
+        RewardRunner(partial(repetition, size=2), timeout=None)
