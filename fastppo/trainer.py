@@ -440,4 +440,5 @@ def _mix(seed: int, step: int) -> int:
 
 def _dump_batch(path: Path, *records: object) -> None:
     fields = {f.name: getattr(record, f.name) for record in records for f in dataclasses.fields(record)}
-    save_file({name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}, path)
+    """Copies, because records share tensors, which safetensors refuses."""
+    save_file({name: value.clone().contiguous() for name, value in fields.items() if isinstance(value, Tensor)}, path)

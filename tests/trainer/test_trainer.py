@@ -230,8 +230,9 @@ def test_shared_trunk_trains(make_trainer):
     assert math.isfinite(metrics["loss/value_avg"])
 
 
-def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path):
-    trainer = make_trainer(learner__max_skipped_updates=2)
+@pytest.mark.parametrize("changes", [{}, {"loss__rollout_correction": "truncate"}])  # two records share a tensor
+def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path, changes):
+    trainer = make_trainer(learner__max_skipped_updates=2, **changes)
     with torch.no_grad():
         trainer.roles.trained()["critic"].head.bias.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite.*offending-batch"):
