@@ -386,7 +386,7 @@ class PPOTrainer(RunLoop):
             for index, finite in enumerate(scores.values.isfinite().tolist())
             if finite and counts[index] > 0 and reasons[index] != FinishReason.ERROR
         ]
-        failure_rate = 1 - len(valid) / count
+        failure_rate = (count - len(valid)) / count  # rounded once: 3 of 10 are not more than 0.3
         if failure_rate > self.config.reward.max_failure_rate or not valid:
             odd_logits = [f"the model's logits were NaN or infinite in {broken} of {count}"] if broken else []
             empty = [f"{counts.count(0)} of {count} completions hold no token"] if 0 in counts else []

@@ -206,6 +206,16 @@ def test_samples_whose_logits_broke_are_left_out(make_trainer):
     assert valid == (~broken).nonzero().squeeze(1).tolist()
 
 
+def test_as_many_failures_as_may_be_are_not_more(make_trainer):
+    """1 - 7/10 is above 0.3 in floating point."""
+    trainer = make_trainer(reward__max_failure_rate=0.3)
+    rollout = trainer.engine.generate([[2, 3]] * 10, trainer.config.rollout.sampling(0))
+    values = torch.ones(10).index_fill(0, torch.arange(3), torch.nan)
+    assert trainer._valid(rollout, Scores(values, {}), errors=[]) == list(range(3, 10))
+    with pytest.raises(TrainingError, match="40% of the samples"):
+        trainer._valid(rollout, Scores(values.index_fill(0, torch.tensor([9]), torch.nan), {}), errors=[])
+
+
 def test_missing_eos_penalty_follows_the_finish_reason(make_trainer):
     """Not the length: an end-of-sequence as the last allowed token is an ending (trl#1536)."""
     trainer = make_trainer()
