@@ -166,7 +166,8 @@ class AdvantageConfig:
             self.whiten = self.estimator in WHITENED_ESTIMATORS
         needs_critic = {"bootstrap_truncated": False} if self.estimator not in CRITIC_ESTIMATORS else {}
         needs_gae = {"critic_gae_lambda": None, "length_adaptive_alpha": None} if self.estimator != "gae" else {}
-        for name, off in (needs_gae | needs_critic).items():
+        needs_vtrace = {"vtrace_rho_bar": 1.0, "vtrace_c_bar": 1.0} if self.estimator != "vtrace" else {}
+        for name, off in (needs_gae | needs_vtrace | needs_critic).items():
             if getattr(self, name) != off:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {off} with estimator {self.estimator}")
         if self.gamma != 1 and self.estimator not in DISCOUNTED_ESTIMATORS:
@@ -367,6 +368,10 @@ class PPOConfig:
                 f"loss.{changed} is set, expected no setting of loss with algorithm {self.algorithm}, which has none"
             )
         if self.algorithm == "expert_iteration":
+        if self.algorithm != "trpo" and (changed := _changed(self.trpo)):
+            raise ValueError(
+                f"trpo.{changed} is set, expected no setting of trpo with algorithm {self.algorithm}, which has none"
+            )
             self._check_search()
         elif changed := _changed(self.search):
             raise ValueError(

@@ -34,6 +34,8 @@ WRONG = {
     "loss.kl_coef is 0, expected a first value above 0": {"loss__kl_target": 1.0},
     "reward.kl_coef is 0, expected a first value above 0": {"reward__kl_target": 1.0},
     "loss.clip_high is set, expected no setting of loss": {"algorithm": "trpo", "loss__clip_high": 0.3},
+    "trpo.max_kl is set, expected no setting of trpo": {"trpo__max_kl": 0.02},
+    "vtrace_rho_bar is 2.0, expected 1.0": {"advantage__vtrace_rho_bar": 2.0},
     "dual_clip is 3.0, expected none with objective cispo": {"loss__objective": "cispo", "loss__dual_clip": 3.0},
     r"rollout_bounds is \[3.0, 2.0\], expected the lower bound first": {"loss__rollout_bounds": [3.0, 2.0]},
 }
