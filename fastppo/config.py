@@ -26,6 +26,7 @@ from fastppo.setting_types import (
     OptionalCount,
     PathText,
     Positive,
+    Seed,
     Share,
     one_or_more,
 )
@@ -57,7 +58,7 @@ class RolloutConfig:
     """Nucleus sampling mass; 1 is off."""
     min_p: Share = 0.0
     """Drop tokens less likely than this times the most likely one; 0 is off."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[OptionalCount, ...] = ()
     """Token ids that end a completion besides those that generation config, tokenizer and chat template name (`fastppo info MODEL`)."""
     stop_strings: tuple[str, ...] = ()
     """Strings that end a completion as soon as its text contains one of them."""
@@ -305,7 +306,7 @@ class PPOConfig:
     algorithm: Literal["ppo", "trpo", "expert_iteration"] = "ppo"
     """How the policy moves: by PPO's loss, by steps within a KL limit (Schulman et al. 2015, arXiv:1502.05477), or towards the answers that a
     search finds (Anthony et al. 2017, arXiv:1705.08439)."""
-    seed: OptionalCount = 0
+    seed: Seed = 0
     """Seeds prompt order, sampling and minibatch order. On the CPU a run is bitwise reproducible."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
@@ -367,11 +368,11 @@ class PPOConfig:
             raise ValueError(
                 f"loss.{changed} is set, expected no setting of loss with algorithm {self.algorithm}, which has none"
             )
-        if self.algorithm == "expert_iteration":
         if self.algorithm != "trpo" and (changed := _changed(self.trpo)):
             raise ValueError(
                 f"trpo.{changed} is set, expected no setting of trpo with algorithm {self.algorithm}, which has none"
             )
+        if self.algorithm == "expert_iteration":
             self._check_search()
         elif changed := _changed(self.search):
             raise ValueError(
@@ -451,7 +452,7 @@ class PPOConfig:
         )
 
 
-def _changed(section: LossConfig | SearchConfig) -> str | None:
+def _changed(section: LossConfig | TRPOConfig | SearchConfig) -> str | None:
     """The first of its settings that is not as it is by default."""
     default = type(section)()
     names = (spec.name for spec in fields(default) if getattr(section, spec.name) != getattr(default, spec.name))

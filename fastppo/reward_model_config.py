@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastppo.setting_types import STRICT, Count, NonNegative, OptionalCount, PathText, Positive
@@ -82,7 +82,7 @@ class RewardModelRecipe:
 
     output_dir: PathText = "runs/reward_model"
     """Folder that receives model/, metrics.json and calibration.png; new or empty."""
-    seed: OptionalCount = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the new head and the order of the pairs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU when there is one. Weights are float32; a GPU computes in bfloat16 where it can."""

@@ -16,6 +16,7 @@ from fastppo.config import (
     OptimizerConfig,
     OptionalCount,
     PathText,
+    Seed,
     TrackingConfig,
 )
 from fastppo.distributed_config import DistributedConfig
@@ -114,7 +115,7 @@ class SFTConfig:
 
     output_dir: PathText = "runs/sft"
     """Folder that receives config, metrics, curve, checkpoints and the model."""
-    seed: OptionalCount = 0
+    seed: Seed = 0
     """Seeds the order of the examples. On the CPU a run is bitwise reproducible."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""

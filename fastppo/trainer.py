@@ -122,6 +122,7 @@ class PPOTrainer(RunLoop):
         self.environment = environment
         self.prompts = self._load(prompts, "prompts")
         self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)
+        self._stops()  # an id that the model does not have is said before anything is written
         self.reporter = self._reporter(reporter or Reporter(config.total_steps))
         if config.algorithm == "trpo":
             require_float32(self.model)
@@ -439,6 +440,6 @@ def _mix(seed: int, step: int) -> int:
 
 
 def _dump_batch(path: Path, *records: object) -> None:
-    fields = {f.name: getattr(record, f.name) for record in records for f in dataclasses.fields(record)}
     """Copies, because records share tensors, which safetensors refuses."""
+    fields = {f.name: getattr(record, f.name) for record in records for f in dataclasses.fields(record)}
     save_file({name: value.clone().contiguous() for name, value in fields.items() if isinstance(value, Tensor)}, path)
