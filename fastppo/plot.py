@@ -137,8 +137,13 @@ def _sample_line(**style: Any) -> Any:
 
 
 def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    found = [(row["step"], row[metric]) for row in rows if _is_number(row.get(metric))]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def _is_number(value: Any) -> bool:
+    """Damaged rows hold other things."""
+    return isinstance(value, int | float)
 
 
 def _draw(axes: Any, panel: Panel, rows: list[dict[str, Any]]) -> None:
@@ -186,7 +191,7 @@ def _dress(axes: Any, panel: Panel) -> None:
 def _band(axes: Any, rows: list[dict[str, Any]]) -> None:
     """One standard deviation around the training reward."""
     both = [
-        row for row in rows if row.get("objective/scores") is not None and row.get("objective/scores_std") is not None
+        row for row in rows if _is_number(row.get("objective/scores")) and _is_number(row.get("objective/scores_std"))
     ]
     steps = [row["step"] for row in both]
     low = [row["objective/scores"] - row["objective/scores_std"] for row in both]

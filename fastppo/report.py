@@ -94,12 +94,13 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     lists = {
         name: row[name] for name in ("tokens", "logprobs", "advantages", "values") if isinstance(row.get(name), list)
     }
+    rewards = row.get("rewards")
     return {
         "step": row["step"],
         "prompt": row.get("prompt", ""),
         "completion": str(row.get("completion", "")),
         "score": _number(row.get("score")),
-        "rewards": {name: _number(score) for name, score in (row.get("rewards") or {}).items()},
+        "rewards": {name: _number(score) for name, score in (rewards if isinstance(rewards, Mapping) else {}).items()},
         "ended": row.get("ended"),
         "tokens": [str(text) for text in lists.pop("tokens", [])],
         **{name: [_number(value) for value in values] for name, values in lists.items()},

@@ -83,6 +83,7 @@ def test_what_older_or_damaged_rows_lack_is_left_out(tmp_path):
         {"prompt": [{"role": "user", "content": "x"}], "completion": "c", "score": None},
         {},
         {"tokens": 3, "rewards": None},
+        {"rewards": [1.0]},
     ]
     data = collect(make_run(tmp_path / "run", rows))
     assert [sample["tokens"] for sample in data["samples"][:3]] == [[], [], []]

@@ -121,6 +121,15 @@ def test_the_curve_is_a_picture(tmp_path):
             plot_run(tmp_path / "run", tmp_path / name)
 
 
+def test_what_is_no_number_is_not_drawn(tmp_path):
+    folder = make_folder(tmp_path / "run", {})
+    (folder.path / "metrics.jsonl").write_text(
+        '{"step": 1, "objective/scores": "high", "objective/scores_std": []}\n'
+        '{"step": 2, "objective/scores": 1.0, "objective/scores_std": 0.5}\n'
+    )
+    assert plot_run(folder.path).exists()
+
+
 def test_a_run_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
