@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -374,6 +375,15 @@ def test_what_a_model_writes_cannot_drive_the_terminal(tmp_path, capsys, argumen
     assert cli.main(["generate", str(tmp_path), "--prompt", "a", "--max-new-tokens", "9", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "owned" in printed and not re.search("[\x1b\x07\x9b\u202e]", printed)
+
+
+def test_generate_names_what_is_no_text(stories_model, capsys, monkeypatch):
+    model = str(stories_model)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "standard input is no text in utf-8, expected the prompt" in error_of(capsys, "generate", model)
+    # what a command line makes of a byte that is no UTF-8
+    assert cli.main(["generate", model, "--prompt", "caf\udce9"]) == 2
+    assert "a text holds '\\udce9', half a character" in capsys.readouterr().err
 
 
 def test_generate_names_mistakes(stories_model, capsys):

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         stop_strings=tuple(options.stop),
         seed=options.seed,
     )
-    prompts = options.prompt or [sys.stdin.read() if sys.stdin else ""]
+    prompts = options.prompt or [_piped()]
     tokenizer = load_tokenizer(options.model)
     if options.chat:
         prompts = [_as_message(tokenizer, text) for text in prompts]
@@ -61,6 +61,14 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _piped() -> str:
+    """What stands on standard input; "" where that is closed."""
+    try:
+        return sys.stdin.read() if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is no text in {error.encoding}, expected the prompt: {error}") from error
 
 
 def _streamer(tokenizer) -> TextStreamer:
