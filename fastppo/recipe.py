@@ -138,7 +138,7 @@ def load_recipe(
 def _read(path: Path, names: Names) -> dict[str, Any]:
     """Run key -> value and section -> key -> value, with every name checked."""
     if not path.is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist")
+        raise FileNotFoundError(f"recipe {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         settings = _load_yaml(path.read_bytes())
     except ValueError as error:

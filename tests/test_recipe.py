@@ -159,6 +159,8 @@ def test_a_key_that_stands_elsewhere_now_is_found(tmp_path, text, override, mess
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        load_recipe(tmp_path)
 
 
 def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path, monkeypatch):

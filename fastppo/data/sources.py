@@ -36,6 +36,8 @@ def rows_of(source: Any, config: DataConfig, split: str | None = None) -> list[R
     """
     items = _items(source, split or config.split, config.task_arguments)
     rows = [declared(_as_row(item, where), config.columns, where) for where, item in items]
+    if not rows and isinstance(source, str | Path):
+        raise ValueError(f"{source} holds no row, expected at least one")
     if rows:
         check_declared(config.columns, {name for row in rows for name in row})
     return rows

@@ -186,6 +186,13 @@ def test_wrong_sources(tokenizer, source, error, words):
         prompts(source, tokenizer)
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "prompt\n")])
+def test_a_file_without_rows_is_named(tokenizer, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} holds no row, expected at least one"):
+        prompts(tmp_path / name, tokenizer)
+
+
 # Token ids
 
 
