@@ -40,7 +40,7 @@ def export_run(
     lora = identity.get("lora")
     if adapter and lora is None:
         raise ValueError(f"adapter is True, expected False: {run} trained all weights")
-    settings = (read_settings(run) or {}).get("model", {})
+    settings = _model_settings(run)
     name = model or first_model(run)
     if not name:
         raise ValueError(f"{run} does not say which model it started from: name it (--model)")
@@ -71,7 +71,13 @@ def export_run(
 
 def first_model(run: Path) -> str | None:
     """Folder or hub name of the model that a run started from; None where its config.yaml names none."""
-    return (read_settings(run) or {}).get("model", {}).get("name") or None
+    return _model_settings(run).get("name") or None
+
+
+def _model_settings(run: Path) -> dict[str, Any]:
+    """Empty where its config.yaml says nothing of them."""
+    found = (read_settings(run) or {}).get("model")
+    return found if isinstance(found, dict) else {}
 
 
 def adapters_on(base: PreTrainedModel, checkpoint: Path, identity: dict[str, Any]) -> Adapters:

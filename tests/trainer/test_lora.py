@@ -214,6 +214,13 @@ def test_export_refuses_an_adapter_where_there_is_none(make_trainer, tmp_path):
         export_run(tmp_path / "run", adapter=True)
 
 
+def test_export_asks_for_the_model_that_damaged_settings_do_not_name(make_trainer, tmp_path):
+    make_trainer(total_steps=1).train()
+    (tmp_path / "run" / "config.yaml").write_text("# Settings of a fastppo run\nmodel: 3\n")
+    with pytest.raises(ValueError, match="does not say which model it started from: name it"):
+        export_run(tmp_path / "run", tmp_path / "exported")
+
+
 def learn(make_trainer, lr: float, seed: int = 0) -> tuple[float, float]:
     """Score of the first step, and the mean of the last three. The head, which no adapter is on, is large enough to say anything at all."""
     model, scores = make_model(), []
