@@ -159,10 +159,13 @@ def load_latest_checkpoint(root: str | Path) -> tuple[Path, Checkpoint] | None:
     problems = []
     for _, path in reversed(list_checkpoints(root).items()):
         try:
-            return path, load_checkpoint(path)
+            found = load_checkpoint(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; using the one before it", stacklevel=2)
             problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using {path.name}", stacklevel=2)
+        return path, found
     if problems:
         raise CheckpointError(f"no checkpoint in {root} can be used: {'; '.join(problems)}")
     return None
