@@ -7,12 +7,13 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peers bench lint format wheel clean
+.PHONY: help demo test test-all peers bench lint format wheel clean
 
 help:
 	@echo "make demo    install, then watch PPO teach a small language model to carry (about a minute; another time: DEMO_ARGS='--output DIR')"
-	@echo "make test    install, then run every test (10 minutes on 2 cores, 13 with the peers)"
-	@echo "make peers   install the packages that fastppo is compared with; then make test and make bench do so"
+	@echo "make test    install, then run the tests, but those that are slow and protect what rarely breaks"
+	@echo "make test-all  all tests: also learning runs, and every GPU kernel interpreted, executed on the CPU and compiled"
+	@echo "make peers   install the packages that fastppo is compared with; then the tests and make bench do so"
 	@echo "make bench   install, then time every op against plain PyTorch and its peers"
 	@echo "make lint    check format and style       make format  fix them"
 	@echo "make wheel   build dist/*.whl             make clean   remove what make made"
@@ -40,6 +41,9 @@ demo: $(VENV)/.installed
 	@$(BIN)/python examples/arithmetic.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed

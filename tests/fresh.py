@@ -8,20 +8,21 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 context = multiprocessing.get_context("forkserver")
-"""The one server of this process. `torch._dynamo` is what FSDP's hooks import when they are first called; what is not installed is left out."""
+"""The one server of this process."""
 
-context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "transformers",
-        "fastppo",
-        "tests.tiny_trainer",
-        "torch._dynamo",
-        "fastppo.bench.step_memory",
-        "peft",
-    ]
-)
+IMPORTED = [
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "fastppo",
+    "tests.tiny_trainer",
+    "torch._dynamo",
+    "fastppo.bench.step_memory",
+    "peft",
+]
+"""By the server, as it starts. `torch._dynamo` is what FSDP's hooks import when they are first called; what is not installed is left out."""
+
+context.set_forkserver_preload(IMPORTED)
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -18,8 +18,11 @@ from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast]
 TESTED += ["ops/test_certain_tokens", "rollout/test_fused_decoder"]
-# What is left out of an op's tests: sizes that say little more than others, and are slow.
+# What is left out of an op's tests: sizes that say little more than others, and are slow. Heads of 8, 20, 80, 256 and 258 are padded, whole and
+# too large; windows of 1 and 513 keys leave splits out and cross one; a block of queries that begins at 60 crosses a page.
 INTERPRETED = {
+    "ops/test_decode_attention": "not (head_sizes and (cpu-16 or 64 or 128) or long_sequences and (500 or 600) or consecutive and [0-"
+    " or not_used and 2147483648 or bits_do_not_depend and dtype2)",
     "ops/test_linear_ppo_loss": "not chunk_boundaries or sequence-2 or everything-70",
     "ops/test_packed_attention": "not (head_sizes and (16 or 64) or windows and (cpu-2] or 1000) or nan_stays and cpu-1 or float64)",
 }

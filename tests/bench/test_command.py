@@ -126,10 +126,11 @@ def test_only_the_types_that_cases_multiply_in_get_a_rate(monkeypatch, tmp_path,
 
 @pytest.fixture
 def one_toy(monkeypatch):
-    """`gae` is one small case, and needs 10^6 times eager's speed."""
+    """`gae` is one small case, of which no other process measures a peak."""
     monkeypatch.setattr(floors, "cache_bytes", lambda device: 6000)
     monkeypatch.setattr(floors, "ceilings", lambda device, rounds, dtypes: CEILINGS)
     monkeypatch.setattr(run, "load_cases", lambda op, setting: [toy_case(op="gae", name="[256, 1024]")])
+    monkeypatch.setattr(run, "fill_cpu_peaks", lambda rows, job, process: None)
     monkeypatch.setattr(peers, "installed", dict)
 
 

@@ -246,8 +246,8 @@ def isa_outputs() -> list[Tensor]:
     return outputs
 
 
-def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_approx_kl", tmp_path)
+def test_same_bits_on_every_instruction_set(cpu_backend):
+    assert_same_bits_on_every_isa(__name__)
 
 
 def test_bits_do_not_depend_on_threads(cpu_backend):

@@ -105,9 +105,9 @@ def isa_outputs():
     return [batch_invariant_linear(*make_case(7, 40, 100, dtype)).float() for dtype in DTYPES]
 
 
-def test_same_bits_with_avx2_and_avx512(cpu_backend, tmp_path):
+def test_same_bits_with_avx2_and_avx512(cpu_backend):
     """The plain kernel has no fused multiply-add to use."""
-    assert_same_bits_on_every_isa(__name__, tmp_path, but="plain")
+    assert_same_bits_on_every_isa(__name__, but="plain")
 
 
 def test_opcheck(fast_backend):

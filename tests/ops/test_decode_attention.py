@@ -105,7 +105,7 @@ def test_empty_sequences_and_batches(backend):
 def test_consecutive_tokens_of_one_prompt(fast_backend, first, options):
     """Rows that share their pages, as a prefill has them: each row has the bits that it has alone, and sees no later key."""
     _, k_pages, v_pages, table, _ = make_case([90], size=32)
-    rows = 27
+    rows = 27 if fast_backend == "cpu" else 9  # where a row is a program of a GPU, and may be interpreted
     q = torch.randn(rows + 2, 6, 32, generator=seeded(1))
     lens = torch.tensor([90, *range(first, first + rows), 7], dtype=torch.int32)
     table = table.expand(rows + 2, -1).contiguous()

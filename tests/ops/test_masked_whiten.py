@@ -187,30 +187,35 @@ def isa_outputs() -> list[Tensor]:
     return [masked_mean(x), masked_mean(x, mask), masked_whiten(x), masked_whiten(x, mask, shift_mean=False)]
 
 
-def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_masked_whiten", tmp_path)
+def test_same_bits_on_every_instruction_set(cpu_backend):
+    assert_same_bits_on_every_isa(__name__)
 
 
-def _whiten_part(rank: int, x: Tensor, mask: Tensor, bounds: list[int], folder: str) -> None:
+BOUNDS = {"uneven": [0, 1300, 3000], "one-empty": [0, 0, 3000]}
+
+
+def _whiten_parts(rank: int, x: Tensor, mask: Tensor, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    part = slice(bounds[rank], bounds[rank + 1])
-    with torch.no_grad():
-        out = [masked_whiten(x[part], mask[part], shift_mean=shift, group=dist.group.WORLD) for shift in (True, False)]
-    torch.save(out, f"{folder}/{rank}.pt")
+    for name, bounds in BOUNDS.items():
+        part = slice(bounds[rank], bounds[rank + 1])
+        with torch.no_grad():
+            out = [masked_whiten(x[part], mask[part], shift_mean=s, group=dist.group.WORLD) for s in (True, False)]
+        torch.save(out, f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("bounds", [[0, 1300, 3000], [0, 0, 3000]], ids=["uneven", "one-empty"])
-def test_a_group_whitens_together(bounds, tmp_path):
+def test_a_group_whitens_together(tmp_path):
     """Two processes, each with its part of a batch whose halves differ in mean: the result is that of one process."""
     x, mask = torch.randn(3000, device="cpu") + 1000, torch.rand(3000, device="cpu") < 0.7
     x[1300:] += 5
-    torch.multiprocessing.spawn(_whiten_part, (x, mask, bounds, str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for i, shift_mean in enumerate((True, False)):
-        ours = torch.cat([part[i] for part in parts])
-        native, exact = (reference(y, mask, shift_mean=shift_mean) for y in (x, x.double()))
-        assert_as_exact_as_native(ours, native, exact)
+    arguments = (x, mask, str(tmp_path))
+    torch.multiprocessing.start_processes(_whiten_parts, arguments, nprocs=2, start_method="forkserver")
+    for name in BOUNDS:
+        parts = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for i, shift_mean in enumerate((True, False)):
+            ours = torch.cat([part[i] for part in parts])
+            native, exact = (reference(y, mask, shift_mean=shift_mean) for y in (x, x.double()))
+            assert_as_exact_as_native(ours, native, exact, name)
 
 
 def test_opcheck(fast_backend):

@@ -210,9 +210,9 @@ def isa_outputs():
     return run(packed_attention, case, torch.ones_like(case[0]), prompts=torch.tensor(PROMPTS))
 
 
-def test_same_bits_with_avx2_and_avx512(cpu_backend, tmp_path):
+def test_same_bits_with_avx2_and_avx512(cpu_backend):
     """The plain kernel has no fused multiply-add to use."""
-    assert_same_bits_on_every_isa(__name__, tmp_path, but="plain")
+    assert_same_bits_on_every_isa(__name__, but="plain")
 
 
 def test_shared_prompts_give_what_copies_give(backend):

@@ -353,8 +353,8 @@ def isa_outputs() -> list[torch.Tensor]:
     return outputs
 
 
-def test_bits_do_not_depend_on_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_ppo_loss", tmp_path)
+def test_bits_do_not_depend_on_instruction_set(cpu_backend):
+    assert_same_bits_on_every_isa(__name__)
 
 
 DEFAULTS = PPOOptions(0.2, 0.2, None, None, 0.5, 0.0, "k3", 0.0, "clip", None, (0.5, 2.0)).codes()

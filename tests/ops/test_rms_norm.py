@@ -127,8 +127,8 @@ def isa_outputs() -> list[Tensor]:
     return [*outputs_of(rms_norm, make_case((70, 77))).values()]
 
 
-def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_rms_norm", tmp_path)
+def test_same_bits_on_every_instruction_set(cpu_backend):
+    assert_same_bits_on_every_isa(__name__)
 
 
 def test_bits_depend_on_neither_threads_nor_other_rows(cpu_backend):

@@ -172,7 +172,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     if os.environ.get("FASTPPO_TEST_BACKEND", "cpu") != "cpu":
         pytest.skip("processes of their own, with the kernels of a CPU")
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=RANKS)
+    torch.multiprocessing.start_processes(_rank, (str(folder),), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -87,8 +87,8 @@ def isa_outputs() -> list[Tensor]:
     return [*run(swiglu, *make_case((40, 77)))]
 
 
-def test_same_bits_on_every_instruction_set(cpu_backend, tmp_path):
-    assert_same_bits_on_every_isa("tests.ops.test_swiglu", tmp_path)
+def test_same_bits_on_every_instruction_set(cpu_backend):
+    assert_same_bits_on_every_isa(__name__)
 
 
 def test_bits_do_not_depend_on_threads(cpu_backend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.pool
 import os
 import sys
@@ -13,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
+from tests import fresh
 from tests.rewards.conftest import assert_all_invalid, eventually, is_gone, score
 
 FORK, SPAWN, SERVER = map(multiprocessing.get_context, ("fork", "spawn", "forkserver"))
@@ -29,6 +31,15 @@ POOLS = {
     "process executor of a fork server": lambda: ProcessPoolExecutor(1, mp_context=SERVER),
     "process pool of a fork server": lambda: SERVER.Pool(1),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bare_servers():
+    """The fork server of a reward's process imports nothing: with what tests/fresh.py has imported by that of this process it takes ten seconds."""
+    multiprocessing.forkserver.ensure_running()
+    SERVER.set_forkserver_preload(["__main__"])
+    yield
+    SERVER.set_forkserver_preload(fresh.IMPORTED)
 
 
 @pytest.fixture

@@ -23,7 +23,10 @@ if FAST_BACKEND != "triton":
     pytest.skip("only for the process that tests Triton's kernels", allow_module_level=True)
 
 
-SHAPES = [{}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 20}]
+# The kernels between the products see heads, their norms and dtypes: what differs from family to family besides is the modules' own.
+CASES = [(family, {}, torch.float32) for family in sorted(NATIVE)]
+CASES += [(family, {"attention_bias": True, "mlp_bias": True}, torch.bfloat16) for family in ("llama", "qwen2")]
+CASES += [("llama", {"head_dim": 20}, torch.float32), ("qwen3", {"head_dim": 20}, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +63,7 @@ def run(decoder, cache: PagedCache) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", sorted(NATIVE))
-@pytest.mark.parametrize("changes", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "changes", "dtype"), CASES, ids=str)
 def test_steps_as_the_modules_do(family, changes, dtype):
     """Hidden states, and what they leave in the cache: as near to fp64 as the modules are, at the same places."""
     model = make_model(family, dtype=dtype, max_position_embeddings=128, **changes)

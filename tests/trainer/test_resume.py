@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,45 +17,35 @@ from safetensors.torch import load_file
 
 from fastppo.errors import CheckpointError
 from fastppo.run_folder import read_metrics, read_settings
+from tests.fresh import context
 from tests.tiny import make_model
-from tests.tiny_trainer import count_a
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# Runs `train(resume)` in a process of its own; `die` names a function of a module that is killed with SIGKILL at its n-th call.
-SCRIPT = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from fastppo import PPOTrainer
-from fastppo.console import Reporter
-from tests.tiny import make_model, make_tokenizer
-from tests.tiny_trainer import PROMPTS, count_a, tiny_config
-
-output, resume, module, name, nth = sys.argv[1], sys.argv[2] == "1", *sys.argv[3:5], int(sys.argv[5])
-if nth:
-    import importlib
-    owner = importlib.import_module(module)
-    original, calls = getattr(owner, name), [0]
-    def dying(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(owner, name, dying)
-config = tiny_config(output, total_steps=4, checkpoint__every=1, reward__kl_coef=0.05, evaluation__every=2, learner__epochs=2)
-trainer = PPOTrainer(make_model(), reward=count_a, prompts=PROMPTS, eval_prompts=["ab"], config=config,
-                     tokenizer=make_tokenizer(), reporter=Reporter(4, quiet=True))
-trainer.train(resume=resume)
-"""
+from tests.tiny_trainer import build_trainer, count_a
 
 
-def run(output: Path, *, resume: bool = False, die: tuple[str, str, int] = ("", "", 0)) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(output), str(int(resume)), *map(str, die)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+def _train(output: Path, resume: bool, die: tuple[str, str, int] | None) -> None:
+    """In a process of its own: `die` names a function of a module, by whose n-th call the process is killed with SIGKILL."""
+    torch.set_num_threads(1)
+    if die is not None:
+        module, name, nth = die
+        owner = importlib.import_module(module)
+        original, calls = getattr(owner, name), count(1)
+
+        def dying(*args, **kwargs):
+            if next(calls) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, dying)
+    settings = {"total_steps": 4, "checkpoint__every": 1, "reward__kl_coef": 0.05, "evaluation__every": 2}
+    build_trainer(output, eval_prompts=["ab"], learner__epochs=2, **settings).train(resume=resume)
+
+
+def run(output: Path, *, resume: bool = False, die: tuple[str, str, int] | None = None) -> int:
+    process = context.Process(target=_train, args=(output, resume, die))
+    process.start()
+    process.join(300)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +64,6 @@ KILLS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_run_continues_bitwise(uninterrupted, tmp_path, when):
     output = tmp_path / "run"
