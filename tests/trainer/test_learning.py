@@ -51,7 +51,6 @@ def learn(make_trainer, tmp_path, reward=copies_of_first, **changes) -> tuple[fl
     return true_rewards[0], sum(true_rewards[-3:]) / 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_ppo_learns_from_chance_to_mastery(make_trainer, tmp_path, critic):
     first, last = learn(make_trainer, tmp_path, critic__kind=critic)
@@ -61,13 +60,11 @@ def test_ppo_learns_from_chance_to_mastery(make_trainer, tmp_path, critic):
     assert max(variances[5:]) > 0.15, "the critic learns too"
 
 
-@pytest.mark.slow
 def test_nothing_is_learned_at_learning_rate_zero(make_trainer, tmp_path):
     first, last = learn(make_trainer, tmp_path, optimizer__lr=0.0, critic__lr=0.0)
     assert first < 0.15 and last < 0.15
 
 
-@pytest.mark.slow
 def test_nothing_is_learned_from_shuffled_rewards(make_trainer, tmp_path):
     first, last = learn(make_trainer, tmp_path, reward=shuffled)
     assert first < 0.15 and last < 0.25
