@@ -397,6 +397,8 @@ class PPOConfig:
         if kind not in SAMPLED:
             why = f"search.kind {kind}, which puts an answer together"
             expected["rollout.min_new_tokens"] = self.rollout.min_new_tokens, 0, why
+            # A rank asks the critic when its own search does; divided weights would have to be gathered by all ranks at once.
+            expected["distributed.sharding"] = self.distributed.sharding, "none", why
         for name, (found, wanted, why) in expected.items():
             if found != wanted:
                 raise ValueError(f"{name} is {found}, expected {wanted} with {why}")

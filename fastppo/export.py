@@ -53,9 +53,7 @@ def export_run(
     tokenizer = load_tokenizer(model or settings.get("tokenizer") or name)
     dtype = identity.get("model.dtype") or next(iter(policy.values())).dtype  # sharded weights are kept in a wider type
     trained = load_model(name, dtype=dtype, device="cpu")
-    adapters = None if lora is None else adapters_on(trained, path, identity)
-    if seats := dict(identity.get("lora.seats", ())):
-        adapters.add_seats(seats, next(seat for seat, role in seats.items() if role == "policy"))
+    adapters = None if lora is None else policy_adapters_on(trained, path, identity)
     try:
         (trained if adapters is None else adapters.trained("policy")).load_state_dict(policy)
     except RuntimeError as error:
@@ -88,6 +86,14 @@ def adapters_on(base: PreTrainedModel, checkpoint: Path, identity: dict[str, Any
     adapters = Adapters.from_description(base, identity["lora"])
     if identity.get("lora.quantization"):
         adapters.quantize_base()
+    return adapters
+
+
+def policy_adapters_on(base: PreTrainedModel, checkpoint: Path, identity: dict[str, Any]) -> Adapters:
+    """As `adapters_on`, with those of a debate's seats, where each has its own: a checkpoint has them all among the policy's numbers."""
+    adapters = adapters_on(base, checkpoint, identity)
+    if seats := dict(identity.get("lora.seats", ())):
+        adapters.add_seats(seats, next(seat for seat, role in seats.items() if role == "policy"))
     return adapters
 
 

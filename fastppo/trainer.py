@@ -164,11 +164,7 @@ class PPOTrainer(RunLoop):
         sampled = self.model if self.whole is None else self.whole.model
         self.engine = Engine(sampled, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
         expert = config.algorithm == "expert_iteration" and config.search.kind not in SAMPLED
-        if expert and self.ranks.size > 1:
-            raise ValueError(
-                f"search.kind is {config.search.kind}, expected {' or '.join(SAMPLED)} in {self.ranks.size} processes (torchrun)"
-            )
-        self.expert = Expert(config.search, self.engine, self.learner) if expert else None
+        self.expert = Expert(config.search, self.engine, self.learner, self.ranks) if expert else None
         with naming("environment"):
             _require_whole_answers(environment, config)
             self.source = source_of(

@@ -15,7 +15,7 @@ from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.generation import Generation, OnTokens, ValueHead
 from fastppo.rollout.model_runner import ModelRunner
 from fastppo.rollout.pages import PagedCache, pages_for
-from fastppo.rollout.prompts import encode_prompts
+from fastppo.rollout.prompts import encode_prompts, prompt_numbers
 from fastppo.rollout.rollout import Rollout
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.sequences import Manner
@@ -100,7 +100,7 @@ class Engine:
         """
         self._check(sampling)
         token_lists = encode_prompts(prompts, self.model, self.tokenizer)
-        numbers = _checked_numbers(numbers, len(token_lists))
+        numbers = prompt_numbers(numbers, len(token_lists))
         context, total = context_length(self.model) or 2**62, len(token_lists) * sampling.n
         lengths = [min(len(tokens) + sampling.max_new_tokens, context) for tokens in token_lists]
         slots, most = min(self.max_batch_size, total), max(map(pages_for, lengths))
@@ -172,12 +172,3 @@ class Engine:
         """Whether the model can be sampled from in this way."""
         require_prepared(self.model)
         self._manner(sampling)
-
-
-def _checked_numbers(numbers: Sequence[int] | None, count: int) -> list[int]:
-    if numbers is None:
-        return list(range(count))
-    found = [_checks.integer_number(f"numbers[{i}]", number, at_least=0) for i, number in enumerate(numbers)]
-    if len(found) != count:
-        raise ValueError(f"numbers has {len(found)} entries, expected {count}, one for each prompt")
-    return found

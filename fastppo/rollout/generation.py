@@ -160,11 +160,12 @@ class Generation:
         self.drawn_by.add(_drawing(manner.sampling))
         self.admission.resume(sequence)
 
-    def fork(self, sequence: Sequence) -> Sequence:
-        """A sequence of its own with the same past."""
+    def fork(self, sequence: Sequence, stream: int | None = None) -> Sequence:
+        """A sequence of its own with the same past. stream: what its draws come from; by default its number."""
         past = dict(tokens=list(sequence.tokens), chosen=list(sequence.chosen), draws=list(sequence.draws))
         number = len(self.sequences)
-        twin = replace(sequence, id=number, stream=number, closed=False, **past)
+        stream = number if stream is None else stream
+        twin = replace(sequence, id=number, stream=stream, closed=False, **past)
         self.admission.share(sequence, twin)
         self.sequences.append(twin)
         return twin

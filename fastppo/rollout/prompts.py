@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.model.packed import context_length
 from fastppo.model.tokens import encode_prompt
+from fastppo.ops import _checks
 
 EXPECTED = "a list of texts or of lists of token ids, or a tokenizer's output"
 ENCODING_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -153,3 +154,13 @@ def _check(index: int, tokens: list[Any], model: PreTrainedModel) -> list[int]:
             f"prompts[{index}] has token ids from {min(tokens)} to {max(tokens)}, expected 0 to {vocab_size - 1}"
         )
     return [int(token) for token in tokens]
+
+
+def prompt_numbers(numbers: Sequence[int] | None, count: int) -> list[int]:
+    """[count] numbers of prompts among those of a larger call; by default 0, 1, ... Raises ValueError where there are not so many."""
+    if numbers is None:
+        return list(range(count))
+    found = [_checks.integer_number(f"numbers[{i}]", number, at_least=0) for i, number in enumerate(numbers)]
+    if len(found) != count:
+        raise ValueError(f"numbers has {len(found)} entries, expected {count}, one for each prompt")
+    return found

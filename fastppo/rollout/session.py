@@ -132,12 +132,14 @@ class Session:
             raise ValueError(f"sequence {id} ended because its logits were not finite, expected one that can go on")
         self._generation.append(sequence, given, most_new, manner)
 
-    def fork(self, id: int) -> int:
+    def fork(self, id: int, *, stream: int | None = None) -> int:
         """The number of a new sequence with the same past as one whose turn has ended, be it closed. `append` gives it its next turn.
 
-        It shares the full pages of that past. Raises ValueError where the turn has not ended.
+        It shares the full pages of that past. stream: as `streams` of `add`. Raises ValueError where the turn has not ended.
         """
-        return self._generation.fork(self._ended(id)).id
+        if stream is not None:
+            stream = _checks.integer_number("stream", stream)
+        return self._generation.fork(self._ended(id), stream).id
 
     def close(self, id: int, tokens: Many[int] = ()) -> None:
         """No turn of the sequence will follow: its pages are free. `tokens` (the last answer of a tool) end it.

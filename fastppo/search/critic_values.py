@@ -15,7 +15,7 @@ from fastppo.checkpoint import load_latest_checkpoint
 from fastppo.critic_config import CriticConfig
 from fastppo.critics import histogram_of
 from fastppo.errors import CheckpointError
-from fastppo.export import adapters_on, first_model
+from fastppo.export import adapters_on, first_model, policy_adapters_on
 from fastppo.model import (
     Critic,
     SharedPrompts,
@@ -24,7 +24,6 @@ from fastppo.model import (
     make_value_head,
     prepare_model,
 )
-from fastppo.model.adapters import Adapters
 from fastppo.model.host import on_device
 from fastppo.roles import Roles
 from fastppo.rollout.record import bounds_of
@@ -71,7 +70,7 @@ def load_critic(run: str | Path, model: PreTrainedModel) -> Critic:
     settings = {name: identity[f"critic.{name}"] for name in ("head", "bins", "value_range")}
     histogram = histogram_of(CriticConfig(**settings))
     if identity["critic.kind"] == "lora":
-        adapters = _adapters(run, path, identity, model.device)
+        adapters = adapters_on(_first_model(run, identity, model.device), path, identity)
         critic = Critic(adapters.model, make_value_head(adapters.model, histogram))
         learned = adapters.trained("policy", head=critic.head)  # names do not tell whose adapter it was
     elif identity["critic.kind"] == "shared":
@@ -87,15 +86,14 @@ def load_critic(run: str | Path, model: PreTrainedModel) -> Critic:
     return critic
 
 
-def _adapters(run: Path, checkpoint: Path, identity: dict[str, Any], device: torch.device) -> Adapters:
-    """On the model that the run started from."""
+def _first_model(run: Path, identity: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    """The model that the run started from, and its adapters stand on."""
     name = first_model(run)
     if name is None:
         raise ValueError(
             f"{run} does not say which model it started from, expected a run that does: its adapters are on that one"
         )
-    base = load_model(name, dtype=identity["model.dtype"], device=device)
-    return adapters_on(prepare_model(base), checkpoint, identity)
+    return prepare_model(load_model(name, dtype=identity["model.dtype"], device=device))
 
 
 def _policy_state(
@@ -104,7 +102,7 @@ def _policy_state(
     """The weights of the policy that a checkpoint holds, its adapter merged on the device."""
     if identity["lora"] is None:
         return saved
-    adapters = _adapters(run, checkpoint, identity, device)
+    adapters = policy_adapters_on(_first_model(run, identity, device), checkpoint, identity)
     adapters.trained("policy").load_state_dict(saved)
     return adapters.merged_state()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from fastppo.distributed import Ranks
 from fastppo.learner import Learner
 from fastppo.model.host import on_device
 from fastppo.rollout.engine import Engine
@@ -24,13 +25,14 @@ SEEDS = 2**63  # of the sampler
 
 
 class Expert:
-    """Searches with the weights of a learner, whose policy is the engine's model.
+    """Searches with the weights of a learner, whose policy is the engine's model. Of R ranks each searches for every R-th prompt; what is found
+    does not depend on where.
 
     config: of kind value-guided or puct; the answer's end is worth what the critic says of the state before it.
     """
 
-    def __init__(self, config: SearchConfig, engine: Engine, learner: Learner) -> None:
-        self._config, self._engine, self._learner = config, engine, learner
+    def __init__(self, config: SearchConfig, engine: Engine, learner: Learner, ranks: Ranks) -> None:
+        self._config, self._engine, self._learner, self._ranks = config, engine, learner, ranks
         self._values = critic_values(learner.roles)
 
     def join(
@@ -39,15 +41,10 @@ class Expert:
         """The rollout with an answer to each prompt before the samples of that prompt, and metrics of the search.
 
         Args:
-            rollout: `sampling.n` completions of each of the prompts.
+            rollout: `sampling.n` completions of each of the prompts, the same on every rank.
             check: called whenever the critic is asked; what it raises ends the search.
         """
-
-        def values(states: list[list[int]]) -> list[float]:
-            check()
-            return self._values(states)
-
-        found = self._search(prompts, replace(sampling, n=1, seed=(sampling.seed + SEED_OFFSET) % SEEDS), values)
+        found = self._search_by_all(prompts, replace(sampling, n=1, seed=(sampling.seed + SEED_OFFSET) % SEEDS), check)
         answers = self._with_logprobs(
             _packed(prompts, found, rollout.temperature, rollout.tokens.device), sampling.seed
         )
@@ -56,7 +53,23 @@ class Expert:
         order = both.prompt_index.argsort(stable=True).tolist()
         return both.select(order), {"search/tokens": sum(answer.new_tokens for answer in found) / len(found)}
 
-    def _search(self, prompts: list[list[int]], sampling: SamplingParams, values: Values) -> list[Found]:
+    def _search_by_all(
+        self, prompts: list[list[int]], sampling: SamplingParams, check: Callable[[], None]
+    ) -> list[Found]:
+        """An answer to each prompt, the same on every rank."""
+
+        def values(states: list[list[int]]) -> list[float]:
+            check()
+            return self._values(states)
+
+        own = self._ranks.own(range(len(prompts)))
+        found = self._search([prompts[i] for i in own], own, sampling, values) if own else []
+        shares = [iter(share) for share in self._ranks.exchange("search", found)]
+        return [next(shares[i % len(shares)]) for i in range(len(prompts))]
+
+    def _search(
+        self, prompts: list[list[int]], numbers: Sequence[int], sampling: SamplingParams, values: Values
+    ) -> list[Found]:
         config, engine = self._config, self._engine
         if config.kind == "value-guided":
             # Its candidates are the likeliest tokens, whatever samples are drawn from.
@@ -64,7 +77,7 @@ class Expert:
             return value_guided(engine, prompts, sampling, values, **config.given("width", "budget"))
         settings = config.given("width", "step_tokens", "simulations", "c_puct", "budget")
         settings |= {} if config.step is None else {"step_strings": config.step}
-        return puct(engine, prompts, sampling, values, TreeParams(**settings))
+        return puct(engine, prompts, sampling, values, TreeParams(**settings), numbers=numbers)
 
     def _with_logprobs(self, rollout: Rollout, seed: int) -> Rollout:
         """With the policy's own log-probabilities."""

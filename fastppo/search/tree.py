@@ -8,20 +8,23 @@ not been seen. A critic that guides such a search of sentences: Feng et al. 2023
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastppo.model import context_length
 from fastppo.ops import _checks
 from fastppo.rollout.engine import Engine
-from fastppo.rollout.prompts import encode_prompts
+from fastppo.rollout.prompts import encode_prompts, prompt_numbers
 from fastppo.rollout.rollout import FinishReason
 from fastppo.rollout.sampling import SamplingParams
 from fastppo.rollout.sequences import Turn
 from fastppo.rollout.session import Session
 from fastppo.search.answers import Endings, Found, Score, Values, asked_scores, asked_values, one_answer, value_score
+
+STREAMS = 2**32  # numbers that the draws of a tree may come from, at most
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,17 @@ class _Tree:
     """The search for one answer. `grow` says which node it wants steps for, and goes on once the node has them."""
 
     def __init__(
-        self, number: int, prompt: list[int], limit: int, params: TreeParams, budget: int, start: Node
+        self,
+        number: int,
+        prompt: list[int],
+        limit: int,
+        params: TreeParams,
+        budget: int,
+        start: Node,
+        streams: Iterator[int],
     ) -> None:
-        self.number, self.prompt, self.limit, self.params = number, prompt, limit, params
+        """streams: what the draws of its steps come from, so that they are the same whatever trees grow beside it."""
+        self.number, self.prompt, self.limit, self.params, self.streams = number, prompt, limit, params, streams
         self.left, self.spent = budget, 0
         self.start = self.root = start
         self.completion: list[int] = []
@@ -189,6 +200,7 @@ def puct(
     *,
     score: Score | None = None,
     trees: list[Node] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Found]:
     """Answers put together step by step, each the most visited one of a tree (AlphaZero, Silver et al. 2017, arXiv:1712.01815, without its noise).
 
@@ -201,13 +213,15 @@ def puct(
         values: V, say `critic_values(trainer.roles)`.
         score: of finished answers; by default the value of the state before the last token.
         trees: a list that gets the first node of each tree.
+        numbers: which prompts of a larger call these are, whose others are searched elsewhere: their trees are what they would be there. By
+            default 0, 1, ...
 
     Raises:
         ValueError: settings that say otherwise, values or scores that are not one finite number each, and as `Engine.open` and `Session.add`.
     """
     params = params or TreeParams()
     sampling = _checked(sampling, params)
-    grown = _plant(engine, prompts, sampling, params, values)
+    grown = _plant(engine, prompts, sampling, params, values, numbers)
     score = score or value_score(values, [tree.prompt for tree in grown])
     per_step = replace(
         sampling,
@@ -249,11 +263,13 @@ class _Forest:
 
     def _begin(self, expansion: _Expansion) -> list[int]:
         """Turns for the steps, each in a sequence of its own; their numbers."""
-        if expansion.node.sequence is None:
-            return self.session.add(expansion.tree.prompt, n=expansion.count)
-        forks = [self.session.fork(expansion.node.sequence) for _ in range(expansion.count)]
+        tree, node = expansion.tree, expansion.node
+        streams = list(itertools.islice(tree.streams, expansion.count))
+        if node.sequence is None:
+            return self.session.add(tree.prompt, n=expansion.count, streams=streams)
+        forks = [self.session.fork(node.sequence, stream=stream) for stream in streams]
         for fork in forks:
-            self.session.append(fork, [], max_new_tokens=expansion.tree.step_limit(expansion.completion))
+            self.session.append(fork, [], max_new_tokens=tree.step_limit(expansion.completion))
         return forks
 
     def _logprobs(self, turns: dict[int, Turn]) -> dict[int, float]:
@@ -318,13 +334,21 @@ def _checked(sampling: SamplingParams, params: TreeParams) -> SamplingParams:
     return one_answer(sampling)
 
 
-def _plant(engine: Engine, prompts: Any, sampling: SamplingParams, params: TreeParams, values: Values) -> list[_Tree]:
+def _plant(
+    engine: Engine,
+    prompts: Any,
+    sampling: SamplingParams,
+    params: TreeParams,
+    values: Values,
+    numbers: Sequence[int] | None,
+) -> list[_Tree]:
     most, context = sampling.max_new_tokens, context_length(engine.model) or 2**62
     budget = 8 * most if params.budget is None else params.budget
     encoded = encode_prompts(prompts, engine.model, engine.tokenizer)
+    streams = [itertools.count(number * STREAMS) for number in prompt_numbers(numbers, len(encoded))]
     starts = [Node([], 0.0, value, None, None) for value in asked_values(values, encoded)]
     limits = [min(most, context - len(tokens)) for tokens in encoded]
-    return [_Tree(i, encoded[i], limits[i], params, budget, start) for i, start in enumerate(starts)]
+    return [_Tree(i, encoded[i], limits[i], params, budget, start, streams[i]) for i, start in enumerate(starts)]
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -18,6 +18,7 @@ from tests.tolerance import assert_same_on_ranks
 
 STEPS = 200
 GROUPS = {"rollout__samples_per_prompt": 4, "rollout__prompts_per_step": 3}
+EXPERT = {"algorithm": "expert_iteration", "reward__solved_score": 0.01} | GROUPS
 # What a step is made of, each in another way: how micro-batches are cut, the estimator and the loss, who the critic is.
 KINDS = {
     "ppo": {},
@@ -34,6 +35,10 @@ KINDS = {
     "remax": {"advantage__estimator": "remax"},
     "dynamic_sampling": {"rollout__dynamic_sampling": True} | GROUPS,
     "trpo": {"algorithm": "trpo"},
+    "majority": EXPERT | {"search__kind": "majority", "search__answer": "a|b"},
+    "value_guided": EXPERT | {"search__kind": "value-guided", "search__width": 3},
+    "puct": EXPERT | {"search__kind": "puct", "search__step": "b", "search__step_tokens": 2, "search__simulations": 3},
+    "fewer_searches_than_ranks": EXPERT | {"search__kind": "value-guided", "rollout__prompts_per_step": 1},
 }
 OF_THE_MACHINE = ("time/", "perf/", "distributed/", "rollout/occupancy", "rollout/shared_prompt_share")
 

@@ -14,17 +14,19 @@ from fastppo.envs import Debate, Dialogue, Speech, hold_debates
 from fastppo.envs.source import Debates
 from fastppo.errors import CheckpointError, TrainingError
 from fastppo.export import export_run
+from fastppo.model import load_model, prepare_model
 from fastppo.plan import Lengths, plan_epochs
 from fastppo.roles import Roles
 from fastppo.rollout import FinishReason, SamplingParams
 from fastppo.run_folder import read_metrics
+from fastppo.search import critic_values, load_critic
 from tests.envs.chat import make_chat_tokenizer, trl_template
 from tests.envs.test_training import Dying
 from tests.envs.test_training import make as make_trainer
 from tests.envs.worlds import ROWS, make_engine, rows_of
 from tests.tiny import make_model, make_tokenizer
 from tests.tiny_trainer import PROMPTS
-from tests.tolerance import assert_same_in_fp64
+from tests.tolerance import assert_rounds_to, assert_same_in_fp64
 
 DEBATE = Debate(
     [Speech("pro"), Speech("con", "{prompt}n"), Speech("pro", "c{con}"), Speech("judge", "{prompt}{pro}o{con}")]
@@ -287,6 +289,20 @@ def test_all_adapters_are_written_and_exported(tmp_path):
         assert {p.sum().item() for p in own} == {x.sum().item() for x in written[0].values()}
         assert written[0].keys() == written[1].keys()
         assert all(torch.equal(x, written[1][name]) for name, x in written[0].items())
+
+
+def test_a_critic_on_the_policys_trunk_is_read_with_the_adapter_of_who_answers(tmp_path):
+    base = tmp_path / "base"
+    make_model(max_position_embeddings=128).save_pretrained(base)
+    model = load_model(base, dtype="float32", device="cpu")
+    trainer = make(tmp_path / "run", OWN, model=model, **LORA | {"critic__kind": "shared", "critic__lr": 1e-2})
+    trainer.train()
+    assert change_of(trainer, "policy") > 0 < change_of(trainer, "seat_pro")
+    written = prepare_model(load_model(tmp_path / "run" / "model", dtype="float32", device="cpu"))
+    states = [[2, 3], [4], [2, 3, 4]]
+    said, expected = (critic_values(x)(states) for x in (load_critic(tmp_path / "run", written), trainer.roles))
+    assert_rounds_to(torch.tensor(said), torch.tensor(expected).double())
+    assert len(set(said)) == 3
 
 
 def test_a_run_goes_on_with_the_adapters_that_it_had(tmp_path):

@@ -208,6 +208,19 @@ class TestForks:
                 found.append(session.rollout())
         assert_same(*found)
 
+    def test_draw_from_the_streams_that_they_are_given(self, model):
+        with Engine(model).open(SamplingParams(max_new_tokens=9, seed=5, ignore_eos=True)) as session:
+            (trunk,) = session.add(PROMPTS[0])
+            list(session)
+            twins = [session.fork(trunk, stream=stream) for stream in (2**40, 7, 2**40)]
+            for id in twins:
+                session.append(id, [1])
+            turns = {turn.id: turn.tokens for turn in session}
+            first, other, again = (turns[id] for id in twins)
+            assert first == again != other
+            with pytest.raises(TypeError, match="stream is 'a'"):
+                session.fork(trunk, stream="a")
+
     def test_give_all_pages_back(self, model):
         with Engine(model).open(SAMPLING) as session:
             session.add(PROMPTS[0], n=3)

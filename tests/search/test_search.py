@@ -211,6 +211,19 @@ def test_the_same_search_gives_the_same_trees_and_another_seed_others(engine):
     assert statistics(4) == statistics(4) != statistics(5)
 
 
+def test_a_tree_does_not_depend_on_those_beside_it(engine):
+    """It is what it would be among all prompts, also where others are searched elsewhere; another number is another tree."""
+
+    def grown(prompts, numbers=None):
+        trees: list[Node] = []
+        sampling = SamplingParams(max_new_tokens=8, seed=4)
+        puct(engine, prompts, sampling, share_of_b, TREE, trees=trees, numbers=numbers)
+        return [[(n.tokens, n.prior, n.value, n.visits, n.total) for n in walk(tree)] for tree in trees]
+
+    whole = grown(PROMPTS)
+    assert grown(PROMPTS[::2], [0, 2]) == whole[::2] and grown(PROMPTS[1:2], [1]) == whole[1:2] != grown(PROMPTS[1:2])
+
+
 def test_a_node_has_the_visits_of_its_children_and_its_own(engine):
     trees: list[Node] = []
     puct(engine, PROMPTS, SamplingParams(max_new_tokens=8), share_of_b, TREE, trees=trees)
@@ -325,6 +338,7 @@ def test_roles_without_a_critic_are_refused():
         (lambda e, s: puct(e, PROMPTS, s, flat, replace(TREE, budget=7)), "budget is 7, expected at least"),
         (lambda e, s: puct(e, PROMPTS, s, lambda states: [math.nan] * len(states), TREE), "values returned nan"),
         (lambda e, s: puct(e, [], s, flat, TREE), "prompts is empty"),
+        (lambda e, s: puct(e, PROMPTS, s, flat, TREE, numbers=[0]), "numbers has 1 entries, expected 3"),
         (lambda e, s: value_guided(e, PROMPTS, replace(s, top_k=3), flat), "sampling.top_k is 3"),
         (lambda e, s: value_guided(e, PROMPTS, s, flat, width=0), "width is 0"),
         (lambda e, s: value_guided(e, PROMPTS, s, flat, gamma=1.5), "gamma is 1.5"),

@@ -157,6 +157,9 @@ WRONG = {
     "width is 3, expected none with kind best-of-n": EXPERT | {"search__width": 3},
     "search.budget is 5, expected at least rollout.max_new_tokens = 256": EXPERT | TREE | {"search__budget": 5},
     "rollout.min_new_tokens is 2, expected 0 with search.kind puct": EXPERT | TREE | {"rollout__min_new_tokens": 2},
+    "distributed.sharding is full, expected none with search.kind puct": EXPERT
+    | TREE
+    | {"distributed__sharding": "full"},
     "rollout.samples_per_prompt is 1, expected at least 2 with search.kind best-of-n": EXPERT
     | {"rollout__samples_per_prompt": 1},
     "loss.clip_low is set, expected no setting of loss with algorithm expert_iteration": EXPERT
