@@ -38,7 +38,6 @@ KINDS = {
     "majority": EXPERT | {"search__kind": "majority", "search__answer": "a|b"},
     "value_guided": EXPERT | {"search__kind": "value-guided", "search__width": 3},
     "puct": EXPERT | {"search__kind": "puct", "search__step": "b", "search__step_tokens": 2, "search__simulations": 3},
-    "fewer_searches_than_ranks": EXPERT | {"search__kind": "value-guided", "rollout__prompts_per_step": 1},
 }
 OF_THE_MACHINE = ("time/", "perf/", "distributed/", "rollout/occupancy", "rollout/shared_prompt_share")
 
