@@ -48,7 +48,7 @@ if DEVICE:
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_interpreter
 
-    triton_interpreter.multiply_bfloat16()
+    triton_interpreter.multiply_as_a_gpu()
     triton_interpreter.call_functions_without_delay()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-import numpy
 import pytest
 import torch
 
@@ -58,18 +55,9 @@ def test_strided_operands(backend):
     compare(x.t().contiguous().t(), weight.t().contiguous().t(), bias)
 
 
-def _numpy_tells_rows_apart() -> bool:
-    a, b = (torch.randn(shape, generator=seeded(0)).numpy() for shape in ((16, 64), (64, 64)))
-    return not numpy.array_equal(numpy.roll(a, 1, 0) @ b, numpy.roll(a @ b, 1, 0))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(37, 150, 200), (70, 20, 700)])
 def test_bits_do_not_depend_on_the_other_rows(fast_backend, size, dtype):
-    if fast_backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" and _numpy_tells_rows_apart():
-        pytest.skip(
-            "interpreted, a block's product is NumPy's, whose bits depend on where a row stands on this processor"
-        )
     x, weight, bias = make_case(*size, dtype)
     whole = batch_invariant_linear(x, weight, bias)
     for rows in (slice(0, 1), slice(3, 10), slice(36, 37), slice(1, 37)):
