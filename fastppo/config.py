@@ -73,7 +73,11 @@ class RolloutConfig:
     """Most rollouts of `prompts_per_step` prompts that a step with `dynamic_sampling` makes; then it learns from what it has."""
     recompute_logprobs: Literal["auto", "always", "never"] = "auto"
     """The log-probabilities that the ratio is taken against: `always` from a forward pass of the policy; `auto` those of sampling, once a step
-    has shown that the two have the same bits (a Llama-like model in float32 on a CPU); `never` those of sampling whatever their bits."""
+    has shown that the two have the same bits (a Llama-like model in float32 on a CPU, or with `exact`); `never` those of sampling whatever
+    their bits."""
+    exact: bool = False
+    """A token of the policy has the same bits sampled, scored and trained on a GPU too, where a Llama-like model without adapters then runs by
+    the kernels of its decode steps, slower ones, in all three. On a CPU in float32 it always has."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> RolloutConfig:
@@ -419,6 +423,16 @@ class PPOConfig:
         for name, (value, expected) in served.items():
             if self.distributed.sharding == "full" and value != expected:
                 raise ValueError(f"{name} is {value}, expected {expected} with distributed.sharding full")
+        return self
+
+    @model_validator(mode="after")
+    def _check_exact(self) -> PPOConfig:
+        for name, found, off in (
+            ("lora.r", self.lora.r, 0),
+            ("distributed.sharding", self.distributed.sharding, "none"),
+        ):
+            if self.rollout.exact and found != off:
+                raise ValueError(f"rollout.exact is true, expected false with {name} {found}")
         return self
 
     @model_validator(mode="after")

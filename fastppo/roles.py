@@ -97,9 +97,8 @@ class Roles(nn.Module):
         self.dtypes = {parameter.dtype for parameter in self.parameters()}
         """Types that the networks compute in."""
         self.dtype, self.is_sharded = policy.dtype, False
-        self._sampling_is_exact = (
-            False  # whether sampled log-probs have been seen to be, bit for bit, those of a forward pass
-        )
+        self._seen_exact: set[str] = set()
+        """What sampling knows that has been seen to be, bit for bit, what a forward pass gives: "logprobs", "values"."""
 
     def shard(self, sharding: Sharding) -> None:
         """Divide every network among the ranks, before any optimizer is made for it. The networks have to be the same on every rank. From then
@@ -193,16 +192,20 @@ class Roles(nn.Module):
         if recompute_logprobs == "never":
             found = self._forward(rollout, set(want) - {"logprobs"}, plan, ranks)
             return Evaluation(rollout.action_bounds, logprobs=rollout.logprobs if "logprobs" in want else None, **found)
-        exact = trunk_of(self.policy) is not None
-        sampled = {"logprobs": rollout.logprobs, "values": rollout.values if self.critic is None else None}
-        sampled = {name: x for name, x in sampled.items() if name in want and x is not None}
-        if exact and self._sampling_is_exact and recompute_logprobs == "auto":
-            found = self._forward(rollout, set(want) - sampled.keys(), plan, ranks) | sampled
-        else:
-            found = self._forward(rollout, set(want), plan, ranks)
-            if "logprobs" in want:
-                self._sampling_is_exact |= exact and all(torch.equal(found[name], x) for name, x in sampled.items())
+        sampled = {name: x for name, x in self._sampled_exactly(rollout).items() if name in want}
+        trusted = self._seen_exact & sampled.keys() if recompute_logprobs == "auto" else set()
+        found = self._forward(rollout, set(want) - trusted, plan, ranks)
+        self._seen_exact |= {name for name in sampled.keys() - trusted if torch.equal(found[name], sampled[name])}
+        found |= {name: sampled[name] for name in trusted}
         return Evaluation(rollout.action_bounds, **found)
+
+    def _sampled_exactly(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What sampling told that the same kernels make in a forward pass. On a GPU heads of values are not among them."""
+        trunk = trunk_of(self.policy)
+        if trunk is None:
+            return {}
+        has_values = self.critic is None and rollout.values is not None and trunk.is_on_cpu
+        return {"logprobs": rollout.logprobs} | ({"values": rollout.values} if has_values else {})
 
     def _forward(self, rollout: Rollout, want: Collection[str], plan: Plan, ranks: Ranks) -> dict[str, Tensor]:
         """The fields of an evaluation that `want` asks for, from forward passes over the micro-batches of all ranks."""

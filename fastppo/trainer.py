@@ -36,7 +36,7 @@ from fastppo.held_out import load_held_out
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics, search_metrics
-from fastppo.model import context_length
+from fastppo.model import context_length, make_exact
 from fastppo.model.adapters import adapters_of, add_adapters
 from fastppo.model.host import on_device, require_gpu
 from fastppo.model.sharding import WholeCopy
@@ -119,6 +119,9 @@ class PPOTrainer(RunLoop):
         self.adapters = adapters_of(model, config.lora)
         model = model if self.adapters is None else self.adapters.model
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
+        if config.rollout.exact:
+            with naming("rollout"):
+                make_exact(self.model)
         self.environment = environment
         self.prompts = self._load(prompts, "prompts")
         self.held_out = load_held_out(eval_prompts, self._load, config, SEEDS)

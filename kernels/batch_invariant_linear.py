@@ -111,10 +111,14 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], weight [N, K] with last stride 1, contiguous bias [N], one dtype -> [..., N] in it, accumulated in fp32, rounded once."""
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K] with last stride 1 in x's dtype, contiguous bias [N] -> [..., N], accumulated in fp32, rounded once.
+
+    out: where it goes, contiguous; its dtype, x's or fp32, is what is rounded to.
+    """
     columns, inner = weight.shape
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x = _as_rows(x)

@@ -47,6 +47,7 @@ def _decode_attention_kernel(
     context_lens_ptr,
     sinks_ptr,
     out_ptr,
+    lse_ptr,
     max_sum_ptr,
     kv_heads,
     group,
@@ -78,8 +79,9 @@ def _decode_attention_kernel(
     """One program for BLOCK_HEADS query heads of one key head and one split of one sequence; programs beyond its end return at once.
 
     q [B, Hkv * group, D], pages [P, PAGE_SIZE, Hkv, D or DV], block_table [B, blocks], sinks [Hkv * group]. ONE_SPLIT: out
-    [B, Hq, DV] is the result. Else out fp32 [B, Hq, splits, DV] gets sum p v, and max_sum fp32 [B, Hq, splits, 2] the largest score and
-    sum p, p = exp(score - largest). A page outside of [0, pages) makes that sum NaN and is not read.
+    [B, Hq, DV] and lse fp32 [B, Hq], the scores' log-sum-exps, are the results. Else out fp32 [B, Hq, splits, DV] gets sum p v, and max_sum
+    fp32 [B, Hq, splits, 2] the largest score and sum p, p = exp(score - largest). A page outside of [0, pages) makes that sum NaN and is
+    not read.
     """
     head_blocks = tl.cdiv(group, BLOCK_HEADS)
     # Key heads vary fastest: programs that run together read neighbouring memory.
@@ -146,6 +148,7 @@ def _decode_attention_kernel(
     if ONE_SPLIT:
         acc = tl.where((length == 0) & (bad_length == 0), 0.0, acc / total[:, None])
         tl.store(out_ptr + row[:, None] * DV + offs_dv[None, :], acc, mask=mask_out)
+        tl.store(lse_ptr + row, running_max + tl.log(total), mask=mask_h)
     else:
         row = row * splits + tl.program_id(1)
         tl.store(out_ptr + row[:, None] * DV + offs_dv[None, :], acc, mask=mask_out)
@@ -159,6 +162,7 @@ def _merge_splits_kernel(
     max_sum_ptr,
     context_lens_ptr,
     out_ptr,
+    lse_ptr,
     heads,
     capacity,
     splits,
@@ -168,7 +172,7 @@ def _merge_splits_kernel(
     BLOCK_SPLITS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
 ):
-    """One program for one query head of one sequence: out [B * heads, DV] from parts [B * heads, splits, DV] and max_sum [..., splits, 2].
+    """One program for one query head of one sequence: out [B * heads, DV] and lse from parts [B * heads, splits, DV] and max_sum [..., splits, 2].
 
     One split alone gives the bits that the first kernel would have written: its factor is 1, the absent ones add 0.
     """
@@ -197,6 +201,7 @@ def _merge_splits_kernel(
     out = tl.where(length == 0, 0.0, out / total)
     out = tl.where(bad_length, float("nan"), out)
     tl.store(out_ptr + row * DV + offs_dv, out, mask=offs_dv < DV)
+    tl.store(lse_ptr + row, tl.where(bad_length, float("nan"), top + tl.log(total)))
 
 
 @triton.jit
@@ -278,17 +283,18 @@ def decode_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """q [B, Hq, D] and block_table [B, blocks] with last stride 1, pages contiguous but for their first dimension.
 
-    context_lens [B] and sinks fp32 [Hq] contiguous; softcap 0 and window 0 are none. Returns [B, Hq, Dv] in q's dtype: NaN where a length or
-    a page that is needed is out of range, 0 where the length is 0.
+    context_lens [B] and sinks fp32 [Hq] contiguous; softcap 0 and window 0 are none. Returns [B, Hq, Dv] in q's dtype, and the scores'
+    log-sum-exps fp32 [B, Hq]: NaN where a length or a page that is needed is out of range, 0 and -inf where the length is 0.
     """
     batch, heads, head_size = q.shape
     pages, page_size, kv_heads, value_size = v_pages.shape
     out = torch.empty((batch, heads, value_size), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out
+        return out, lse
     group = heads // kv_heads
     capacity = min(block_table.shape[1] * page_size, INT32_MAX - 2 * SPLIT_TOKENS)
     splits = _splits(capacity, window)
@@ -307,6 +313,7 @@ def decode_attention(
             context_lens,
             context_lens if sinks is None else sinks,
             parts,
+            lse,
             max_sum,
             kv_heads,
             group,
@@ -340,6 +347,7 @@ def decode_attention(
                 max_sum,
                 context_lens,
                 out,
+                lse,
                 heads,
                 capacity,
                 splits,
@@ -350,7 +358,7 @@ def decode_attention(
                 SPLIT_TOKENS=SPLIT_TOKENS,
                 num_warps=NUM_WARPS,
             )
-    return out
+    return out, lse
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:

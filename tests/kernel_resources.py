@@ -93,7 +93,7 @@ def decode_attention_launches():
         blocks, launch = module._tile(size, value_size, 4 if dtype == "float32" else 2, bool(aligned))
         tensors = dict.fromkeys(("q_ptr", "k_pages_ptr", "v_pages_ptr"), pointer)
         tables = {"block_table_ptr": "*i32", "context_lens_ptr": "*i32", "sinks_ptr": "*fp32"}
-        results = {"out_ptr": partial, "max_sum_ptr": "*fp32"}
+        results = {"out_ptr": partial, "lse_ptr": "*fp32", "max_sum_ptr": "*fp32"}
         numbers = dict.fromkeys(("kv_heads", "group", "pages", "capacity", "splits"), "i32")
         strides = ("q_b", "q_h", "k_page", "k_token", "v_page", "v_token", "table")
         numbers |= {f"stride_{name}": "i64" + aligned for name in strides}
@@ -109,6 +109,7 @@ def decode_attention_launches():
         yield "_decode_attention_kernel", signature, constants | blocks, launch["num_warps"], launch["num_stages"]
         if not one_split:
             merged = {"parts_ptr": partial, "max_sum_ptr": "*fp32", "context_lens_ptr": "*i32", "out_ptr": pointer}
+            merged |= {"lse_ptr": "*fp32"}
             merged |= dict.fromkeys(("heads", "capacity", "splits", "window"), "i32")
             constants = {"DV": value_size, "BLOCK_DV": blocks["BLOCK_DV"], "BLOCK_SPLITS": module.BLOCK_SPLITS}
             constants |= {"SPLIT_TOKENS": module.SPLIT_TOKENS}
@@ -175,6 +176,9 @@ def batch_invariant_linear_launches():
         constants = {"HAS_BIAS": bias and one_split, "BLOCK_N": module.BLOCK_N} | tile
         signature = operands | {"out_ptr": partial} | numbers
         yield "_batch_invariant_linear_kernel", signature, constants, launch["num_warps"], launch["num_stages"]
+        if one_split and dtype != "float32":  # logits, which are not rounded
+            logits = signature | {"out_ptr": "*fp32:16"}
+            yield "_batch_invariant_linear_kernel", logits, constants, launch["num_warps"], launch["num_stages"]
         if not one_split:
             merged = {"parts_ptr": partial, "bias_ptr": pointer, "out_ptr": pointer}
             merged |= {"elements": "i64", "N": "i32" + aligned, "splits": "i32"}

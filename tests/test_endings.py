@@ -189,6 +189,7 @@ def test_info_of_a_model(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out and "our kernels run them" in out
+    assert "on a CPU in float32; on a GPU with rollout.exact=true" in " ".join(out.split())
     assert "<eos> (1): tokenizer" in out and "<|im_end|> (18): chat template" in out
     assert main(["info", str(tmp_path / "nowhere")]) == 2
     assert "there is no such folder" in capsys.readouterr().err

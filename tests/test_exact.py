@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo import Engine, SamplingParams
-from fastppo.model import prepare_model
+from fastppo import Engine, PPOConfig, SamplingParams
+from fastppo.model import lm_head, make_exact, prepare_model
 from fastppo.model.parts_trunk import trunk_of
 from fastppo.plan import Lengths, Plan, plan_epochs
 from fastppo.roles import Roles
@@ -138,3 +138,38 @@ def test_others_are_scored_every_time(family):
         assert torch.equal(
             evaluation.logprobs, roles.evaluate(rollout, {"logprobs"}, plan_of(rollout), "always").logprobs
         )
+
+
+def test_on_a_cpu_a_model_that_is_asked_to_be_exact_is_what_it_was():
+    model = prepare_model(make_model("llama"))
+    make_exact(model)
+    assert trunk_of(model).is_on_cpu and not lm_head(model).exact
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "reason"),
+    [("gpt2", torch.float32, "GPT2Model consists of"), ("llama", torch.bfloat16, "of one type and device")],
+)
+def test_models_that_cannot_be_exact_on_a_cpu(family, dtype, reason):
+    model = prepare_model(make_model(family, dtype=dtype))
+    with pytest.raises(ValueError, match=f"exact is True, expected False for {type(model).__name__}: .*{reason}"):
+        make_exact(model)
+
+
+def test_a_trainer_says_so(make_trainer):
+    with pytest.raises(
+        ValueError, match="rollout: exact is True, expected False for GPT2LMHeadModel: GPT2Model consists of"
+    ):
+        make_trainer(model=make_model("gpt2"), rollout__exact=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": {"r": 4}, "critic": {"kind": "lora"}}, "with lora.r 4"),
+        ({"distributed": {"sharding": "full"}}, "with distributed.sharding full"),
+    ],
+)
+def test_settings_that_go_without(settings, message):
+    with pytest.raises(ValueError, match=f"rollout.exact is true, expected false {message}"):
+        PPOConfig(rollout={"exact": True}, **settings)

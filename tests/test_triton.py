@@ -17,7 +17,7 @@ from tests.kernel_resources import MOST_SHARED, TRITON_LAUNCHES, compile_triton 
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = [f"ops/test_{op}" for op, fast in FAST_BACKENDS.items() if "triton" in fast]
-TESTED += ["ops/test_certain_tokens", "rollout/test_fused_decoder"]
+TESTED += ["ops/test_certain_tokens", "rollout/test_fused_decoder", "rollout/test_exact_kernels"]
 # What is left out of an op's tests: sizes that say little more than others, and are slow. Heads of 8, 20, 80, 256 and 258 are padded, whole and
 # too large; windows of 1 and 513 keys leave splits out and cross one; a block of queries that begins at 60 crosses a page.
 INTERPRETED = {

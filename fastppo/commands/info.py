@@ -11,12 +11,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from fastppo import native
 from fastppo.console import printable
 from fastppo.integrations import PATCHED
 from fastppo.model import context_length, ending_ids, load_outline, load_tokenizer
 from fastppo.model.decoding import token_text
+from fastppo.model.exact import why_not_on_gpu
 from fastppo.model.parts import why_not_parts
 from fastppo.ops._backends import OpStatus, describe
 
@@ -56,12 +58,20 @@ def _info_model(name: str) -> int:
     facts.add_row(
         "layers", "built as Llama's: our kernels run them" if reason is None else f"its own modules run: {reason}"
     )
+    facts.add_row("same bits sampled and trained", _where_exact(model) if reason is None else "nowhere")
     facts.add_row("chat template", "yes" if getattr(tokenizer, "chat_template", None) else "no")
     for token, places in ending_ids(model, tokenizer).items() or {None: []}.items():
         text = "nothing" if token is None else f"{token_text(tokenizer, token)} ({token}): {', '.join(places)}"
         facts.add_row("ends with", Text(printable(text)))
     Console(highlight=False, soft_wrap=True).print(facts)
     return 0
+
+
+def _where_exact(model: PreTrainedModel) -> str:
+    """Of a model that is built as Llama is."""
+    reason = why_not_on_gpu(model)
+    on_gpu = "on a GPU with rollout.exact=true" if reason is None else f"not on a GPU: {reason}"
+    return f"on a CPU in float32; {on_gpu}"
 
 
 def run(options: argparse.Namespace) -> int:

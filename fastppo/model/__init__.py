@@ -3,6 +3,7 @@
 from fastppo.model.attention import run_trunk
 from fastppo.model.critic import Critic, ValueHead, make_value_head
 from fastppo.model.endings import ending_ids
+from fastppo.model.exact import make_exact
 from fastppo.model.histogram_head import Histogram, HistogramHead
 from fastppo.model.loading import load_model, load_outline, load_reward_model, load_tokenizer, resolve_device
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden
@@ -27,6 +28,7 @@ __all__ = [
     "load_outline",
     "load_reward_model",
     "load_tokenizer",
+    "make_exact",
     "make_value_head",
     "packed_hidden",
     "prepare_model",

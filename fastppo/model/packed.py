@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import IMPLEMENTATION, PackedContext, run_trunk
-from fastppo.model.parts_trunk import Layouts, trunk_of
+from fastppo.model.parts import is_exact
+from fastppo.model.parts_trunk import trunk_of
 from fastppo.model.shared_prompts import SharedPrompts, SharedPromptsContext
 from fastppo.ops import batch_invariant_linear
+from fastppo.ops._backends import choose
 
 
 class LMHead(NamedTuple):
@@ -28,9 +30,12 @@ class LMHead(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float | None  # Gemma 2, arXiv:2408.00118
     logit_scale: float  # Cohere's logit_scale, 1 / Granite's logits_scaling
+    exact: bool = False  # on a GPU: logits, and log-probs of them, have the bits that training gives them
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> [N, V] in fp32 (fp64 for fp64), never rounded to a narrower type on the way."""
+        if self.exact and not torch.is_grad_enabled():
+            return _exact_logits(hidden, self.weight, self.bias)
         logits = _linear_fp32(hidden, self.weight, self.bias)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
@@ -48,6 +53,19 @@ def _linear_fp32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(*operands)
 
 
+def _exact_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `linear_token_logprobs(..., batch_invariant=True)` has them on a GPU."""
+    from fastppo.kernels.batch_invariant_linear import batch_invariant_linear as kernel
+
+    out = torch.empty((*hidden.shape[:-1], len(weight)), dtype=torch.float32, device=hidden.device)
+    return kernel(hidden, weight, bias, out)
+
+
+def _on_cpu(weight: Tensor) -> bool:
+    """Whether the kernels of the CPU serve it, which are exact without being asked."""
+    return choose("batch_invariant_linear", weight) == "cpu"
+
+
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The model's output layer as numbers that the fused ops take; the tensors are the live parameters."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -56,7 +74,9 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(layer.weight, getattr(layer, "bias", None), softcap, float(scale))
+    return LMHead(
+        layer.weight, getattr(layer, "bias", None), softcap, float(scale), is_exact(model) and not _on_cpu(layer.weight)
+    )
 
 
 def packed_hidden(
@@ -93,11 +113,7 @@ def packed_hidden(
         tokens, position_ids = tokens[shared.tokens], position_ids[shared.tokens]
     trunk = trunk_of(model)
     if trunk is not None:
-        layouts = (
-            Layouts.of(bounds, prompt_lengths)
-            if shared is None
-            else Layouts.of_shared(shared, wants_prompts=prompt_lengths is None)
-        )
+        layouts = trunk.layouts(bounds, shared, prompt_lengths)
         recompute = torch.is_grad_enabled() and model.training and model.is_gradient_checkpointing
         return trunk.hidden(tokens, position_ids, layouts, recompute=recompute)
     if shared is None:

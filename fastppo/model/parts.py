@@ -6,7 +6,7 @@ numbers with the modules' before relying on them.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ IDLE_HOOKS = ("enable_input_require_grads", "output_capturing_hook")
 # Positions whose cosines are made in one call: a vector of a different length could have other bits at its end.
 ROTARY_BLOCK = 1024
 LARGEST_HEAD = 256
+# Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: rounding, of whose kinds a few differ.
+ALLOWED_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 _ROTARY_TABLES: WeakKeyDictionary[nn.Module, tuple[tuple, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
@@ -54,6 +56,13 @@ def why_not_parts(model: PreTrainedModel) -> str | None:
         return str(reason)
     return None
 
+
+def is_exact(model: PreTrainedModel) -> bool:
+    """Whether `make_exact` has been asked for a token's bits to be the same sampled, scored and trained."""
+    return model in EXACT
+
+
+EXACT: WeakSet[nn.Module] = WeakSet()
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[list, LlamaParts | None]] = WeakKeyDictionary()
 

@@ -2,8 +2,9 @@
 
 On the CPU in fp32 a token's hidden state has the bits that a decode step gives it, for every batch, packing and number of threads: products
 sum in one order (`csrc/cpu/matmul.cpp`), attention goes over tiles of keys that begin at the same positions, and all else is one row at a
-time. The backward pass makes norms, rotations and gates again instead of keeping them: a layer keeps of each token its two residual states,
-q, k, v, what attention gave, gate and up.
+time. On a GPU a model runs here where it is to be exact (`fastppo/model/exact.py`), by the kernels of its decode steps (`layer_on_gpu`).
+The backward pass makes norms, rotations and gates again instead of keeping them: a layer keeps of each token its two residual states, q, k, v,
+what attention gave, gate and up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
+from types import ModuleType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,26 +23,22 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fastppo.model import layer_on_cpu
 from fastppo.model.attention import IMPLEMENTATION, LayerCall, ObservingContext, check_windows, register, run_trunk
 from fastppo.model.lora import Factors, factor_gradients, merged
-from fastppo.model.parts import LARGEST_HEAD, LlamaParts, parts_of
+from fastppo.model.packed_pages import PackedPages
+from fastppo.model.parts import ALLOWED_ERROR, LARGEST_HEAD, LlamaParts, is_exact, parts_of
 from fastppo.model.shared_prompts import SharedPrompts
-from fastppo.native.matmul import linear, matmul
-from fastppo.native.packed_attention import Layout, packed_attention, packed_attention_backward
-from fastppo.native.rms_norm import rms_norm, rms_norm_backward
-from fastppo.native.rotary_embedding import rotary_embedding
-from fastppo.native.swiglu import swiglu, swiglu_backward
+from fastppo.native.packed_attention import Layout
 
-# Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: two orders of rounding differ by less.
-ALLOWED_ERROR = 1e-4
 PROBE_TOKENS = 9
 
 
 class Layouts(NamedTuple):
     """How packed tokens attend in every layer but the last, and in that one, whose other rows nobody wants."""
 
-    inner: Layout
-    last: Layout
+    inner: Layout | PackedPages
+    last: Layout | PackedPages
     wanted: Tensor | None  # int64 [W] rows, in order; None: all
 
     @classmethod
@@ -89,20 +87,32 @@ def _int64(numbers: Sequence) -> Tensor:
 
 
 class PartsTrunk:
-    """A model's parts and how its layers attend."""
+    """A model's parts, how its layers attend, and what these call: `layer_on_cpu` or `layer_on_gpu`."""
 
-    def __init__(self, parts: LlamaParts, calls: Sequence[LayerCall]) -> None:
-        self._parts, self._calls = parts, calls
+    def __init__(self, parts: LlamaParts, calls: Sequence[LayerCall], kernels: ModuleType) -> None:
+        self._parts, self._calls, self._kernels = parts, calls, kernels
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self._kernels is layer_on_cpu
+
+    def layouts(
+        self, bounds: Sequence[int], shared: SharedPrompts | None, prompt_lengths: Sequence[int] | None
+    ) -> Layouts:
+        """How packed tokens attend; the arguments are those of `packed_hidden`."""
+        if not self.is_on_cpu:
+            pages = PackedPages.of(bounds, shared, self._parts.embedding.device)
+            return Layouts(pages, pages, None)
+        if shared is None:
+            return Layouts.of(bounds, prompt_lengths)
+        return Layouts.of_shared(shared, wants_prompts=prompt_lengths is None)
 
     def hidden(self, tokens: Tensor, position_ids: Tensor, layouts: Layouts, *, recompute: bool) -> Tensor:
         """tokens and position_ids int64 [T] -> hidden [T, H], 0 in the rows that nobody wants; differentiable.
 
         recompute: keep two states a layer for the backward pass and compute the rest again.
         """
-        first, last = (int(place) for place in position_ids.aminmax())
-        if first < 0:
-            raise ValueError(f"position_ids holds {first}, expected no position below 0")
-        cos, sin = self._parts.rotary_tables(last + 1)
+        cos, sin = self._parts.rotary_tables(_length_of(position_ids, layouts.inner))
         x, update = F.embedding(tokens, self._parts.embedding, self._parts.padding_idx), None
         layers = zip(self._parts.layers, self._parts.factors(), self._calls, strict=True)
         for (norms, linears), factors, (layer, shape, options) in layers:
@@ -110,15 +120,25 @@ class PartsTrunk:
             layout, wanted = (layouts.last, layouts.wanted) if is_last else (layouts.inner, None)
             numbers = [norm.eps for norm in norms], shape.key_size, options.scale, options.window
             scalings = tuple(0.0 if each is None else each.scaling for each in factors)
-            call = _Call(*numbers, cos, sin, position_ids, layout, wanted, scalings)
+            call = Call(*numbers, cos, sin, position_ids, layout, wanted, scalings, self._kernels)
             parameters = *(norm.weight for norm in norms), *(x for each in linears for x in each)
             if any(factors):
                 parameters += tuple(x for each in factors for x in ((None, None) if each is None else each[:2]))
             arguments = x, update, call, *parameters
             apply = _Layer.apply
             x, update = checkpoint(apply, *arguments, use_reentrant=False) if recompute else apply(*arguments)
-        hidden = _Norm.apply(x, update, *self._parts.norm)
+        hidden = _Norm.apply(x, update, *self._parts.norm, self._kernels)
         return hidden if layouts.wanted is None else _spread(hidden, layouts.wanted, len(tokens))
+
+
+def _length_of(position_ids: Tensor, layout: Layout | PackedPages) -> int:
+    """How many positions the longest sequence has. On a GPU the host knows it and waits for nothing."""
+    if isinstance(layout, PackedPages):
+        return layout.longest
+    first, last = (int(place) for place in position_ids.aminmax())
+    if first < 0:
+        raise ValueError(f"position_ids holds {first}, expected no position below 0")
+    return last + 1
 
 
 def _spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -128,26 +148,34 @@ def _spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def trunk_of(model: PreTrainedModel) -> PartsTrunk | None:
     """The model's trunk in our kernels, where they serve it and have been seen to give what its modules give; else None."""
-    if torch.is_autocast_enabled("cpu"):
-        return None
     parts = parts_of(model)
-    if parts is None or parts.backend != "cpu":
+    kernels = None if parts is None else _kernels_of(model, parts)
+    if kernels is None or torch.is_autocast_enabled(parts.embedding.device.type):
         return None
     if parts not in _CALLS:
-        _CALLS[parts] = _calls_where_they_agree(model, parts)
+        _CALLS[parts] = _calls_where_they_agree(model, parts, kernels)
     calls = _CALLS[parts]
-    return None if calls is None else PartsTrunk(parts, calls)
+    return None if calls is None else PartsTrunk(parts, calls, kernels)
+
+
+def _kernels_of(model: PreTrainedModel, parts: LlamaParts) -> ModuleType | None:
+    """What its layers call; None where its modules train. On a GPU adapters are a matter of the modules."""
+    if parts.backend == "triton" and is_exact(model) and not parts.has_adapters:
+        from fastppo.model import layer_on_gpu
+
+        return layer_on_gpu
+    return layer_on_cpu if parts.backend == "cpu" else None
 
 
 _CALLS: WeakKeyDictionary[LlamaParts, list[LayerCall] | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _calls_where_they_agree(model: PreTrainedModel, parts: LlamaParts) -> list[LayerCall] | None:
+def _calls_where_they_agree(model: PreTrainedModel, parts: LlamaParts, kernels: ModuleType) -> list[LayerCall] | None:
     """How each layer attends, or None where the parts give other numbers than the modules, or attention of another kind."""
     count = min(PROBE_TOKENS, len(parts.embedding))
-    tokens = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") % len(parts.embedding)
-    positions = torch.arange(count, dtype=torch.int64, device="cpu")
+    tokens = torch.arange(1, count + 1, dtype=torch.int64, device=model.device) % len(parts.embedding)
+    positions = torch.arange(count, dtype=torch.int64, device=model.device)
     context = ObservingContext([0, count], model.device)
     try:
         expected = run_trunk(_under_our_attention(model), tokens, positions, context)
@@ -157,9 +185,10 @@ def _calls_where_they_agree(model: PreTrainedModel, parts: LlamaParts) -> list[L
     calls = sorted(context.calls, key=lambda call: call.layer)
     if any(map(_is_odd, calls)) or len(calls) != len(parts.layers):
         return None
-    found = PartsTrunk(parts, calls).hidden(tokens, positions, Layouts.of([0, count], None), recompute=False)
+    trunk = PartsTrunk(parts, calls, kernels)
+    found = trunk.hidden(tokens, positions, trunk.layouts([0, count], None, None), recompute=False)
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-    return calls if error <= ALLOWED_ERROR else None
+    return calls if error <= ALLOWED_ERROR[parts.embedding.dtype] else None
 
 
 def _under_our_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -177,7 +206,7 @@ def _is_odd(call: LayerCall) -> bool:
     return options.needs_scores or shape.key_size != shape.value_size or shape.key_size > LARGEST_HEAD
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What a layer needs besides states and parameters."""
 
     eps: list[float]  # of the input, q, k and post norms
@@ -187,28 +216,34 @@ class _Call(NamedTuple):
     cos: Tensor
     sin: Tensor
     positions: Tensor
-    layout: Layout
+    layout: Layout | PackedPages
     wanted: Tensor | None  # int64 [W] rows that ask and go on; None: all
     scalings: tuple[float, ...]  # of the linear layers' adapters
+    kernels: ModuleType
+
+    @property
+    def head_eps(self) -> list[float]:
+        """Of the norms of q and k."""
+        return self.eps[1:3]
+
+    @property
+    def head_positions(self) -> tuple[Tensor, Tensor]:
+        """Of q's rows and k's."""
+        return self.take(self.positions), self.positions
 
     def take(self, x: Tensor) -> Tensor:
         """The rows that go on."""
         return x if self.wanted is None else x[self.wanted]
 
-    def place(self, x: Tensor, norm: Tensor | None, eps: float, positions: Tensor) -> Tensor:
-        """Projected heads [T, heads, D] after the optional norm over each head, rotated to their positions."""
-        if norm is not None:
-            x = rms_norm(x.flatten(0, 1), norm, eps)[1].view(x.shape)
-        return rotary_embedding(x, self.cos, self.sin, positions)
-
     def place_backward(
         self, d_placed: Tensor, x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, norm_wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the projected heads, as [T, heads D], and of the norm's weight."""
-        d_x = rotary_embedding(d_placed, self.cos, self.sin, positions, backward=True)
+        """Gradients of the projected heads [T, heads, D], as [T, heads * D], and of the norm's weight from those after norm and rotation."""
+        d_x = self.kernels.rotary_embedding(d_placed, self.cos, self.sin, positions, backward=True)
         d_norm = None
         if norm is not None:
-            d_x, d_norm = rms_norm_backward(x.flatten(0, 1), norm, eps, d_x.flatten(0, 1), None, norm_wanted)
+            heads, d_heads = x.flatten(0, 1), d_x.flatten(0, 1)
+            d_x, d_norm = self.kernels.rms_norm_backward(heads, norm, eps, d_heads, None, norm_wanted)
         return d_x.view(len(x), -1), d_norm
 
 
@@ -219,25 +254,19 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, update: Tensor | None, call: _Call, *parameters: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, update: Tensor | None, call: Call, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
         input_norm, q_norm, k_norm, post_norm = parameters[:4]
-        linears = _Linears(parameters[4:], call.scalings)
-        input_eps, q_eps, k_eps, post_eps = call.eps
-        total, normed = rms_norm(x, input_norm, input_eps, update)
+        linears, kernels = _Linears(parameters[4:], call), call.kernels
+        input_eps, *_, post_eps = call.eps
+        total, normed = kernels.rms_norm(x, input_norm, input_eps, update)
         q, k, v = (
             linears.out(number, x).unflatten(1, (-1, call.head_size))
             for number, x in enumerate((call.take(normed), normed, normed))
         )
-        placed = (
-            call.place(q, q_norm, q_eps, call.take(call.positions)),
-            call.place(k, k_norm, k_eps, call.positions),
-        )
-        attended, lse = packed_attention(*placed, v, call.layout, call.scale, call.window)
-        middle, normed = rms_norm(call.take(total), post_norm, post_eps, linears.out(3, attended.flatten(1)))
+        attended, lse = kernels.attend(call, (q, k, v), (q_norm, k_norm))
+        middle, normed = kernels.rms_norm(call.take(total), post_norm, post_eps, linears.out(3, attended.flatten(1)))
         gate, up = linears.out(4, normed), linears.out(5, normed)
-        out = linears.out(6, swiglu(gate, up))
+        out = linears.out(6, kernels.swiglu(gate, up))
         ctx.save_for_backward(total, q, k, v, attended, lse, middle, gate, up, *parameters)
         ctx.call, ctx.has_update = call, update is not None
         return middle, out
@@ -247,30 +276,28 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, d_middle: Tensor, d_out: Tensor):
         total, q, k, v, attended, lse, middle, gate, up, *parameters = ctx.saved_tensors
         input_norm, q_norm, k_norm, post_norm = parameters[:4]
-        call, (input_eps, q_eps, k_eps, post_eps) = ctx.call, ctx.call.eps
+        call, kernels, (input_eps, q_eps, k_eps, post_eps) = ctx.call, ctx.call.kernels, ctx.call.eps
         wanted = ctx.needs_input_grad[3:]  # of the parameters
-        products = _Linears(parameters[4:], call.scalings, wanted[4:])
+        products = _Linears(parameters[4:], call, wanted[4:])
 
         d_gated = products.d_input(6, d_out.contiguous())
-        d_gate, d_up, gated = swiglu_backward(gate, up, d_gated, out_wanted=products.learns(6))
+        d_gate, d_up, gated = kernels.swiglu_backward(gate, up, d_gated, out_wanted=products.learns(6))
         products.learn(6, d_out, gated)
-        normed = rms_norm(middle, post_norm, post_eps)[1]
+        normed = kernels.rms_norm(middle, post_norm, post_eps)[1]
         d_normed = products.d_input(5, d_up, products.d_input(4, d_gate))
         products.learn(4, d_gate, normed)
         products.learn(5, d_up, normed)
-        d_middle, d_post = rms_norm_backward(middle, post_norm, post_eps, d_normed, d_middle.contiguous(), wanted[3])
+        d_middle = d_middle.contiguous()
+        d_middle, d_post = kernels.rms_norm_backward(middle, post_norm, post_eps, d_normed, d_middle, wanted[3])
 
         d_attended = products.d_input(3, d_middle).view(attended.shape)
         products.learn(3, d_middle, attended.flatten(1))
-        asking = call.take(call.positions)
-        placed = call.place(q, q_norm, q_eps, asking), call.place(k, k_norm, k_eps, call.positions)
-        d_q, d_k, d_v = packed_attention_backward(
-            d_attended, *placed, v, call.layout, attended, lse, call.scale, call.window
-        )
-        d_q, d_q_norm = call.place_backward(d_q, q, q_norm, q_eps, asking, wanted[1])
-        d_k, d_k_norm = call.place_backward(d_k, k, k_norm, k_eps, call.positions, wanted[2])
+        d_q, d_k, d_v = kernels.attend_backward(call, d_attended, (q, k, v), (q_norm, k_norm), attended, lse)
+        q_positions, k_positions = call.head_positions
+        d_q, d_q_norm = call.place_backward(d_q, q, q_norm, q_eps, q_positions, wanted[1])
+        d_k, d_k_norm = call.place_backward(d_k, k, k_norm, k_eps, k_positions, wanted[2])
         d_v = d_v.flatten(1)
-        normed = rms_norm(total, input_norm, input_eps)[1]
+        normed = kernels.rms_norm(total, input_norm, input_eps)[1]
         products.learn(0, d_q, call.take(normed))
         products.learn(1, d_k, normed)
         products.learn(2, d_v, normed)
@@ -280,7 +307,7 @@ class _Layer(torch.autograd.Function):
         else:
             d_normed.index_add_(0, call.wanted, products.d_input(0, d_q))
             d_middle = _spread(d_middle, call.wanted, len(total))
-        d_total, d_input = rms_norm_backward(total, input_norm, input_eps, d_normed, d_middle, wanted[0])
+        d_total, d_input = kernels.rms_norm_backward(total, input_norm, input_eps, d_normed, d_middle, wanted[0])
         d_update = d_total if ctx.has_update else None
         return d_total, d_update, None, d_input, d_q_norm, d_k_norm, d_post, *products.gradients
 
@@ -292,14 +319,13 @@ class _Linears:
     nothing of its size is kept, and the bits are those of a decode step, which reads weights that are merged once a rollout.
     """
 
-    def __init__(
-        self, parameters: Sequence[Tensor | None], scalings: Sequence[float], wanted: Sequence[bool] = ()
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor | None], call: Call, wanted: Sequence[bool] = ()) -> None:
         self._linears, self._wanted = list(zip(parameters[:14:2], parameters[1:14:2], strict=True)), wanted
+        self._kernels = call.kernels
         self._factors = (
             [
                 None if a is None else Factors(a, b, scaling)
-                for a, b, scaling in zip(parameters[14::2], parameters[15::2], scalings, strict=True)
+                for a, b, scaling in zip(parameters[14::2], parameters[15::2], call.scalings, strict=True)
             ]
             if len(parameters) > 14
             else [None] * 7
@@ -309,12 +335,12 @@ class _Linears:
     def out(self, number: int, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]"""
         weight, bias = self._linears[number]
-        return linear(x, merged(weight, self._factors[number]), bias)
+        return self._kernels.linear(x, merged(weight, self._factors[number]), bias)
 
     def d_input(self, number: int, d_out: Tensor, total: Tensor | None = None) -> Tensor:
         """d_out [T, N] -> [T, K], added to `total` where there is one."""
         weight = merged(self._linears[number][0], self._factors[number])
-        return matmul(d_out, weight, total, accumulate=total is not None)
+        return self._kernels.matmul(d_out, weight, total, accumulate=total is not None)
 
     def learns(self, number: int) -> bool:
         """Whether the layer's input is needed for a gradient."""
@@ -322,7 +348,7 @@ class _Linears:
 
     def learn(self, number: int, d_out: Tensor, x: Tensor) -> None:
         if self._wanted[2 * number]:
-            self.gradients[2 * number] = matmul(d_out.t(), x)
+            self.gradients[2 * number] = self._kernels.matmul(d_out.t(), x)
         if self._wanted[2 * number + 1]:
             self.gradients[2 * number + 1] = d_out.sum(0)
         place = 14 + 2 * number
@@ -334,17 +360,16 @@ class _Norm(torch.autograd.Function):
     """The norm of x + update."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, update: Tensor, weight: Tensor, eps: float) -> Tensor:
-        total, normed = rms_norm(x, weight, eps, update)
+    def forward(ctx, x: Tensor, update: Tensor, weight: Tensor, eps: float, kernels: ModuleType) -> Tensor:
+        total, normed = kernels.rms_norm(x, weight, eps, update)
         ctx.save_for_backward(total, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.kernels = eps, kernels
         return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_normed: Tensor):
         total, weight = ctx.saved_tensors
-        d_total, d_weight = rms_norm_backward(
-            total, weight, ctx.eps, d_normed.contiguous(), None, ctx.needs_input_grad[2]
-        )
-        return d_total, d_total, d_weight, None
+        d_normed, wanted = d_normed.contiguous(), ctx.needs_input_grad[2]
+        d_total, d_weight = ctx.kernels.rms_norm_backward(total, weight, ctx.eps, d_normed, None, wanted)
+        return d_total, d_total, d_weight, None, None

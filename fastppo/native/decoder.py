@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,23 +61,8 @@ class Decoder:
         self._scratch = torch.empty(scratch_size, dtype=torch.float32, device="cpu")
 
     def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
-        """Tokens of sequences that stand after `past` cached ones, and the sequences' pages -> hidden [sequences, H] after the last tokens.
-
-        A step whose rows are these tokens: in each layer all rows write their keys before any attends, so a token finds those of
-        the tokens before it, and has the bits that a step of its own would give it.
-        """
-        tables = pad_sequence([torch.tensor(own, dtype=torch.int32, device="cpu") for own in pages], batch_first=True)
-        counts = _int64([len(own) for own in tokens])
-        owners, last = _int64(range(len(tokens))).repeat_interleave(counts), counts.cumsum(0) - 1
-        lengths = _int64([before + i for own, before in zip(tokens, past, strict=True) for i in range(1, len(own) + 1)])
-        flat = _int64([token for own in tokens for token in own])
-        hidden = self._hidden.new_empty(len(tokens), self._hidden.shape[1])
-        for start in range(0, len(flat), PREFILL_ROWS):
-            rows = slice(start, start + PREFILL_ROWS)
-            found = self.step(flat[rows], lengths[rows], tables[owners[rows]])
-            ending = (last >= start) & (last < start + PREFILL_ROWS)
-            hidden[ending] = found[last[ending] - start]
-        return hidden
+        """As `prefill_by_steps`."""
+        return prefill_by_steps(self.step, tokens, pages, past, rows=PREFILL_ROWS, device=self._hidden.device)
 
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         """int64 tokens and lengths [B], int32 block_table [B, blocks] -> hidden [B, H], which the next step overwrites."""
@@ -95,6 +80,34 @@ class Decoder:
                 f"expected a token in [0, {self._model_sizes[0]}), a length in [1, {self._model_sizes[1]}] and pages in [0, {self._page_sizes[0]})"
             )
         return hidden
+
+
+def prefill_by_steps(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tokens: list[list[int]],
+    pages: list[list[int]],
+    past: list[int],
+    *,
+    rows: int,
+    device: torch.device,
+) -> Tensor:
+    """Tokens of sequences that stand after `past` cached ones, and the sequences' pages -> hidden [sequences, H] after the last tokens.
+
+    Steps of at most `rows` of these tokens: in each layer all rows write their keys before any attends, so a token finds those of
+    the tokens before it, and has the bits that a step of its own would give it.
+    """
+    tables = pad_sequence([torch.tensor(own, dtype=torch.int32, device="cpu") for own in pages], batch_first=True)
+    counts = _int64([len(own) for own in tokens])
+    owners, last = _int64(range(len(tokens))).repeat_interleave(counts), counts.cumsum(0) - 1
+    lengths = _int64([before + i for own, before in zip(tokens, past, strict=True) for i in range(1, len(own) + 1)])
+    flat = _int64([token for own in tokens for token in own])
+    found = []
+    for start in range(0, len(flat), rows):
+        part = slice(start, start + rows)
+        hidden = step(*(x.to(device) for x in (flat[part], lengths[part], tables[owners[part]])))
+        ending = last[(last >= start) & (last < start + rows)] - start
+        found.append(hidden[ending.to(device)])
+    return torch.cat(found)
 
 
 def _int64(numbers: Sequence[int]) -> Tensor:

@@ -131,7 +131,7 @@ class Head:
     every row is multiplied, the others as zeros, in the type that holds both hidden and weight.
 
     count: rows that are multiplied. mask: bool [count], those of them that count; None for all. batch_invariant: logits have the bits of
-    `batch_invariant_linear`.
+    `batch_invariant_linear`; on a GPU, where these depend on how many columns the weight has, a tile then has `whole_rows`.
     """
 
     def __init__(
@@ -144,7 +144,10 @@ class Head:
         batch_invariant: bool = False,
     ) -> None:
         self.weight, self.backend, self.sizes = weight, backend, SIZES[backend]
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.whole_rows = batch_invariant, batch_invariant and backend == "triton"
+        if self.whole_rows:
+            rows = max(self.sizes.tile_rows * self.sizes.tile_columns // len(weight), 1)
+            self.sizes = self.sizes._replace(tile_rows=rows, tile_columns=len(weight))
         self.bias = None if bias is None else bias.float()
         self.hidden, self.keep, self._shape = hidden.reshape(-1, weight.shape[1]), keep.reshape(-1), keep.shape
         self.count, self.rows, self.mask = len(self.keep), None, None
@@ -198,6 +201,11 @@ class Head:
 
     def multiply(self, inputs: Tensor, block: slice, weight: Tensor, out: Tensor) -> None:
         """out = the fp32 logits of these inputs in this block."""
+        if self.whole_rows:
+            from fastppo.kernels.batch_invariant_linear import batch_invariant_linear as kernel
+
+            kernel(inputs, weight, self.bias, out)
+            return
         if self.batch_invariant:
             matmul(inputs, weight.T, out, bias=None if self.bias is None else self.bias[block])
             return
@@ -207,7 +215,7 @@ class Head:
 
     def pitch(self, columns: int) -> int:
         """From one row of logits to the next, in elements."""
-        return columns if self.backend == "cpu" else -(-columns // ALIGNMENT) * ALIGNMENT
+        return columns if self.backend == "cpu" or self.whole_rows else -(-columns // ALIGNMENT) * ALIGNMENT
 
     def matrix(self, memory: Tensor, rows: int, columns: int) -> Tensor:
         pitch = self.pitch(columns)
@@ -268,6 +276,19 @@ def tiles(head: Head, kept: Tensor, backward: bool) -> Iterator[Tile]:
             if not (backward and number < len(kept)):
                 head.multiply(inputs, block, weight, logits)
             yield Tile(places, block, weight, inputs, logits, gradient)
+
+
+def whole_row_statistics(
+    head: Head, kept: Tensor, labels: Tensor, ignore_index: int, transform: Transform
+) -> Statistics:
+    """Of a head with `whole_rows`, by the kernel of `token_logprobs`; entropies always, so that it is the very same kernel with them and without."""
+    made = head.empty(head.count, torch.float32)
+    found = Statistics(made, torch.empty_like(made), made.new_empty(head.count, 2))
+    for tile in tiles(head, kept, backward=False):
+        own = tile.logits[None], labels[tile.places], ignore_index, transform, True
+        for whole, part in zip(found, head.kernels.token_logprobs_forward(*own), strict=True):
+            whole[tile.places] = part
+    return found
 
 
 class WholeRows:

@@ -157,7 +157,7 @@ def _decode_attention(
         from fastppo.kernels.decode_attention import decode_attention as kernel
 
         q, block_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, block_table))
-        return kernel(q, k_pages, v_pages, block_table, context_lens.contiguous(), scale, softcap, window, sinks)
+        return kernel(q, k_pages, v_pages, block_table, context_lens.contiguous(), scale, softcap, window, sinks)[0]
     return native.decode_attention(
         _with_packed_heads(q), k_pages, v_pages, _as_int32(block_table), _as_int32(context_lens),
         scale, softcap, window, sinks,

@@ -13,6 +13,7 @@ from fastppo.ops._backends import choose
 from fastppo.ops._head import (
     Head,
     HeadGradients,
+    Statistics,
     Upstream,
     check_head,
     exact_products,
@@ -22,10 +23,11 @@ from fastppo.ops._head import (
     lift_for,
     tile_gradient,
     tiles,
+    whole_row_statistics,
 )
 from fastppo.ops._registry import custom_op, register_gradient
 from fastppo.ops._sharded_head import IGNORED, Slices, merge
-from fastppo.ops.token_logprobs import TokenLogprobs, check_logit_options
+from fastppo.ops.token_logprobs import TokenLogprobs, Transform, check_logit_options
 from fastppo.reference import linear_token_logprobs as reference
 
 
@@ -55,8 +57,8 @@ def linear_token_logprobs(
             of those types (mixed ones as autocast makes them).
         labels: [...] int64 or int32 token ids in [0, V), or `ignore_index`.
         temperature, softcap, logit_scale, ignore_index, return_entropy: as for `token_logprobs`.
-        batch_invariant: logits have the bits of `batch_invariant_linear`, and so the log-probs those that a sampler draws with, whatever
-            other rows there are. On a CPU alone.
+        batch_invariant: logits have the bits of `batch_invariant_linear` (in fp32), and log-probs those of `token_logprobs` of them, whatever
+            other rows there are: what a sampler finds that computes so. On a GPU tiles are whole rows then.
         tp_group: process group whose ranks share the head: weight [V_i, H] and bias [V_i] are this rank's slice of the vocabulary, the slices
             stand in the order of the ranks (of one size or not), and labels count from 0 to the sum of all V_i. Every rank calls it with the same
             hidden and labels and gets the same bits; in the backward pass every rank brings the same gradient of the result, hidden's gradient is
@@ -67,14 +69,14 @@ def linear_token_logprobs(
         float32 [...] log-probabilities in nats, or `TokenLogprobs(logprobs, entropy)`.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range, `batch_invariant` elsewhere than on
-            a CPU, in float64 or with `tp_group`.
+        TypeError, ValueError: wrong type, shape or device, a number or (on the CPU) a label out of range, `batch_invariant` without
+            a kernel (in float64, say) or with `tp_group`.
     """
     check_logit_options(temperature, softcap, logit_scale)
     check_head(hidden, weight, bias, labels)
     head = [x for x in (hidden, weight, bias) if x is not None]
     backend = choose("linear_token_logprobs", *head)
-    if batch_invariant and backend != "cpu":
+    if batch_invariant and backend == "reference":
         raise ValueError(
             f"batch_invariant is True, expected False for {hidden.dtype} on {hidden.device} (backend {backend})"
         )
@@ -133,15 +135,23 @@ def _linear_token_logprobs(
     keep = kept_rows(labels, None, len(weight), ignore_index, backend)
     kept = _kept_tiles(hidden, weight, labels, keep_logits, backend)
     head = Head(hidden, weight, bias, keep, backend, batch_invariant)
-    kept_labels, state = head.take(labels), head.new_state(head.count)
     transform = (logit_scale, softcap, temperature)
     with exact_products(hidden):
-        for tile in tiles(head, kept, backward=False):
-            in_block = kept_labels[tile.places] - tile.block.start
-            head.kernels.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
-    logprobs, entropy, max_logsum = finish_state(state)
+        if head.whole_rows:
+            statistics = whole_row_statistics(head, kept, head.take(labels), ignore_index, transform)
+        else:
+            statistics = _statistics(head, kept, head.take(labels), transform, return_entropy)
+    logprobs, entropy, max_logsum = statistics
     made_entropy = head.put(entropy) if return_entropy else logprobs.new_empty(0)
     return head.put(logprobs), made_entropy, head.put(max_logsum), kept
+
+
+def _statistics(head: Head, kept: Tensor, labels: Tensor, transform: Transform, return_entropy: bool) -> Statistics:
+    state = head.new_state(head.count)
+    for tile in tiles(head, kept, backward=False):
+        in_block = labels[tile.places] - tile.block.start
+        head.kernels.token_logprobs_add_tile(tile.logits, in_block, transform, return_entropy, state[tile.places])
+    return finish_state(state)
 
 
 def _kept_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, keep_logits: bool, backend: str) -> Tensor:

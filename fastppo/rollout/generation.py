@@ -266,14 +266,24 @@ class Generation:
         options = self._drawing_of(rows)
         streams = dict(seed=params.seed, sequence_ids=state["sequence"], positions=state["length"])
         if not self.stop_ids or all(row.drawn >= floor for row in rows):
-            return sample_tokens(logits, **options, **streams)
+            sampled = sample_tokens(logits, **options, **streams)
+            if self.head.exact and len(self.drawn_by) == 1:
+                return sampled._replace(logprobs=self._logprobs(logits, sampled.tokens))
+            return sampled
         early = self._tensor([row.drawn < floor for row in rows], torch.bool)
         stops = self._tensor(sorted(self.stop_ids))
         banned = logits.clone()
         banned[:, stops] = banned[:, stops].masked_fill(early[:, None], -torch.inf)
         sampled = sample_tokens(banned, **options, **streams)
-        raw = token_logprobs(logits, sampled.tokens, temperature=params.temperature or 1.0, ignore_index=-1)
-        return sampled._replace(logprobs=torch.where(early, raw, sampled.logprobs))
+        raw = self._logprobs(logits, sampled.tokens)
+        exact = self.head.exact and len(self.drawn_by) == 1
+        return sampled._replace(logprobs=raw if exact else torch.where(early, raw, sampled.logprobs))
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """fp32 [rows]: of tokens as they are usually drawn, before anything is left out; with the bits of a training forward where it is exact."""
+        temperature = self.usual.sampling.temperature or 1.0
+        found = token_logprobs(logits, tokens, temperature=temperature, ignore_index=-1, return_entropy=self.head.exact)
+        return found.logprobs if self.head.exact else found
 
     def _drawing_of(self, rows: list[_Row]) -> dict[str, float | Tensor]:
         """How their tokens are drawn: numbers, or where rows differ tensors [rows]."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fastppo.model.attention import ObservingContext, run_trunk
 from fastppo.model.packed import evaluating
-from fastppo.model.parts import LlamaParts, parts_of
+from fastppo.model.parts import LlamaParts, is_exact, parts_of
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
 from fastppo.rollout.graphs import GraphDecoder
 from fastppo.rollout.pages import PAGE_SIZE, PagedCache, bytes_per_page, device_memory, kv_budget, pages_for
@@ -96,7 +96,8 @@ class ModelRunner:
         decoder: Decoder = ModuleDecoder(self.model, cache)
         parts = self._parts()
         if parts is not None:
-            decoder = parts_decoder(parts, decoder, cache, self.look(), rows=rows, positions=blocks * PAGE_SIZE)
+            sizes = {"rows": rows, "positions": blocks * PAGE_SIZE}
+            decoder = parts_decoder(parts, decoder, cache, self.look(), **sizes, exact=is_exact(self.model))
         if self.model.device.type not in GRAPHED:
             return decoder
         return GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)

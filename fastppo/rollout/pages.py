@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastppo.model.attention import LayerShape
+from fastppo.model.packed_pages import PAGE_SIZE
 from fastppo.ops import write_kv
 from fastppo.rollout.memory import free_memory
-
-PAGE_SIZE = 64
 
 
 def pages_for(tokens: int) -> int:

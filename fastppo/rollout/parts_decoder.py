@@ -15,27 +15,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import LayerShape, ObservingContext
-from fastppo.model.parts import LARGEST_HEAD, LlamaParts
+from fastppo.model.parts import ALLOWED_ERROR, LARGEST_HEAD, LlamaParts
 from fastppo.native import decoder as native
-from fastppo.ops import decode_attention
+from fastppo.ops import batch_invariant_linear, decode_attention
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
 from fastppo.rollout.pages import PagedCache
 
-# Relative error (Frobenius norm) between the two ways, above which a model only looks Llama-like: rounding, of whose kinds a few differ.
-ALLOWED_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PREFILL_ROWS = 1024
+"""Prompt tokens that run side by side where a GPU's decode steps take them."""
 
 
 def parts_decoder(
-    parts: LlamaParts, modules: ModuleDecoder, cache: PagedCache, seen: ObservingContext, *, rows: int, positions: int
+    parts: LlamaParts,
+    modules: ModuleDecoder,
+    cache: PagedCache,
+    seen: ObservingContext,
+    *,
+    rows: int,
+    positions: int,
+    exact: bool = False,
 ) -> Decoder:
-    """For at most `rows` sequences side by side, of at most `positions` tokens each. `modules` run a GPU's prompts."""
+    """For at most `rows` sequences side by side, of at most `positions` tokens each. `modules` run a GPU's prompts, unless it is to be exact."""
     cos, sin = parts.rotary_tables(positions)
     layers = [
         native.Layer(norms, linears, *cache.layers[i], seen.options[i].scale, seen.options[i].window)
         for i, (norms, linears) in enumerate(parts.merged_layers())
     ]
     if parts.backend == "triton":
-        return FusedDecoder(modules, layers, parts.embedding, parts.norm, cos, sin)
+        kind = ExactDecoder if exact else FusedDecoder
+        return kind(modules, layers, parts.embedding, parts.norm, cos, sin)
     return native.Decoder(layers, parts.embedding, parts.norm, cos, sin, rows=rows)
 
 
@@ -76,6 +84,9 @@ class FusedDecoder:
     def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
         return self._modules.prefill(tokens, pages, past)
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
     def step(self, tokens: Tensor, lengths: Tensor, block_table: Tensor) -> Tensor:
         from fastppo.kernels import decoder as kernels
 
@@ -84,16 +95,28 @@ class FusedDecoder:
             input_norm, q_norm, k_norm, post_norm = layer.norms
             q, k, v, o, gate, up, down = layer.linears
             y = kernels.add_rms_norm(x, update, *input_norm)
-            heads = [F.linear(y, *linear) for linear in (q, k, v)]
+            heads = [self._linear(y, *linear) for linear in (q, k, v)]
             rotary = self._cos, self._sin
             queries = kernels.place_heads(
                 *heads, q_norm, k_norm, *rotary, lengths, block_table, layer.k_pages, layer.v_pages
             )
             options = {"scale": layer.scale, "window": layer.window}
             attended = decode_attention(queries, layer.k_pages, layer.v_pages, block_table, context_lens, **options)
-            y = kernels.add_rms_norm(x, F.linear(attended.flatten(1), *o), *post_norm)
-            update = F.linear(kernels.apply_gate(F.linear(y, *gate), F.linear(y, *up)), *down)
+            y = kernels.add_rms_norm(x, self._linear(attended.flatten(1), *o), *post_norm)
+            gated = kernels.apply_gate(self._linear(y, *gate), self._linear(y, *up))
+            update = self._linear(gated, *down)
         return kernels.add_rms_norm(x, update, *self._norm)
+
+
+class ExactDecoder(FusedDecoder):
+    """Steps whose bits do not depend on the rows side by side. It takes prompts too, whose tokens are rows of a step."""
+
+    def prefill(self, tokens: list[list[int]], pages: list[list[int]], past: list[int]) -> Tensor:
+        device = self._embedding.device
+        return native.prefill_by_steps(self.step, tokens, pages, past, rows=PREFILL_ROWS, device=device)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return batch_invariant_linear(x, weight, bias)
 
 
 def _odd_heads(shape: LayerShape) -> bool:

@@ -72,11 +72,12 @@ def _head(setup: Setup) -> float:
 
 
 def _scoring(setup: Setup) -> float:
-    """Forward passes for old log-probs and values, and for the reference's log-probs. What a Llama-like model in fp32 samples on a CPU has the
-    bits of a forward pass, which is left out then."""
+    """Forward passes for old log-probs and values, and for the reference's log-probs. What a Llama-like model in fp32 samples on a CPU, or
+    with `rollout.exact`, has the bits of a forward pass, which is left out then."""
     policy = setup.networks.policy
     setting = setup.config.rollout.recompute_logprobs
-    recomputed = setting == "always" or (setting == "auto" and not setup.by_kernels(policy))
+    exact = setup.by_kernels(policy) or setup.config.rollout.exact
+    recomputed = setting == "always" or (setting == "auto" and not exact)
     flops = (_trunk(setup, policy) + _head(setup)) * (recomputed + setup.has_reference)
     if setup.critic is not None:
         flops += _trunk(setup, setup.critic)
