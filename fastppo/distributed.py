@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from threading import Thread
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -239,15 +240,31 @@ class Ranks:
         raise LostRank(self._lost) from error
 
     def _roll_call(self) -> list[int]:
-        """Who does not answer: whoever is at a meeting that fails, comes here."""
+        """Who does not answer: whoever is at a meeting that fails, comes here.
+
+        In a thread that is left behind where the store itself is out of reach: it waits for an answer without end over a network that is cut. Then
+        those count as gone that are not on this machine.
+        """
         if self._store is None:
             return []
+        found: list[list[int]] = []
+        thread = Thread(target=lambda: found.append(self._absent()), daemon=True)
+        thread.start()
+        thread.join(2 * ROLL_CALL_SECONDS)
+        return found[0] if found else self._elsewhere()
+
+    def _absent(self) -> list[int]:
         deadline = time.monotonic() + ROLL_CALL_SECONDS
         try:
             self._store.set(f"here/{self.rank}", "")
             return [rank for rank in range(self.size) if not self._is_here(rank, deadline)]
         except dist.DistNetworkError:  # whoever keeps the store is gone: torchrun, or else rank 0
             return [] if "TORCHELASTIC_RUN_ID" in os.environ else [0]
+
+    def _elsewhere(self) -> list[int]:
+        """The ranks of other machines, which torchrun numbers machine by machine."""
+        first = self.rank - self.local
+        return [rank for rank in range(self.size) if not first <= rank < first + _on_this_machine()]
 
     def _is_here(self, rank: int, deadline: float) -> bool:
         patience = max(deadline - time.monotonic(), 0.1)
@@ -314,6 +331,11 @@ def _size() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def _on_this_machine() -> int:
+    """Ranks that torchrun has started here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _restarts() -> int:
