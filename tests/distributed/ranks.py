@@ -60,7 +60,10 @@ def _answer(pipe: Connection) -> tuple[Any, str]:
 def _life(pipe: Connection, variables: dict[str, Any], function: Callable[..., Any], arguments: tuple) -> None:
     import torch
 
+    from fastppo import run_loop
+
     torch.set_num_threads(1)
+    run_loop.plot_run = lambda path: None  # curve.png takes longer than most runs here
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:
         answer = function(*arguments), ""
