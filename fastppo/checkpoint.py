@@ -143,9 +143,9 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]] = {
         name.removesuffix(".safetensors"): load_file(path / name) for name in manifest if name.endswith(".safetensors")
     }
-    if any(name.startswith(f"{SHARDS}/") for name in manifest):
-        tensors = StoredShards(path / SHARDS)
     saved = json.loads((path / STATE).read_text())
+    if any(name.startswith(f"{SHARDS}/") for name in manifest):
+        tensors = StoredShards(path / SHARDS, saved["files"])
     if lost := sorted(set(saved.get("files", ())) - set(tensors)):
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not list {lost[0]}.safetensors")
     return tensors, saved["state"], saved["step"]

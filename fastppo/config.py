@@ -413,16 +413,7 @@ class PPOConfig:
 
     @model_validator(mode="after")
     def _check_sharding(self) -> PPOConfig:
-        """TRPO differentiates gradients again, and low-bit numbers are not divided."""
-        served = {
-            "algorithm": (self.algorithm, "ppo"),
-            "optimizer.name": (self.optimizer.name, "adamw"),
-            "optimizer.bf16_stochastic_round": (self.optimizer.bf16_stochastic_round, False),
-            "lora.quantization": (self.lora.quantization, None),
-        }
-        for name, (value, expected) in served.items():
-            if self.distributed.sharding == "full" and value != expected:
-                raise ValueError(f"{name} is {value}, expected {expected} with distributed.sharding full")
+        self.distributed.require_divisible(self)
         return self
 
     @model_validator(mode="after")
@@ -437,14 +428,6 @@ class PPOConfig:
 
     @model_validator(mode="after")
     def _check_offload(self) -> PPOConfig:
-        moved = {
-            "optimizer.offload": self.optimizer.offload,
-            "learner.offload_reference": self.learner.offload_reference,
-        }
-        if self.distributed.sharding == "full" and (names := [name for name, on in moved.items() if on]):
-            raise ValueError(
-                f"{names[0]} is true, expected false with distributed.sharding full: distributed.cpu_offload moves all"
-            )
         if self.optimizer.offload and self.optimizer.bf16_stochastic_round:
             raise ValueError(
                 "optimizer.bf16_stochastic_round is true, expected false with optimizer.offload, which keeps fp32 masters"

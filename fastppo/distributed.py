@@ -316,7 +316,8 @@ def sharding_of(config: DistributedConfig, ranks: Ranks, device: torch.device) -
     if config.sharding == "none" or ranks.size == 1:
         return None
     mesh = init_device_mesh(device.type, (ranks.size,))
-    return Sharding(mesh, getattr(torch, config.reduce_dtype), config.cpu_offload)
+    options = {"reduce_dtype": getattr(torch, config.reduce_dtype), "cpu_offload": config.cpu_offload}
+    return Sharding(mesh, **options, meet=lambda: ranks.exchange("part of a layer"))
 
 
 def refuse_several(what: str) -> None:

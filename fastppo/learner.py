@@ -17,6 +17,7 @@ from fastppo.distributed import ALONE, LostRank, Ranks
 from fastppo.errors import TrainingError
 from fastppo.evaluation import Evaluation
 from fastppo.model.host import require_gpu
+from fastppo.model.sharding import can_start_again
 from fastppo.optimizer import LossScale, Optimizer, learning_rate_factor
 from fastppo.out_of_memory import Found, TokenBudget, is_out_of_memory
 from fastppo.plan import Lengths, Microbatch, Minibatch, Plan, plan_epochs, split_again, split_groups_warning
@@ -91,11 +92,16 @@ class Learner:
 
     def within_memory(self, attempt: Callable[[Plan], Found], plan: Plan, lengths: Lengths) -> tuple[Found, Plan]:
         """What `attempt` makes of a plan, and that plan: with smaller micro-batches where memory ran out, in which case it is repeated from its
-        beginning, without gradients. Raises TrainingError where that is of no use, as with sharded weights: other ranks may wait within a layer."""
-        if self.is_sharded:
-            with self._naming_lost_ranks():
+        beginning, without gradients. Raises TrainingError where that is of no use, or an older torch cannot repeat it with sharded weights."""
+
+        def start_again() -> None:
+            self._clear_gradients()
+            self.roles.start_again()
+
+        with self._naming_lost_ranks():
+            if self.is_sharded and not can_start_again():
                 return self.budget.once(attempt, plan), plan
-        return self.budget.fit(attempt, plan, lengths, self._clear_gradients)
+            return self.budget.fit(attempt, plan, lengths, start_again)
 
     @contextmanager
     def _naming_lost_ranks(self) -> Iterator[None]:

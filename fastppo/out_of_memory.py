@@ -104,7 +104,7 @@ class TokenBudget:
                 raise
             raise TrainingError(
                 f"memory ran out ({' '.join(str(error).split())}): learner.tokens_per_microbatch is {self.tokens}, expected less; with "
-                "distributed.sharding full a run does not go on with smaller micro-batches by itself"
+                "distributed.sharding full it takes torch 2.13 to go on with smaller micro-batches"
             ) from error
 
     def _smaller(self, plan: Plan, lengths: Lengths, reason: str) -> Plan:

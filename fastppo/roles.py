@@ -19,7 +19,7 @@ from fastppo.model import Critic, Histogram, HistogramHead, ValueHead, lm_head, 
 from fastppo.model.adapters import Adapters, TrainedAdapter
 from fastppo.model.host import Resting, on_device
 from fastppo.model.parts_trunk import trunk_of
-from fastppo.model.sharding import Sharding, gathered, shard_head, shard_network
+from fastppo.model.sharding import Sharding, gathered, shard_head, shard_network, start_again
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Plan, first_epoch
 from fastppo.rollout.record import places_in
@@ -107,9 +107,17 @@ class Roles(nn.Module):
         self.is_sharded = True
         for network in self._networks():
             shard_network(network, sharding)
-        for head in (self.value_head, None if self.critic is None else self.critic.head):
-            if head is not None:
-                shard_head(head, sharding)
+        for head in self._heads():
+            shard_head(head, sharding)
+
+    def start_again(self) -> None:
+        """Sharded networks forget what a pass that was broken off has left in them. Every rank has to call it."""
+        for root in (*self._networks(), *self._heads()) if self.is_sharded else ():
+            start_again(root)
+
+    def _heads(self) -> list[nn.Module]:
+        heads = self.value_head, None if self.critic is None else self.critic.head
+        return [head for head in heads if head is not None]
 
     def _networks(self) -> list[PreTrainedModel]:
         """Each once, whoever shares it."""

@@ -15,13 +15,14 @@ from fastppo.console import Reporter
 from fastppo.data import PromptSampler
 from fastppo.data.example_writer import Example
 from fastppo.data.examples import ExampleDataset, load_examples
-from fastppo.distributed import device_of, ranks_of
+from fastppo.distributed import device_of, ranks_of, sharding_of
 from fastppo.errors import TrainingError
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, Losses, NonFiniteUpdates
 from fastppo.metrics import Clock
 from fastppo.model import context_length, lm_head, packed_hidden
 from fastppo.model.host import on_device
+from fastppo.model.sharding import WholeCopy, gathered
 from fastppo.ops import linear_token_logprobs
 from fastppo.plan import Lengths, Microbatch, Minibatch, split_microbatches
 from fastppo.roles import Roles
@@ -83,9 +84,16 @@ class SFTTrainer(RunLoop):
         self.total_steps = config.learner.epochs * self.steps_per_epoch
         every = -(-self.total_steps // SHOWN_STEPS)
         self.reporter = self._reporter(reporter or Reporter(self.total_steps, every=every))
+        again = config.learner.gradient_checkpointing
+        self.roles = Roles(self.model, critic="none", gradient_checkpointing=again)
+        self._require_same_ranks(self.roles)
+        sharding = sharding_of(config.distributed, self.ranks, device)
+        if sharding is not None:
+            self.whole = WholeCopy(self.model)
+            self.roles.shard(sharding)
         shared = ("tokens_per_microbatch", "max_skipped_updates", "gradient_checkpointing")
         self.learner = Learner(
-            Roles(self.model, critic="none", gradient_checkpointing=config.learner.gradient_checkpointing),
+            self.roles,
             optimizer=config.optimizer,
             critic=CriticConfig(kind="none"),
             config=LearnerConfig(**{name: getattr(config.learner, name) for name in shared}),
@@ -96,7 +104,6 @@ class SFTTrainer(RunLoop):
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
         self.state = RunState(self.learner, None, self.sampler, self._identity)
         self._interruption = Interruption()
-        self._require_same_ranks(self.learner.roles)
 
     def evaluate(self) -> dict[str, float]:
         """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""
@@ -105,7 +112,10 @@ class SFTTrainer(RunLoop):
         total = count = 0.0
         with torch.no_grad(), self.ranks.together("evaluation of the held-out examples"):
             for indices in self.ranks.own(self._microbatches(self.eval_examples, range(len(self.eval_examples)))):
-                self._interruption.check()
+                if not self.roles.is_sharded:
+                    self._interruption.check()
+                elif not indices:
+                    self._logprobs([self.eval_examples[0]])  # other ranks wait for this one's part of a layer
                 if indices:
                     logprobs = self._logprobs([self.eval_examples[i] for i in indices])
                     total, count = total - logprobs.double().sum().item(), count + len(logprobs)
@@ -125,6 +135,7 @@ class SFTTrainer(RunLoop):
         done = self.step % self.steps_per_epoch * self.config.learner.minibatch_size
         indices = self.sampler.next(min(self.config.learner.minibatch_size, len(self.examples) - done))
         plan = [[self._microbatches(self.examples, indices)]]
+        self.state.wait()  # a rank that is lost in an update costs that step alone
         with clock("time/update"):
             self.state.whole = False
             try:
@@ -155,15 +166,20 @@ class SFTTrainer(RunLoop):
             [start + place for start, own in zip(bounds, targets, strict=False) for place in own], device
         )
         firsts = [own[0] for own in targets]  # nothing that stands before them is asked of the head
-        hidden, head = packed_hidden(self.model, tokens, positions, bounds, prompt_lengths=firsts), lm_head(self.model)
-        return linear_token_logprobs(
-            hidden[places - 1],
-            head.weight,
-            tokens[places],
-            head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+
+        def said() -> Tensor:
+            hidden = packed_hidden(self.model, tokens, positions, bounds, prompt_lengths=firsts)
+            head = lm_head(self.model)
+            return linear_token_logprobs(
+                hidden[places - 1],
+                head.weight,
+                tokens[places],
+                head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            )
+
+        return gathered(self.model, said)
 
     def _targets(self, example: Example) -> Sequence[int]:
         """The places of the tokens whose likelihood counts."""
@@ -181,7 +197,7 @@ class SFTTrainer(RunLoop):
             return dataset.limited(context_length(self.model), self.model.get_input_embeddings().weight.shape[0])
 
     def _identity(self) -> dict[str, Any]:
-        return model_identity(self.learner.roles) | {
+        return model_identity(self.roles) | {
             "seed": self.config.seed,
             "learner.minibatch_size": self.config.learner.minibatch_size,
             "number of examples": len(self.examples),

@@ -127,11 +127,8 @@ class SFTConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @model_validator(mode="after")
-    def _require_whole_weights(self) -> SFTConfig:
-        if self.distributed.sharding != "none":
-            raise ValueError(
-                f"distributed.sharding is {self.distributed.sharding}, expected none in supervised fine-tuning, whose ranks have all weights"
-            )
+    def _check_sharding(self) -> SFTConfig:
+        self.distributed.require_divisible(self)
         return self
 
 

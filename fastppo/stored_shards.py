@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +21,15 @@ _ALONE = (
 
 
 class StoredShards(Mapping[str, Mapping[str, Tensor]]):
-    """name of a group ("policy") -> name -> tensor, on the CPU. Nothing is read before it is asked for, and no rank waits for another."""
+    """name of a group ("policy") -> name -> tensor, on the CPU. Nothing is read before it is asked for, and no rank waits for another.
 
-    def __init__(self, folder: Path) -> None:
+    groups: those that were saved; of an empty one, of an optimizer that has made no step, the folder knows nothing.
+    """
+
+    def __init__(self, folder: Path, groups: Iterable[str]) -> None:
         """Raises CheckpointError where the folder cannot be read."""
         self._folder = folder
-        self._groups: dict[str, dict[str, TensorStorageMetadata]] = {}
+        self._groups: dict[str, dict[str, TensorStorageMetadata]] = {name: {} for name in groups}
         try:
             found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         except Exception as error:  # pickle has many
@@ -54,6 +57,8 @@ class StoredShards(Mapping[str, Mapping[str, Tensor]]):
         """Of a sharded target this rank's part alone is read. Raises CheckpointError where names or shapes are others."""
         _require_fitting(targets, {name: stored.size for name, stored in self._groups[group].items()}, group)
         wanted = {f"{group}/{name}": tensor for name, tensor in targets.items()}
+        if not wanted:
+            return
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=_ALONE)

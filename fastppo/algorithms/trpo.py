@@ -20,6 +20,7 @@ from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.model import LMHead, lm_head
+from fastppo.model.sharding import gathered, local_part
 from fastppo.plan import Lengths, Microbatch, Plan, first_epoch
 from fastppo.roles import Roles
 from fastppo.rollout.record import on_device, places_in
@@ -72,7 +73,7 @@ class TRPO(PPO):
         """Move the policy, or leave it as it is where nothing on the line keeps the limit and gains."""
         config = self.config.trpo
         gradient = step.gradient(targets.advantages)
-        norm = gradient.norm().item()
+        norm = step.norm(gradient).item()
         if not math.isfinite(norm):
             self.skipped_in_a_row += 1
             return {"update/skipped": 1.0}
@@ -83,7 +84,8 @@ class TRPO(PPO):
             step.move_to(along)
             return step.compare(old, targets.advantages)
 
-        share, found = line_search(move_and_compare, longest_step(step.fisher_vector, gradient, config), before, config)
+        longest = longest_step(step.fisher_vector, gradient, config, step.dot)
+        share, found = line_search(move_and_compare, longest, before, config, step.dot)
         return {
             "loss/policy_avg": -found.surrogate,
             "policy/kl": found.kl,
@@ -113,6 +115,7 @@ class PolicyStep:
     """A policy at its weights θ and around them, on one rollout.
 
     `parameters` are moved in place, alike on all ranks; `micro_batches` are the sequences that run together, of which each rank has its share.
+    Vectors over the P numbers of the parameters, [P], have this rank's parts alone where the weights are sharded.
     """
 
     def __init__(
@@ -125,14 +128,17 @@ class PolicyStep:
     ) -> None:
         self.roles, self.parameters, self.rollout, self.ranks = roles, parameters, rollout, ranks
         device = rollout.tokens.device
-        self.batches = [
+        self.batches: list[tuple[Rollout, Tensor | None]] = [
             (rollout.select(indices), on_device(places_in(rollout.action_bounds, indices), device))
-            for indices in ranks.own(micro_batches)
             if indices
+            else (rollout.select([0]), None)  # whose part of a layer other ranks wait for, and nothing else
+            for indices in ranks.own(micro_batches)
+            if indices or roles.is_sharded
         ]
-        self.own, self._order = torch.cat([on_device([], device), *(places for _, places in self.batches)]).sort()
+        places = [places for _, places in self.batches if places is not None]
+        self.own, self._order = torch.cat([on_device([], device), *places]).sort()
         """int64 [n]: the places of this rank's actions, and where these stand in its batches."""
-        self.theta = flat([parameter.detach() for parameter in parameters])
+        self.theta = flat([local_part(parameter.detach()) for parameter in parameters])
         self.reach = torch.finfo(self.theta.dtype).eps ** (1 / 3)
         """How far the weights were moved for the last difference."""
 
@@ -146,20 +152,36 @@ class PolicyStep:
 
     @torch.no_grad()
     def _set(self, weights: Tensor) -> None:
-        parts = weights.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
+        own = [local_part(parameter) for parameter in self.parameters]
+        parts = weights.split([parameter.numel() for parameter in own])
+        for parameter, part in zip(own, parts, strict=True):
             parameter.copy_(part.view_as(parameter))
 
     def gradient(self, weights: Tensor) -> Tensor:
         """[P]: the gradient of the mean of weights [N] times log-probs: J^T weights / N, where J [N, P] is that of the log-probs."""
         for batch, places in self.batches:
             logprobs = self.roles(batch, values=False, entropy=False).logprobs
-            (logprobs @ weights[places].to(logprobs.dtype) / self.rollout.num_actions).backward()
-        gradient = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+            total = logprobs.sum() * 0 if places is None else logprobs @ weights[places].to(logprobs.dtype)
+            (total / self.rollout.num_actions).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        gradient = flat([local_part(x) for x in gradients])
         for parameter in self.parameters:
             parameter.grad = None
-        self.ranks.sum_("gradient of the policy", [gradient])
+        if not self.roles.is_sharded:  # else FSDP has summed them
+            self.ranks.sum_("gradient of the policy", [gradient])
         return gradient
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """0-d: the scalar product of two vectors [P]."""
+        if not self.roles.is_sharded:
+            return a.dot(b)
+        product = a.dot(b).to(self.rollout.tokens.device)  # the parts may rest on the host
+        self.ranks.sum_("scalar product", [product])
+        return product.to(a.device)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """0-d: of a vector [P]."""
+        return self.dot(v, v).sqrt() if self.roles.is_sharded else v.norm()
 
     def fisher_vector(self, v: Tensor) -> Tensor:
         """[P]: F v of the Fisher matrix F = J^T J / N of the sampled actions, an unbiased estimate of the Hessian of the mean KL at θ.
@@ -176,7 +198,7 @@ class PolicyStep:
 
         How far that is depends on the direction; the last one's is a good first guess.
         """
-        wanted, length = torch.finfo(v.dtype).eps ** (1 / 3), v.norm().item()
+        wanted, length = torch.finfo(v.dtype).eps ** (1 / 3), self.norm(v).item()
         for _ in range(DIFFERENCE_TRIES):
             step = self.reach / length
             change = (self._logprobs(step * v) - self._logprobs(-step * v)) / 2
@@ -190,29 +212,35 @@ class PolicyStep:
     def _logprobs(self, step: Tensor) -> Tensor:
         """[N] at θ + step."""
         self.move_to(step)
-        found = step.new_zeros(self.rollout.num_actions)
+        found = torch.zeros(self.rollout.num_actions, dtype=step.dtype, device=self.rollout.tokens.device)
         for batch, places in self.batches:
-            found[places] = self.roles(batch, values=False, entropy=False).logprobs
+            logprobs = self.roles(batch, values=False, entropy=False).logprobs
+            if places is not None:
+                found[places] = logprobs
         self.ranks.sum_("log-probs along a direction", [found])
         return found
 
     @torch.no_grad()
     def distributions(self) -> Distributions:
         """The policy's as it is now, whatever becomes of its weights."""
-        head = lm_head(self.roles.policy)
+        head = self._head()
         bias = None if head.bias is None else head.bias.clone()
         return Distributions(self._states(), head._replace(weight=head.weight.clone(), bias=bias))
+
+    def _head(self) -> LMHead:
+        return gathered(self.roles.policy, lambda: lm_head(self.roles.policy))
 
     def _states(self) -> Tensor:
         """[n, H]: of this rank's actions."""
         width = lm_head(self.roles.policy).weight.shape[1]
-        none = self.theta.new_empty(0, width)
-        return torch.cat([none, *(self.roles.action_states(batch) for batch, _ in self.batches)])[self._order]
+        none = torch.empty(0, width, dtype=self.theta.dtype, device=self.rollout.tokens.device)
+        states = [(self.roles.action_states(batch), places) for batch, places in self.batches]
+        return torch.cat([none, *(own for own, places in states if places is not None)])[self._order]
 
     @torch.no_grad()
     def compare(self, old: Distributions, advantages: Tensor) -> Comparison:
         """The policy as it is now with the old one. A few states at a time: whole distributions are as wide as the vocabulary."""
-        new, count = Distributions(self._states(), lm_head(self.roles.policy)), self.rollout.num_actions
+        new, count = Distributions(self._states(), self._head()), self.rollout.num_actions
         actions, temperature = self.rollout.tokens[self.rollout.actions[self.own]], self.rollout.temperature
         advantages = advantages[self.own]
         sums = torch.zeros(3, dtype=torch.float64, device=actions.device)

@@ -23,23 +23,32 @@ class Comparison(NamedTuple):
     old_entropy: float
 
 
-def longest_step(fisher_vector: Callable[[Tensor], Tensor], gradient: Tensor, config: TRPOConfig) -> Tensor:
+Dot = Callable[[Tensor, Tensor], Tensor]
+"""The scalar product, 0-d, of two vectors; of their parts on all ranks, where each rank has a part."""
+
+
+def longest_step(
+    fisher_vector: Callable[[Tensor], Tensor], gradient: Tensor, config: TRPOConfig, dot: Dot = torch.dot
+) -> Tensor:
     """[P]: along the natural gradient, with step^T F step / 2 = max_kl; zeros where the gradient is 0."""
-    direction, curvature = natural_gradient(
-        fisher_vector, gradient, iterations=config.cg_iterations, damping=config.cg_damping
-    )
+    settings = {"iterations": config.cg_iterations, "damping": config.cg_damping}
+    direction, curvature = natural_gradient(fisher_vector, gradient, **settings, dot=dot)
     return direction * math.sqrt(2 * config.max_kl / curvature) if curvature > 0 else torch.zeros_like(direction)
 
 
 def line_search(
-    move_and_compare: Callable[[Tensor], Comparison], step: Tensor, before: float, config: TRPOConfig
+    move_and_compare: Callable[[Tensor], Comparison],
+    step: Tensor,
+    before: float,
+    config: TRPOConfig,
+    dot: Dot = torch.dot,
 ) -> tuple[float, Comparison]:
     """(share of the step that was taken, comparison there): the longest tried that keeps the limit with a surrogate above `before`.
 
     `move_and_compare` sets the weights to what they were before the step plus what it is given. Where nothing will do, that is 0: no step.
     """
     share = 1.0
-    for _ in range(config.line_search_steps if step.any() else 0):
+    for _ in range(config.line_search_steps if dot(step, step) > 0 else 0):
         found = move_and_compare(share * step)
         if found.kl <= config.max_kl and found.surrogate > before:
             return share, found
@@ -48,21 +57,26 @@ def line_search(
 
 
 def natural_gradient(
-    fisher_vector: Callable[[Tensor], Tensor], gradient: Tensor, *, iterations: int, damping: float
+    fisher_vector: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    *,
+    iterations: int,
+    damping: float,
+    dot: Dot = torch.dot,
 ) -> tuple[Tensor, float]:
     """(x, x^T F x) with x near (F + damping I)^-1 gradient, by at most `iterations` conjugate gradients (Hestenes and Stiefel 1952)."""
     x, residual = torch.zeros_like(gradient), gradient.clone()
-    p, squared = residual, residual.dot(residual)
+    p, squared = residual, dot(residual, residual)
     enough = squared * torch.finfo(gradient.dtype).eps
     for _ in range(iterations):
         if not squared > enough:
             break
         product = fisher_vector(p) + damping * p
-        along = squared / p.dot(product)
+        along = squared / dot(p, product)
         x, residual = x + along * p, residual - along * product
-        before, squared = squared, residual.dot(residual)
+        before, squared = squared, dot(residual, residual)
         p = residual + squared / before * p
-    curvature = x.dot(gradient - residual) - damping * x.dot(x)
+    curvature = dot(x, gradient - residual) - damping * dot(x, x)
     return x, curvature.item()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -40,6 +41,8 @@ class Sharding(NamedTuple):
     """Gradients of a half-precision network are summed over the ranks in this type."""
     cpu_offload: bool = False
     """Each rank's part, and with it the optimizer's state, lies in the host's memory while no layer needs it."""
+    meet: Callable[[], Any] = lambda: None
+    """Called before parts are gathered, and before gradients are summed: where ranks learn that one of them has failed since, and will not come."""
 
     def options(self, compute_dtype: torch.dtype | None) -> dict[str, Any]:
         """What `fully_shard` takes. compute_dtype: what weights are gathered in; None: each in its own type."""
@@ -66,8 +69,7 @@ def shard_network(network: PreTrainedModel, sharding: Sharding) -> None:
     # Gathered from the first to the last layer, and through the backward pass, in which the head comes first and the embedding last.
     fully_shard(network, reshard_after_forward=False, **options)
     _sum_gradients(network)
-    network.run_gathered = lambda call: _owning(call())
-    register_fsdp_forward_method(network, "run_gathered")
+    _begin(network, sharding)
 
 
 def shard_head(head: nn.Module, sharding: Sharding) -> None:
@@ -75,6 +77,7 @@ def shard_head(head: nn.Module, sharding: Sharding) -> None:
     head.register_forward_hook(lambda module, arguments, values: _owning(values))
     fully_shard(head, reshard_after_forward=True, **sharding.options(None))
     _sum_gradients(head)
+    _begin(head, sharding)
     if hasattr(head, "logits"):
         register_fsdp_forward_method(head, "logits")
 
@@ -134,10 +137,62 @@ def _widen(network: nn.Module) -> torch.dtype | None:
 
 def _sum_gradients(network: nn.Module) -> None:
     """Losses have the denominators of all ranks already: gradients are added up, not averaged."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no operation that scales and sums
+    for module in _units(network):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no operation that scales and sums
+
+
+class _Gather:
+    """FSDP's gathering of parts, after a meeting of the ranks."""
+
+    def __init__(self, meet: Callable[[], Any]) -> None:
+        self._meet = meet
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self._meet()
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Sum(_Gather):
+    """FSDP's sum of gradients that leaves each rank its part, likewise."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self._meet()
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _begin(root: nn.Module, sharding: Sharding) -> None:
+    """Let FSDP make what it makes at the first call, without which nothing can start again after a failure in that one."""
+    for module in _units(root) if can_start_again() else ():
+        module.set_custom_all_gather(_Gather(sharding.meet))
+        module.set_custom_reduce_scatter(_Sum(sharding.meet))
+    root.run_gathered = lambda call: _owning(call())
+    register_fsdp_forward_method(root, "run_gathered")
+    with torch.no_grad():
+        root.run_gathered(lambda: None)
+        root.reshard()
+
+
+def can_start_again() -> bool:
+    """Whether this torch has what `start_again` needs, and ranks meet within a pass: 2.13 has."""
+    return hasattr(FSDPModule, "reset_iter_state")
+
+
+def start_again(root: nn.Module) -> None:
+    """Forget what a forward or backward pass that was broken off has left in a sharded network, or head. Every rank has to call it."""
+    root.reset_iter_state()
+    for module in _units(root):
+        module.unshard()  # gradients that have not been summed are at whole weights
+        for parameter in module.parameters():
+            parameter.grad = None
+        module.reshard()
+
+
+def _units(root: nn.Module) -> list[FSDPModule]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 class WholeCopy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from fastppo.model.sharding import Sharding, WholeCopy
 from fastppo.plan import Lengths, Microbatch, Minibatch, Plan
 from fastppo.roles import Roles
 from fastppo.rollout import Engine, Rollout, SamplingParams
+from fastppo.rollout.record import places_in
 from tests.distributed.ranks import SECONDS, run_ranks
 from tests.tiny import make_model, ppo_config
 
@@ -64,7 +66,8 @@ class Networks:
         self.ranks = ALONE
         if sharded:
             self.ranks = Ranks(dist.get_rank(), dist.get_world_size(), timeout=SECONDS)
-            self.roles.shard(Sharding(init_device_mesh("cpu", (dist.get_world_size(),)), **options))
+            meet = partial(self.ranks.exchange, "part of a layer")
+            self.roles.shard(Sharding(init_device_mesh("cpu", (dist.get_world_size(),)), **options, meet=meet))
         sections = {"optimizer": self.config.optimizer, "critic": self.config.critic, "config": self.config.learner}
         self.learner = Learner(self.roles, **sections, total_steps=9, ranks=self.ranks)
 
@@ -100,11 +103,12 @@ class Networks:
         return {f"{file}/{name}": whole(x).clone() for file, named in tensors.items() for name, x in named.items()}
 
     def losses(self, roles: Roles, minibatch: Minibatch, own: list[Microbatch]) -> Losses:
-        """Sums over actions whose gradients reach everything that learns."""
+        """Sums over actions, however they are split, whose gradients reach everything that learns."""
+        weights_of_all = torch.linspace(-1, 1, self.rollout.num_actions)
         for indices in own:
             batch: Rollout = self.rollout.select(indices)
             outputs = roles(batch, values=len(self.learner.optimizers) > 1)
-            weights = torch.linspace(-1, 1, batch.num_actions)
+            weights = weights_of_all[places_in(self.rollout.action_bounds, indices)]
             total = (weights * outputs.logprobs - 0.1 * outputs.entropy).sum()
             if outputs.value_logits is not None:
                 total = total + roles.critic.head.cross_entropy(outputs.value_logits, weights).sum()

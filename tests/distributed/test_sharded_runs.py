@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "separate": {"reward__kl_coef": 0.05, "evaluation__every": 1, "evaluation__keep_best": True},
     "shared": {"critic__kind": "shared", "learner__gradient_checkpointing": True} | ONE_PROMPT,
     "lora": {"lora__r": 2, "lora__alpha": 4.0, "reward__kl_coef": 0.05},
+    "trpo": {"algorithm": "trpo", "learner__tokens_per_microbatch": 24, "trpo__cg_iterations": 4},
+    "expert": {
+        "algorithm": "expert_iteration",
+        "search__kind": "best-of-n",
+        "rollout__samples_per_prompt": 3,
+        "reward__solved_score": 0.01,
+    },
+    "trpo on adapters": {"algorithm": "trpo", "critic__kind": "shared", "lora__r": 2, "lora__alpha": 4.0} | ONE_PROMPT,
 }
 
 THREE_STEPS = {"distributed__sharding": "full", "checkpoint__every": 1, "total_steps": 3}
@@ -71,15 +81,44 @@ def _same_metrics(ours: Path, other: Path) -> None:
             assert_same_on_ranks(found, expected, f"step {theirs['step']}, {name}")
 
 
+def _trained_of_all(root: Path, name: str, steps: int, sharded: bool, resume: bool = False) -> dict[str, str]:
+    """What each kind's run raised, "" where nothing; in one set of processes, which take longer to start than a run takes."""
+    raised = dict.fromkeys(RUNS, "")
+    for kind in RUNS:
+        try:
+            _trained(root / kind / name, kind, steps, sharded, resume)
+        except Exception:
+            raised[kind] = traceback.format_exc()
+    return raised
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """(folder, kind -> what was raised): of each kind a run `alone` and one of `two` ranks, from whose checkpoint `four` and `one` go on."""
+    root = tmp_path_factory.mktemp("runs")
+    for kind in RUNS:
+        (root / kind).mkdir()
+    raised = run_ranks(1, _trained_of_all, root, "alone", 2, False)
+    raised += run_ranks(2, _trained_of_all, root, "two", 2, True)
+    for kind, later in product(RUNS, ("four", "one")):
+        if (root / kind / "two").exists():
+            shutil.copytree(root / kind / "two", root / kind / later)
+    raised += run_ranks(4, _trained_of_all, root, "four", 3, True, True)
+    raised += run_ranks(1, _trained_of_all, root, "one", 3, False, True)
+    return root, {kind: "\n".join(filter(None, (each[kind] for each in raised))) for kind in RUNS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_sharded_run_learns_and_writes_what_one_process_does(tmp_path: Path, kind: str) -> None:
+def test_a_sharded_run_learns_and_writes_what_one_process_does(
+    runs: tuple[Path, dict[str, str]], tmp_path: Path, kind: str
+) -> None:
     """Two ranks; then four, and one process with whole weights, go on from their checkpoint."""
-    if kind == "lora":
+    if "lora__r" in RUNS[kind]:
         pytest.importorskip("peft")
-    alone, two = tmp_path / "alone", tmp_path / "two"
-    _trained(alone, kind, 2, False)
-    run_ranks(2, _trained, two, kind, 2, True)
+    folder, raised = runs[0] / kind, runs[1][kind]
+    assert not raised, raised
+    alone, two, four, one = (folder / name for name in ("alone", "two", "four", "one"))
     _same_metrics(two, alone)
     written, expected = _model(two / "model"), _model(alone / "model")
     for name, weight in expected.items():
@@ -92,12 +131,8 @@ def test_a_sharded_run_learns_and_writes_what_one_process_does(tmp_path: Path, k
         assert _model(two / "best").keys() == written.keys()
     if kind == "lora":
         assert (two / "adapter" / "adapter_model.safetensors").is_file()
-
-    four = shutil.copytree(two, tmp_path / "four")
-    run_ranks(4, _trained, four, kind, 3, True, True)
-    _trained(two, kind, 3, False, True)
-    _same_metrics(four, two)
-    for name, weight in _model(two / "model").items():
+    _same_metrics(four, one)
+    for name, weight in _model(one / "model").items():
         assert_same_on_ranks(_model(four / "model")[name], weight, name)
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
+from fastppo.errors import TrainingError
 from fastppo.model.sharding import Sharding, Traffic, local_part, shard_network
+from fastppo.plan import Lengths, Plan
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.sft_config import SFTConfig
-from tests.distributed.sharded import KINDS, PROMPTS, Networks, Together
+from tests.distributed.sharded import KINDS, PLAN, PROMPTS, Networks, Together
 from tests.distributed.traffic import CountedTraffic
 from tests.tiny import ppo_config
 from tests.tolerance import assert_same_on_ranks
 
 STEPS = 2
 SAMPLED = [("separate", torch.float32), ("lora", torch.float32), ("shared", torch.bfloat16)]
+PARTS = ("forward", "backward")
 REDUCED = (torch.float32, torch.bfloat16)
 
 
@@ -29,6 +34,7 @@ def together() -> Together:
     by_all = {kind: (_told, kind, True) for kind in kinds} | {"measured": (_measured,)}
     by_two = {f"sampled {kind}": (_sampled, kind, dtype) for kind, dtype in SAMPLED if kind in kinds}
     by_two |= {f"reduced in {dtype}": (_reduced, dtype) for dtype in REDUCED}
+    by_two |= {f"short of memory in the {part}": (_short_of_memory, part) for part in PARTS}
     by_two |= {"offloaded": (_told, "none", True, {"cpu_offload": True}), "refused": (_refused,)}
     return Together({2: by_all | by_two, 4: by_all})
 
@@ -40,6 +46,11 @@ def _told(kind: str, sharded: bool, options: dict[str, Any] | None = None) -> di
         optimizer.clear_gradients()
     told["metrics"] = networks.learn(STEPS)
     return told | {"weights": networks.weights(), "later": networks.evaluate()}
+
+
+@cache
+def _told_alone(kind: str) -> dict[str, Any]:
+    return _told(kind, sharded=False)
 
 
 def _same(ours: dict[str, Tensor], other: dict[str, Tensor], what: str) -> None:
@@ -54,7 +65,7 @@ def test_sharded_networks_learn_what_whole_ones_do(together: Together, kind: str
     """Every kind of critic, the reference and adapters; evaluation, gradients, their norms and weights after four updates."""
     if kind == "lora":
         pytest.importorskip("peft")
-    alone = _told(kind, sharded=False)
+    alone = _told_alone(kind)
     for ranks in (2, 4):
         everyone = together.run(ranks, kind)
         for told in everyone:
@@ -152,7 +163,7 @@ def test_memory_falls_with_the_ranks_and_bytes_are_those_of_the_formula(together
 
 
 def test_parts_that_lie_in_the_hosts_memory_learn_the_same(together: Together) -> None:
-    alone = _told("none", False)
+    alone = _told_alone("none")
     for told in together.run(2, "offloaded"):
         for what in ("gradients", "weights"):
             _same(told[what], alone[what], what)
@@ -176,6 +187,48 @@ def _reduced(dtype: torch.dtype) -> dict[str, Any]:
     return {"bytes": traffic.reduced, "gradients": gradients}
 
 
+def _short_of_memory(part: str) -> dict[str, Any]:
+    """Memory runs out on rank 1 once, while the other waits for its part of a layer: on the way back after its MLP has its gradients."""
+    networks = Networks("none", sharded=True)
+    projection = networks.roles.policy.model.layers[0].self_attn.o_proj
+    failures = [torch.OutOfMemoryError("this rank alone")] * networks.ranks.rank
+
+    def fail(*_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    if part == "forward":
+        projection.register_forward_pre_hook(fail)
+    else:
+        projection.register_full_backward_pre_hook(fail)
+    metrics, tokens = networks.learn(STEPS), networks.learner.budget.tokens
+    return {"metrics": metrics, "weights": networks.weights(), "tokens": tokens, "left": failures}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_memory_that_runs_out_on_one_rank_halves_all_budgets_and_changes_nothing(together: Together, part: str) -> None:
+    alone = _told_alone("none")
+    first, second = together.run(2, f"short of memory in the {part}")
+    assert not second["left"], "it has failed"
+    assert first["tokens"] == second["tokens"] < 20, "half of the largest micro-batch"
+    for told in (first, second):
+        _same(told["weights"], alone["weights"], part)
+        for ours, theirs in zip(told["metrics"], alone["metrics"], strict=True):
+            assert ours == pytest.approx(theirs)
+
+
+def test_an_older_torch_cannot_go_on_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = Networks("none", sharded=False)
+    monkeypatch.setattr(networks.learner, "is_sharded", True)
+    monkeypatch.delattr(FSDPModule, "reset_iter_state")
+
+    def fail(plan: Plan) -> None:
+        raise torch.OutOfMemoryError("here")
+
+    with pytest.raises(TrainingError, match=r"memory ran out \(here\).*expected less; with .* it takes torch 2.13"):
+        networks.learner.within_memory(fail, PLAN, Lengths.of(networks.rollout))
+
+
 def _refused() -> None:
     networks = Networks("none", sharded=False)
     sharding = Sharding(init_device_mesh("cpu", (2,)))
@@ -191,8 +244,8 @@ def test_what_cannot_be_divided_is_refused_by_name(together: Together) -> None:
     together.run(2, "refused")
     with pytest.raises(ValueError, match="reduce_dtype is bfloat16, expected float32 with sharding none"):
         ppo_config(distributed__reduce_dtype="bfloat16")
-    for odd in ({"algorithm": "trpo"}, {"optimizer__name": "adamw_8bit"}, {"lora__r": 2, "lora__quantization": "nf4"}):
-        with pytest.raises(ValueError, match=r" is \w+, expected \w+ with distributed.sharding full"):
+    for odd in ({"optimizer__name": "adamw_8bit"}, {"lora__r": 2, "lora__quantization": "nf4"}):
+        with pytest.raises(ValueError, match=r" is \w+, expected \w+ with distributed.sharding full: \w+ of \d bits"):
             ppo_config(distributed__sharding="full", **odd)
-    with pytest.raises(ValueError, match="distributed.sharding is full, expected none in supervised fine-tuning"):
-        SFTConfig(distributed={"sharding": "full"})
+    with pytest.raises(ValueError, match="optimizer.offload is true, expected false with distributed.sharding full"):
+        SFTConfig(distributed={"sharding": "full"}, optimizer={"offload": True})

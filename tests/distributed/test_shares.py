@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastppo import Engine, SamplingParams, SFTConfig, SFTTrainer
 from fastppo import distributed as ranks_module
@@ -17,7 +20,9 @@ from fastppo.plan import Lengths, plan_epochs, split_again, tokens_of
 from fastppo.rewards import RewardRunner, WeightedReward
 from fastppo.rewards.result import RewardAnswers
 from fastppo.run_folder import read_metrics, read_samples
+from tests.distributed.namespaces import in_a_network_of_its_own
 from tests.distributed.ranks import run_ranks
+from tests.distributed.sharded import whole
 from tests.envs.test_training import make as make_with_environment
 from tests.tiny import make_model, make_tokenizer
 from tests.tiny_trainer import PROMPTS, build_trainer, count_a
@@ -49,9 +54,9 @@ def test_ranks_get_as_many_micro_batches_and_tokens(groups, samples, ranks):
     plan = plan_epochs(lengths, **options, ranks=ranks)
     alone = plan_epochs(lengths, **options)
     for epoch, epoch_alone in zip(plan, alone, strict=True):
-        for minibatch, whole in zip(epoch, epoch_alone, strict=True):
+        for minibatch, undivided in zip(epoch, epoch_alone, strict=True):
             members = sorted(index for batch in minibatch for index in batch)
-            assert members == sorted(index for batch in whole for index in batch), "the same minibatches"
+            assert members == sorted(index for batch in undivided for index in batch), "the same minibatches"
             assert len(minibatch) % ranks == 0
             assert all(tokens_of(batch, lengths) <= 1000 for batch in minibatch)
             tokens = [sum(tokens_of(batch, lengths) for batch in minibatch[rank::ranks]) for rank in range(ranks)]
@@ -146,21 +151,32 @@ def without_a_group(folder: str) -> tuple[int, bool]:
     return trainer.ranks.size, torch.distributed.is_initialized()
 
 
-def imitate(folder: str):
+def imitate(folder: str, sharding: str = "none"):
+    """Metrics, weights, and those that are written in the end."""
     rows = [{"prompt": "ab" * (n % 3 + 1), "completion": "cd" * (n % 5) + "e"} for n in range(11)]
-    config = SFTConfig(output_dir=folder, device="cpu", learner={"minibatch_size": 4, "tokens_per_microbatch": 12})
+    learner = {"minibatch_size": 4, "tokens_per_microbatch": 12}
+    config = SFTConfig(output_dir=folder, device="cpu", learner=learner, distributed={"sharding": sharding})
     options = {"tokenizer": make_tokenizer(), "reporter": Reporter(0, quiet=True), "eval_examples": rows[:5]}
     trainer = SFTTrainer(make_model(), examples=rows, config=config, **options)
     metrics = trainer.train()
-    return metrics, torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    weights = torch.cat([whole(parameter).flatten() for parameter in trainer.model.parameters()])
+    return metrics, weights.detach(), load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def imitate_in_both_ways(folder: str):
+    return [imitate(f"{folder}/{sharding}", sharding) for sharding in ("none", "full")]
 
 
 def test_fine_tuning_on_several_ranks(tmp_path):
-    [(alone, weights)] = run_ranks(1, imitate, str(tmp_path / "1"))
-    for metrics, found in run_ranks(2, imitate, str(tmp_path / "2")):
+    """Of whole weights, and of weights that are divided."""
+    alone, weights, written = imitate(str(tmp_path / "1"))
+    for metrics, found, saved in chain(*run_ranks(2, imitate_in_both_ways, str(tmp_path / "2"))):
         assert metrics["loss/nll"] == pytest.approx(alone["loss/nll"], abs=1e-5)
         assert metrics["eval/nll"] == pytest.approx(alone["eval/nll"], abs=1e-5)
         assert_same_on_ranks(found, weights)
+        assert saved.keys() == written.keys()
+        for name, weight in written.items():
+            assert_same_on_ranks(saved[name], weight, name)
 
 
 # Runs that go on
@@ -173,10 +189,17 @@ def go_on(folder: str, steps: int, resume: bool) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.roles.parameters()]
 
 
-def test_two_ranks_go_on_bit_for_bit(tmp_path):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> tuple[Path, list[torch.Tensor]]:
+    """A run of two ranks after two of four steps, and its weights."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    return folder, run_ranks(2, go_on, str(folder), 2, False)[0]
+
+
+def test_two_ranks_go_on_bit_for_bit(half, tmp_path):
     """Resumed after two of four steps, in new processes."""
     whole = run_ranks(2, go_on, str(tmp_path / "whole"), 4, False)
-    run_ranks(2, go_on, str(tmp_path / "parts"), 2, False)
+    shutil.copytree(half[0], tmp_path / "parts")
     parts = run_ranks(2, go_on, str(tmp_path / "parts"), 4, True)
     for ours, theirs in zip(parts, whole, strict=True):
         assert all(map(torch.equal, ours, theirs))
@@ -189,9 +212,10 @@ def without_waits(row: dict) -> dict:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_any_number_of_ranks_goes_on_from_the_same_weights(size, tmp_path):
-    before = run_ranks(2, go_on, str(tmp_path), 2, False)[0]
-    for weights in run_ranks(size, go_on, str(tmp_path), 2, True):  # has all its steps
+def test_any_number_of_ranks_goes_on_from_the_same_weights(size, half, tmp_path):
+    folder, before = half
+    shutil.copytree(folder, tmp_path / "run")
+    for weights in run_ranks(size, go_on, str(tmp_path / "run"), 2, True):  # has all its steps
         assert all(map(torch.equal, weights, before))
 
 
@@ -219,26 +243,30 @@ def test_bytes_of_a_step_are_those_of_the_formula(tmp_path):
         assert 0 < others < 100_000, "records and meetings of a tiny step"
 
 
-def sums(bucket: int) -> list[torch.Tensor]:
-    ranks_module.BUCKET = bucket
+def sums(buckets: list[int]) -> list[list[torch.Tensor]]:
     ranks = ranks_module.ranks_of(ranks_module.DistributedConfig(), torch.device("cpu"))
-    number = ranks.rank + 1.0
-    tensors = [torch.full((3, 4), number), torch.full((5,), number, dtype=torch.float64), torch.zeros(0)]
-    tensors += [torch.full((6, 2), number).t(), torch.full((50,), number), torch.full((), number)]
-    ranks.sum_("tensors", tensors)
-    return tensors
+    number, found = ranks.rank + 1.0, []
+    for bucket in buckets:
+        ranks_module.BUCKET = bucket
+        tensors = [torch.full((3, 4), number), torch.full((5,), number, dtype=torch.float64), torch.zeros(0)]
+        tensors += [torch.full((6, 2), number).t(), torch.full((50,), number), torch.full((), number)]
+        ranks.sum_("tensors", tensors)
+        found.append(tensors)
+    return found
 
 
-@pytest.mark.parametrize("bucket", [1, 10, 1000])
-def test_sums_of_any_shapes_and_types(bucket):
-    for tensors in run_ranks(3, sums, bucket):
+def test_sums_of_any_shapes_and_types():
+    """Whether tensors are larger or smaller than what is summed at a time."""
+    for tensors in chain(*run_ranks(3, sums, [1, 10, 1000])):
         assert [tuple(tensor.shape) for tensor in tensors] == [(3, 4), (5,), (0,), (2, 6), (50,), ()]
         assert all((tensor == 6).all() for tensor in tensors) and tensors[1].dtype == torch.float64
 
 
 COUNTING = """
 import json, sys
+from tests.distributed.namespaces import in_a_network_of_its_own
 from tests.distributed.ranks import run_ranks
+from tests.distributed.sharded import whole
 from tests.distributed.test_shares import counted
 print(json.dumps(run_ranks(int(sys.argv[1]), counted)[0]))
 """
@@ -264,11 +292,8 @@ def _carried() -> int:
 
 def test_bytes_are_those_that_the_network_carries():
     """In a network namespace of its own: a sum of M bytes over R ranks takes 2 (R - 1) M, as a ring does."""
-    network = ["unshare", "--map-root-user", "--net"]
-    if subprocess.run([*network, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no network namespace may be made here")
-    script = f"ip link set lo up && exec {sys.executable} -c '{COUNTING}' 3"
-    done = subprocess.run([*network, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = in_a_network_of_its_own(sys.executable, "-c", COUNTING, "3")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     formula, carried = map(int, done.stdout.strip().splitlines()[-1].strip("[]").split(","))
     assert formula <= carried <= 1.05 * formula
