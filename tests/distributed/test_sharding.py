@@ -73,7 +73,7 @@ def test_sharded_networks_learn_what_whole_ones_do(together: Together, kind: str
                 _same(told[what], alone[what], f"{kind}, {ranks} ranks, {what}")
         for step, metrics in enumerate(alone["metrics"]):
             assert {"loss", "grad_norm/policy"} <= metrics.keys()
-            assert all(told["metrics"][step] == pytest.approx(metrics) for told in everyone)
+            assert all(told["metrics"][step] == pytest.approx(metrics, abs=1e-5) for told in everyone)
 
 
 def _sampled(kind: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_on_one_rank_halves_all_budgets_and_changes_nothing
     for told in (first, second):
         _same(told["weights"], alone["weights"], part)
         for ours, theirs in zip(told["metrics"], alone["metrics"], strict=True):
-            assert ours == pytest.approx(theirs)
+            assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_an_older_torch_cannot_go_on_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
