@@ -90,6 +90,11 @@ def test_a_smaller_model_is_the_critics_trunk(make_trainer, small_model):
     assert {name.split(".")[0] for name in changed(before, parameters_of(trainer))} == {"policy", "critic"}
 
 
+def test_a_folder_that_is_not_there_is_named_by_its_setting(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="critic.model: .*nowhere.*there is no such folder"):
+        make_trainer(critic__model=str(tmp_path / "nowhere"))
+
+
 def test_another_tokenizer_is_refused_and_both_are_named(make_trainer, tmp_path):
     other = save_model(tmp_path / "other", LETTERS[::-1], **SMALL)
     message = rf"critic.model is '{other}', whose tokenizer .* of the policy's tokenizer .*'a' has id 17 there and has id 2 here"
