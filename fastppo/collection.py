@@ -41,7 +41,7 @@ class Collector:
         ranks: Ranks,
         note: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        self._engine, self._note = engine, note
+        self.engine, self._note = engine, note
         self._source, self._rewards, self._tokenizer, self._chat = source, rewards, tokenizer, chat
         self._device, self._ranks = device, ranks
 
@@ -49,14 +49,24 @@ class Collector:
         self, rows: Sequence[Row], sampling: SamplingParams, check: Callable[..., None], **options: Any
     ) -> Answers:
         """`sampling.n` completions of each row: all of the first, all of the second, ... options: as `AnswerSource.sample` takes them."""
+        return self.gather(self.share(rows, sampling, check, **options))
+
+    def share(
+        self, rows: Sequence[Row], sampling: SamplingParams, check: Callable[..., None], **options: Any
+    ) -> Answers | None:
+        """What `sample` samples on this rank, which meets no other for it; None where that is nothing."""
         numbers = self._ranks.own(range(len(rows)))
-        share = None
-        if numbers:
-            given = rows, sampling, self._chat, check
-            attempt = partial(self._source.sample, *given, numbers=numbers, **options)
-            share = sample_within_memory(attempt, self._engine, len(numbers) * sampling.n, self._note)
+        if not numbers:
+            return None
+        given = rows, sampling, self._chat, check
+        attempt = partial(self._source.sample, *given, numbers=numbers, **options)
+        return sample_within_memory(attempt, self.engine, len(numbers) * sampling.n, self._note)
+
+    def gather(self, share: Answers | None) -> Answers:
+        """What `sample` returns, of the shares of all ranks."""
         if self._ranks.size == 1:
-            return share
+            here = share.rollout.tokens.device.type == self._device.type
+            return share if here else share.to(self._device)
         on_host = None if share is None else share.to(torch.device("cpu"))
         shares = [found for found in self._ranks.exchange("rollout", on_host) if found is not None]
         return type(shares[0]).of_shares(shares).to(self._device)

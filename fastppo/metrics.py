@@ -43,6 +43,8 @@ def rollout_metrics(
         "rollout/out_of_band_rate": (difference > OUT_OF_BAND).float().mean().item(),
         "rollout/out_of_clip_rate": clipped.float().mean().item(),
     }
+    if config.rollout.staleness:
+        metrics["rollout/sampler_kl"] = approx_kl(rollout.logprobs, evaluation.logprobs, kind="k3").mean().item()
     if evaluation.values is not None:
         metrics["val/explained_var"] = explained_variance(evaluation.values, targets.returns)
     kl_sum = 0.0
@@ -96,7 +98,8 @@ def engine_metrics(stats: GenerationStats) -> dict[str, float]:
 
 
 class Clock:
-    """Wall-clock seconds of the parts of one step, each of which may come more than once. On a GPU a part ends when its kernels have."""
+    """Wall-clock seconds of the parts of one step, each of which may come more than once. On a GPU a part ends when its kernels have;
+    another thread's, on a stream of its own, are not waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -107,7 +110,7 @@ class Clock:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self, sampled_tokens: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from fastppo.ahead import SamplingAhead
 from fastppo.algorithms import Algorithm
 from fastppo.best import Best
 from fastppo.callbacks import Callbacks
@@ -34,6 +35,7 @@ from fastppo.run_folder import RunFolder
 from fastppo.sharded_checkpoint import ShardedCheckpoints
 
 Note = Callable[[str], None]
+AHEAD = "sampled_ahead"  # in a checkpoint: the weights that completions in hand were sampled with
 
 
 class RunState:
@@ -43,6 +45,7 @@ class RunState:
         learner, algorithm, sampler: whose states a checkpoint holds; None where the algorithm has none.
         identity: what a checkpoint is bound to, as `identity` gives it.
         best, callbacks: whose states it holds too, where there are any. The checkpoint of the best step stays.
+        ahead: whose weights and state it holds too, where completions are sampled ahead.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class RunState:
         identity: Callable[[], dict[str, Any]],
         best: Best | None = None,
         callbacks: Callbacks | None = None,
+        ahead: SamplingAhead | None = None,
     ) -> None:
         self._learner, self._algorithm, self._sampler, self._make_identity = learner, algorithm, sampler, identity
-        self._best, self._ranks = best, learner.ranks
+        self._best, self._ranks, self._ahead = best, learner.ranks, ahead
         self._shards = ShardedCheckpoints(self._ranks.timeout) if learner.is_sharded else None
         self._more = {name: part for name, part in {"best": best, "callbacks": callbacks}.items() if part is not None}
         self.step = 0
@@ -63,7 +67,7 @@ class RunState:
         """Metrics of the step that is done, while they wait for an evaluation."""
         self.whole = True
         """The weights are those after `step` steps: no update is half done."""
-        self._next_prompts = sampler.state_dict()
+        self._next_prompts = self._prompts_after_update = sampler.state_dict()
         self._saved: int | None = None
 
     @cached_property
@@ -79,9 +83,13 @@ class RunState:
     def _spared(self) -> set[int]:
         return set() if self._best is None else self._best.spared
 
+    def begin_update(self) -> None:
+        """All prompts of the step in hand are drawn; those that are drawn from here on are of later ones."""
+        self._prompts_after_update, self.whole = self._sampler.state_dict(), False
+
     def step_done(self, metrics: dict[str, float]) -> None:
         self.step, self.unrecorded = self.step + 1, metrics
-        self._next_prompts, self.whole = self._sampler.state_dict(), True
+        self._next_prompts, self.whole = self._prompts_after_update, True
 
     def begin(
         self, folder: RunFolder, settings: Mapping[str, Any], *, resume: bool, evaluate: bool, note: Note
@@ -132,6 +140,8 @@ class RunState:
         if saved.get(_PROMPTS) != self._identity.get(_PROMPTS):
             state["sampler"].pop("pools", None)  # of other prompts
         self._sampler.load_state_dict(state["sampler"])
+        if self._ahead is not None:
+            self._ahead.load_state_dict(tensors.get(AHEAD), state.get(AHEAD), step)
         for name, part in self._more.items():
             part.load_state_dict(state.get(name))
         self.step = self._saved = step
@@ -152,6 +162,8 @@ class RunState:
         state |= {"sampler": self._next_prompts, "unrecorded": self.unrecorded, "identity": self._identity}
         if self._algorithm is not None:
             state["algorithm"] = self._algorithm.state_dict()
+        if self._ahead is not None:
+            tensors[AHEAD], state[AHEAD] = self._ahead.state_dict()
         state |= {name: part.state_dict() for name, part in self._more.items()}
         save = save_checkpoint if self._shards is None else self._shards.save
         save(folder.checkpoints, self.step, tensors, state, keep=keep, spared=self._spared)

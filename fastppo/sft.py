@@ -137,7 +137,7 @@ class SFTTrainer(RunLoop):
         plan = [[self._microbatches(self.examples, indices)]]
         self.state.wait()  # a rank that is lost in an update costs that step alone
         with clock("time/update"):
-            self.state.whole = False
+            self.state.begin_update()
             try:
                 metrics |= self.learner.minimise(self._losses, plan, self._lengths, learned=("policy",))
             except NonFiniteUpdates as error:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.ahead import SamplingAhead
 from fastppo.algorithms.expert_iteration import ExpertIteration
 from fastppo.algorithms.ppo import PPO
 from fastppo.algorithms.trpo import TRPO, require_float32
@@ -29,7 +30,7 @@ from fastppo.debate_config import Debate
 from fastppo.distributed import device_of, ranks_of, sharding_of
 from fastppo.envs import AgentProgram
 from fastppo.envs.episodes import Factory
-from fastppo.envs.source import Answers, reward_columns, rewards_of, seat_adapters, source_of
+from fastppo.envs.source import Answers, AnswerSource, reward_columns, rewards_of, seat_adapters, source_of
 from fastppo.errors import TrainingError
 from fastppo.experience import Experience, sample_with_signal
 from fastppo.held_out import load_held_out
@@ -37,7 +38,8 @@ from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import Clock, engine_metrics, reward_metrics, rollout_metrics, search_metrics
 from fastppo.model import context_length, make_exact
-from fastppo.model.adapters import adapters_of, add_adapters
+from fastppo.model.adapters import Adapters, adapters_of, add_adapters
+from fastppo.model.frozen_copy import FrozenCopy
 from fastppo.model.host import on_device, require_gpu
 from fastppo.model.sharding import WholeCopy
 from fastppo.model.writing import odd_generation_config
@@ -163,30 +165,24 @@ class PPOTrainer(RunLoop):
             note=self.reporter.note,
             ranks=self.ranks,
         )
-        kept = KEPT_CACHE if device.type == "cuda" else False
-        sampled = self.model if self.whole is None else self.whole.model
-        self.engine = Engine(sampled, self.tokenizer, max_batch_size=config.rollout.batch_size, keep_cache=kept)
-        expert = config.algorithm == "expert_iteration" and config.search.kind not in SAMPLED
-        self.expert = Expert(config.search, self.engine, self.learner, self.ranks) if expert else None
         with naming("environment"):
             _require_whole_answers(environment, config)
-            self.source = source_of(
-                environment, self.engine, self.tokenizer, self.prompts.chat, config.environment, self.adapters
+            self.source, self.collector = self._sampler(
+                self.model if self.whole is None else self.whole.model, self.adapters
             )
-        self.collector = Collector(
-            self.source,
-            self.engine,
-            self.rewards,
-            self.tokenizer,
-            self.prompts.chat,
-            device,
-            self.ranks,
-            self.reporter.note,
-        )
+            self.ahead = None
+            if config.rollout.staleness:
+                frozen = FrozenCopy(self.model, self.adapters)
+                sampler = self._sampler(frozen.model, frozen.adapters)
+                self.ahead = SamplingAhead(frozen, *sampler, lambda: self._interruption.check())
+        self.engine = self.collector.engine
+        self._learned_from = self.collector if self.ahead is None else self.ahead.collector
+        expert = config.algorithm == "expert_iteration" and config.search.kind not in SAMPLED
+        self.expert = Expert(config.search, self.engine, self.learner, self.ranks) if expert else None
         pools = DifficultyPools.of(config.difficulty, len(self.prompts), normalised=self.rewards.normalises)
         self.sampler = PromptSampler(len(self.prompts), config.rollout.prompts_per_step, config.seed, pools)
         self.best = Best(config.evaluation)
-        more = {"best": self.best, "callbacks": self.callbacks}
+        more = {"best": self.best, "callbacks": self.callbacks, "ahead": self.ahead}
         self.state = RunState(self.learner, self.algorithm, self.sampler, self._identity, **more)
         self._interruption = Interruption()
 
@@ -196,7 +192,7 @@ class PPOTrainer(RunLoop):
 
     @contextmanager
     def _resources(self) -> Iterator[None]:
-        with self.rewards, self.source:
+        with self.rewards, self.source, nullcontext() if self.ahead is None else self.ahead:
             self._say_what_holds()
             yield
 
@@ -205,6 +201,8 @@ class PPOTrainer(RunLoop):
         if self.held_out is None:
             raise ValueError("eval_prompts is None, expected held-out prompts to evaluate on")
         with self.ranks.together("evaluation of the held-out prompts"):
+            if self.ahead is not None:
+                self.ahead.wait()  # environments and rewards are not asked from two sides
             return self.held_out.evaluate(self._complete, self.reporter.note)
 
     # One step
@@ -214,11 +212,13 @@ class PPOTrainer(RunLoop):
         metrics = self.learner.start_step(self.step)
         experience = self._experience(clock, seed, folder)
         rollout, scores = experience.rollout, experience.scores
+        if self.ahead is not None:
+            metrics |= self.ahead.step_metrics(self.step)
         metrics |= experience.metrics | reward_metrics(experience.all_scores)
         with clock("time/score"):
             plan = self.learner.plan(rollout, seed, self.reporter.note_once)
             critic_plan = self.learner.critic_plan(rollout, seed)
-            recompute = self.config.rollout.recompute_logprobs
+            recompute = self._recompute_logprobs()
             evaluation, plan = self.learner.evaluate(rollout, self.algorithm.needs, plan, recompute)
             targets = self.algorithm.credit(rollout, evaluation, scores)
             if warning := self.algorithm.range_warning(targets.returns):
@@ -233,7 +233,9 @@ class PPOTrainer(RunLoop):
         with self.ranks.together("beginning of the update"):
             self._interruption.check()
         with clock("time/update"):
-            self.state.whole = False
+            self.state.begin_update()
+            if self.ahead is not None:
+                self._sample_ahead()
             try:
                 records = rollout, evaluation, targets
                 metrics |= self.algorithm.update(self.learner, *records, plan, self._show_update, critic_plan)
@@ -268,7 +270,7 @@ class PPOTrainer(RunLoop):
         """Completions of the next prompts and their scores; some of them are written to the folder."""
         with clock("time/rollout"):
             answers, rows = self._collect(seed)
-        metrics = engine_metrics(self.engine.stats)
+        metrics = engine_metrics(self._learned_from.engine.stats)
         if self.expert is not None and not self.algorithm.warmup.holds(self.step):
             with clock("time/search"):
                 answers, searched = self._with_found(answers, rows, seed)
@@ -290,11 +292,29 @@ class PPOTrainer(RunLoop):
 
     def _collect(self, seed: int) -> tuple[Answers, list[Row]]:
         """Completions of the next prompts, and the rows that these stand in."""
-        rows = [self.prompts[index] for index in self.sampler.next()]
         sampling, check = self.config.rollout.sampling(seed), self._interruption.check
-        # A sharded head has no values here: no rank samples as many tokens as another.
-        options = {"progress": self._show_rollout, "value_head": None if self.whole else self.roles.value_head}
-        return self.collector.sample(rows, sampling, check, **options), rows
+        if self.ahead is None:
+            rows = self._next_rows()
+            # A sharded head has no values here: no rank samples as many tokens as another.
+            options = {"progress": self._show_rollout, "value_head": None if self.whole else self.roles.value_head}
+            return self.collector.sample(rows, sampling, check, **options), rows
+        if self.ahead.idle:
+            self.ahead.begin(self._next_rows(), sampling)
+        return self.ahead.take(self._show_rollout)
+
+    def _recompute_logprobs(self) -> Literal["auto", "always", "never"]:
+        """Those of sampling are not those of the policy where its weights have moved on."""
+        setting = self.config.rollout.recompute_logprobs
+        return "always" if self.ahead is not None and setting == "auto" else setting
+
+    def _next_rows(self) -> list[Row]:
+        return [self.prompts[index] for index in self.sampler.next()]
+
+    def _sample_ahead(self) -> None:
+        """Begin with the next step's completions, from the weights as they are before the update."""
+        self.ahead.freeze(self.step)
+        if self.step + 1 < self.total_steps:
+            self.ahead.begin(self._next_rows(), self.config.rollout.sampling(_mix(self.config.seed, self.step + 1)))
 
     def _with_found(self, answers: Answers, rows: list[Row], seed: int) -> tuple[Answers, dict[str, float]]:
         """With what the search finds, and what that cost."""
@@ -317,7 +337,7 @@ class PPOTrainer(RunLoop):
         return stop_ids(self.model, self.tokenizer, sampling), self.tokenizer, sampling
 
     def _show_rollout(self, done: int, total: int) -> None:
-        self.reporter.phase("rollout", done, total, f"{self.engine.stats.tokens_per_second:,.0f} tok/s")
+        self.reporter.phase("rollout", done, total, f"{self._learned_from.engine.stats.tokens_per_second:,.0f} tok/s")
 
     def _show_update(self, done: int, total: int) -> None:
         stopping = "" if self._interruption.number is None else "the last one: the run is being ended"
@@ -326,8 +346,8 @@ class PPOTrainer(RunLoop):
     def _greedy_scores(self, rows: list[Row], seed: int) -> Tensor:
         """fp32 [prompts]: the scores of each prompt's greedy completion; NaN where invalid. seed: of an environment's chance."""
         greedy = dataclasses.replace(self.config.rollout.sampling(seed), n=1, temperature=0.0)
-        answers = self.collector.sample(rows, greedy, self._interruption.check)
-        rollout, result = answers.per_sample(self.collector.score(answers, rows, self._interruption.at_once)[0])
+        answers = self._learned_from.sample(rows, greedy, self._interruption.check)
+        rollout, result = answers.per_sample(self._learned_from.score(answers, rows, self._interruption.at_once)[0])
         self._note_errors(result)
         return (
             Scores.of(result, rollout.tokens.device).penalised(rollout, self.config.reward.missing_eos_penalty).values
@@ -340,7 +360,7 @@ class PPOTrainer(RunLoop):
         greedy: fp32 [prompts], the scores of the prompts' greedy completions; where one is not valid, no sample of that prompt is.
         """
         self.reporter.phase("reward", 0, 1)
-        rollout, (result, texts) = answers.rollout, self.collector.score(answers, rows, self._interruption.at_once)
+        rollout, (result, texts) = answers.rollout, self._learned_from.score(answers, rows, self._interruption.at_once)
         logged = 0 if folder is None else self.config.num_logged_samples
         rows = answers.groups(rows)
         samples = answers.described(describe_samples(rollout, rows, texts, result, self.tokenizer, logged))
@@ -398,6 +418,15 @@ class PPOTrainer(RunLoop):
         return valid
 
     # Set-up, checkpoints
+
+    def _sampler(self, model: PreTrainedModel, adapters: Adapters | None) -> tuple[AnswerSource, Collector]:
+        """What samples from a model, and has it scored."""
+        kept = KEPT_CACHE if model.device.type == "cuda" else False
+        engine = Engine(model, self.tokenizer, max_batch_size=self.config.rollout.batch_size, keep_cache=kept)
+        chat = self.prompts.chat
+        source = source_of(self.environment, engine, self.tokenizer, chat, self.config.environment, adapters)
+        given = source, engine, self.rewards, self.tokenizer, chat, model.device, self.ranks, self.reporter.note
+        return source, Collector(*given)
 
     def _algorithm(self) -> PPO:
         if self.config.algorithm == "expert_iteration":

@@ -33,6 +33,7 @@ FLOORS = [
         "fastppo.environment_config",
         "fastppo.debate_config",
         "fastppo.config",
+        "fastppo.rollout_config",
         "fastppo.evaluation_config",
         "fastppo.setting_types",
         "fastppo.lora_config",
@@ -67,6 +68,7 @@ FLOORS = [
         "fastppo.trainer",
     )
     + (
+        "fastppo.ahead",
         "fastppo.calibration",
         "fastppo.collection",
         "fastppo.distributed",

@@ -29,7 +29,8 @@ def capture(run: Callable[[], Tensor], pool: object) -> Captured:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # What another thread launches meanwhile is no part of it, and no error.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         hidden = run()
     return Captured(graph.replay, hidden, graph.pool())
 

@@ -16,8 +16,11 @@ class StandIn:
     def __init__(self) -> None:
         self.launched, self.waits = 0, 0
 
-    def synchronize(self, device: torch.device) -> None:
+    def current_stream(self, device: torch.device) -> StandIn:
         assert device.type == "cuda"
+        return self
+
+    def synchronize(self) -> None:
         self.waits += 1
         time.sleep(0.03 * self.launched)
         self.launched = 0
@@ -26,7 +29,7 @@ class StandIn:
 @pytest.fixture
 def gpu(monkeypatch):
     made = StandIn()
-    monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
+    monkeypatch.setattr(torch.cuda, "current_stream", made.current_stream)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2e9)
     return made
 
