@@ -280,6 +280,11 @@ def sampler_differs(run: Evidence) -> tuple[str, tuple[str, ...]] | None:
     if share.last <= OUT_OF_CLIP:
         return None
     seen = f"{share.last:.1%} of the sampled tokens ({share.last_steps}) have a probability in training that is outside the clip range "
+    if run.setting("rollout.staleness"):
+        return seen + "before the update: since they were sampled the weights have moved far", (
+            run.suggest("optimizer.lr", "a third of {}"),
+            run.suggest("rollout.staleness", "{}=0"),
+        )
     return seen + "already before the update", (
         run.suggest("rollout.recompute_logprobs", "{}=always"),
         run.suggest("model.dtype", "{}=float32, or bfloat16 instead of float16"),

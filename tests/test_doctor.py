@@ -80,6 +80,12 @@ def test_each_fault_is_named_with_its_numbers_and_a_setting(fault):
     assert any(re.search(r"\w+\.\w+|reward", advice) for advice in finding.advice)
 
 
+def test_weights_that_have_moved_since_they_sampled_are_no_disagreement_of_kernels():
+    rows, stale = run_of(rollout__out_of_clip_rate=(0, 0.2)), {"rollout": SETTINGS["rollout"] | {"staleness": 1}}
+    (finding,) = examine(rows, SETTINGS | stale).findings
+    assert "weights have moved" in finding.seen and "rollout.staleness=0 (now 1)" in finding.advice
+
+
 def test_every_rule_has_a_fault_here():
     assert {rule.name for rule in RULES} == set(FAULTS)
 

@@ -43,7 +43,9 @@ def memory_of(setup: Setup) -> Memory:
     kept = cache if not setup.on_cpu and _cache(setup) <= KEPT_CACHE * setup.memory else {}
     moments = {"sampling": held | cache | _sampling(setup)}
     moments["scoring"] = held | kept | _scoring(setup) | {"reference's weights": _reference(setup)}
-    moments |= {name: held | kept | parts for name, parts in _updating(setup).items()}
+    # What goes on beside an update: with staleness the next step's sampling.
+    beside = cache | _sampling(setup) if setup.config.rollout.staleness else kept
+    moments |= {name: held | beside | parts for name, parts in _updating(setup).items()}
     return Memory(moments)
 
 
@@ -70,6 +72,8 @@ def _held(setup: Setup) -> Parts:
     }
     if setup.shards > 1:
         parts["whole policy to sample from"] = setup.policy_bytes
+    if setup.config.rollout.staleness:
+        parts["copy of what learns to sample from"] = FP32 * setup.policy_learns if lora else setup.policy_bytes
     return parts
 
 

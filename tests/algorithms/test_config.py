@@ -30,6 +30,16 @@ WRONG = {
         "advantage__estimator": "vtrace",
         "loss__rollout_correction": "mask",
     },
+    "algorithm is trpo, expected ppo with rollout.staleness 1": {"rollout__staleness": 1, "algorithm": "trpo"},
+    "algorithm is expert_iteration, expected ppo with rollout.staleness 1": {
+        "rollout__staleness": 1,
+        "algorithm": "expert_iteration",
+        "rollout__samples_per_prompt": 2,
+    },
+    "distributed.sharding is full, expected none with rollout.staleness 1": {
+        "rollout__staleness": 1,
+        "distributed__sharding": "full",
+    },
     "gamma is 0.9, expected 1": {"advantage__estimator": "grpo", "advantage__gamma": 0.9},
     "loss.kl_coef is 0, expected a first value above 0": {"loss__kl_target": 1.0},
     "reward.kl_coef is 0, expected a first value above 0": {"reward__kl_target": 1.0},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastppo.collection import Collector
 from fastppo.optimizer import Optimizer
 from fastppo.rewards import WeightedReward
 from fastppo.run_folder import read_metrics
@@ -38,6 +39,8 @@ KINDS = {
     "majority": EXPERT | {"search__kind": "majority", "search__answer": "a|b"},
     "value_guided": EXPERT | {"search__kind": "value-guided", "search__width": 3},
     "puct": EXPERT | {"search__kind": "puct", "search__step": "b", "search__step_tokens": 2, "search__simulations": 3},
+    "staleness": {"rollout__staleness": 1, "optimizer__lr": 1e-2, "total_steps": 3},
+    "staleness_vtrace": {"rollout__staleness": 1, "advantage__estimator": "vtrace", "rollout__prompts_per_step": 3},
 }
 OF_THE_MACHINE = ("time/", "perf/", "distributed/", "rollout/occupancy", "rollout/shared_prompt_share")
 
@@ -72,12 +75,13 @@ def train(folder: str, kinds: dict) -> dict[str, Run | str]:
 
 def _train(folder: str, changes: dict) -> Run:
     trainer = build_trainer(folder, reward=REWARDS, eval_prompts=PROMPTS[:3], **changes)
-    completions, gradients, sample = [], [], trainer.collector.sample
+    completions, gradients = [], []
 
-    def noted(*arguments, **options):
-        answers = sample(*arguments, **options)
-        completions.append(answers.rollout.completions())
-        return answers
+    class NotingCollector(Collector):
+        def gather(self, share):
+            answers = super().gather(share)
+            completions.append(answers.rollout.completions())
+            return answers
 
     class Noting(Optimizer):
         def step(self, norm):
@@ -85,7 +89,8 @@ def _train(folder: str, changes: dict) -> Run:
             gradients.append(torch.cat([grad.flatten() for grad in grads]).clone())
             super().step(norm)
 
-    trainer.collector.sample = noted
+    for collector in (trainer.collector, *([] if trainer.ahead is None else [trainer.ahead.collector])):
+        collector.__class__ = NotingCollector
     for optimizer in trainer.learner.optimizers.values():
         optimizer.__class__ = Noting
     metrics = trainer.train()

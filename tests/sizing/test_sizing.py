@@ -100,6 +100,19 @@ def test_parts_of_a_full_run_in_bfloat16():
     assert found.peak == sum(found.parts.values()) == max(sum(parts.values()) for parts in found.moments.values())
 
 
+@pytest.mark.parametrize(("lora", "copied"), [(0, "policy's weights"), (8, None)])
+def test_sampling_beside_the_update_needs_a_copy_and_its_cache_then(lora, copied):
+    settings = {"lora": {"r": lora}, "critic": {"kind": "lora" if lora else "shared"}}
+    fresh, stale = (setup_on("h200", llama_8b(), rollout={"staleness": staleness}, **settings) for staleness in (0, 1))
+    before, after = memory_of(fresh).moments, memory_of(stale).moments
+    copy = after["scoring"]["copy of what learns to sample from"]
+    assert copy == (after["scoring"][copied] if copied else 4 * stale.policy_learns)
+    update = next(name for name in after if name.startswith("update"))
+    beside = {"keys and values", "logits of the tokens drawn", "layers' results"}
+    assert beside <= after[update].keys() and not {"logits of the tokens drawn"} & before[update].keys()
+    assert after[update]["keys and values"] == after["sampling"]["keys and values"]
+
+
 def test_shards_divide_what_is_spread_and_nothing_else():
     whole, spread = (setup_on("h200", llama_8b(), ranks=8, sharding=kind) for kind in ("none", "full"))
     one, other = memory_of(whole).parts, memory_of(spread).parts
