@@ -160,6 +160,24 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     assert max(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2, "the steps that are done are saved"
 
 
+def test_an_error_in_the_thread_that_samples_is_told_too(tmp_path):
+    found = run_ranks(2, _failing_beside_the_update, str(tmp_path / "run"))
+    assert [kind for kind, _, _ in found] == ["TrainingError", "KeyError"]
+    assert found[0][1] == 'rank 1: KeyError: "this rank\'s own"'
+    assert max(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2, "the steps that are done are saved"
+
+
+def _failing_beside_the_update(folder: str):
+    trainer = build_trainer(folder, total_steps=5, rollout__staleness=1)
+    share = trainer.ahead.collector.share
+
+    def failing(*arguments, **options):
+        return fail() if rank() == 1 and trainer.step == 1 else share(*arguments, **options)
+
+    trainer.ahead.collector.share = failing
+    return caught(trainer.train)
+
+
 def vanish():
     os._exit(9)
 

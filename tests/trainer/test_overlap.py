@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from fastppo import Callback, PPOTrainer
+from fastppo import Callback, PPOConfig, PPOTrainer
 from fastppo.ahead import SamplingAhead
 from fastppo.checkpoint import list_checkpoints, load_checkpoint
 from fastppo.collection import Collector
@@ -341,6 +344,16 @@ def test_the_checkpoint_holds_the_weights_that_sampled(tmp_path):
         assert all(torch.equal(x, kept.states[step - 1][name]) for name, x in tensors["sampled_ahead"].items())
 
 
+def test_the_page_names_settings_and_metrics_as_they_are(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "overlap.md").read_text()
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert PPOConfig(**settings).rollout.staleness == 1
+    build(tmp_path / "run", total_steps=2).train()
+    listed = set(re.findall(r"`((?:rollout|time)/\w+)`", text))
+    assert len(listed) > 5 and listed <= read_metrics(tmp_path / "run")[-1].keys()
+    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "sampled_ahead.safetensors").exists()
+
+
 # Learning
 
 LEARNING = {
@@ -363,7 +376,7 @@ WAYS = {
     "truncate": {},
     "mask": {"loss__rollout_correction": "mask"},
     "ratio to the sampler": {"rollout__recompute_logprobs": "never"},
-    "vtrace": {"advantage__estimator": "vtrace"},
+    "vtrace": {"advantage__estimator": "vtrace", "total_steps": 30},  # bounded weights move it more slowly
 }
 
 
