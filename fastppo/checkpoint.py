@@ -107,10 +107,7 @@ def publish_checkpoint(
     (temporary / STATE).write_text(json.dumps(saved, indent=1))
     manifest = {**manifest, STATE: fingerprint(temporary / STATE)}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for name in (*manifest, MANIFEST):
-        _flush(temporary / name)
-    for folder in {path.parent for path in map(temporary.joinpath, (*manifest, MANIFEST))}:
-        _flush_folder(folder, root)
+    flush_files(temporary, (*manifest, MANIFEST))
     try:
         if (
             target.exists()
@@ -188,12 +185,18 @@ def _read_manifest(path: Path, verify: bool) -> dict[str, dict[str, Any]]:
         manifest = json.loads((path / MANIFEST).read_text())
         if not isinstance(manifest, dict) or STATE not in manifest:
             raise ValueError(f"{MANIFEST} does not list {STATE}")
-        for name, expected in manifest.items():
-            if verify and fingerprint(path / name) != expected:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+        if verify:
+            check_files(path, manifest)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises CheckpointError where a file is not what the manifest has the fingerprint of, OSError where it cannot be read."""
+    for name, expected in manifest.items():
+        if fingerprint(folder / name) != expected:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -203,6 +206,14 @@ def fingerprint(path: Path) -> dict[str, Any]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def flush_files(folder: Path, names: Sequence[str]) -> None:
+    """Force files of a checkpoint, and the folders that they are in, onto the disk."""
+    for name in names:
+        _flush(folder / name)
+    for place in {path.parent for path in map(folder.joinpath, names)}:
+        _flush_folder(place, folder.parent)
 
 
 def _flush(path: Path) -> None:

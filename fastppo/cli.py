@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo import __version__
+from fastppo.commands.endings import complete, silence_stdout
 from fastppo.errors import is_users
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print("fastppo: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return 141
     except Exception as error:
         if not is_users(error) or os.environ.get("FASTPPO_TRACEBACK"):
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
         text = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"fastppo: error: {text}", file=sys.stderr)
-        _silence_stdout()
+        silence_stdout()
         return 2
 
 
@@ -77,22 +78,6 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _silence_stdout() -> None:
-    """What is still in its buffer is lost; the exit of Python would complain of it."""
-    with suppress(Exception):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _settle_stdout(text: str = "") -> None:
-    """Print what a run ends with, or what is left of it: the run is over, whether or not anybody reads this."""
-    from fastppo.console import printable
-
-    try:
-        print(printable(text), end="\n" if text else "", flush=True)
-    except OSError:
-        _silence_stdout()
-
-
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """(the whole, each command's own)"""
     parser = argparse.ArgumentParser(prog="fastppo", description="PPO for language models")
@@ -107,16 +92,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sft = add("sft", _sft, "Fine-tune a model on examples, for PPO to begin with.")
     sft.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/sft.yaml and fastppo/sft_config.py")
     sft.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    sft.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    _add_resume(sft)
     train = add("train", _train, "Train as a recipe file says.")
     train.add_argument("recipe", metavar="RECIPE", help="YAML file; see recipes/ and fastppo/recipe_config.py")
     train.add_argument(
         "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's, e.g. optimizer.lr=1e-5"
     )
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    _add_resume(train)
     reward_model = add("reward-model", _reward_model, "Train a reward model on chosen and rejected answers.")
     reward_model.add_argument("recipe", metavar="RECIPE", help="YAML file; see fastppo/reward_model_config.py")
     reward_model.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    _add_resume(reward_model)
     critic = add("critic", _critic, "Pretrain a recipe's critic on stored rollouts.")
     critic.add_argument("recipe", metavar="RECIPE", help="YAML file of the run that the critic is for")
     critic.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
@@ -133,6 +119,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         metavar="FOLDER",
         help="where to, new or empty (default: the recipe's output_dir with -critic after it)",
     )
+    _add_resume(critic)
     plan = add(
         "plan", _plan, "Say what a run needs of memory, time and money on GPUs. Exit code 1 where it does not fit."
     )
@@ -203,6 +190,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     doctor.add_argument("run", metavar="RUN", help="run folder")
     commands.add_parser("bench", help="Time every op against plain PyTorch (python -m fastppo.bench).", add_help=False)
     return parser, commands.choices
+
+
+def _add_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -333,24 +324,19 @@ def _run_to_the_end(
 ) -> int:
     """Train, and print what came of it: what it is called, and its metrics, of which the first that there is counts. length: the setting that
     makes a run longer."""
-    first = trainer.ranks.first
-    try:
+
+    def train() -> str | None:
         metrics = trainer.train(resume=options.resume)
-    except (KeyboardInterrupt, SystemExit) as end:
-        with suppress(OSError):  # a terminal that is gone
-            if first:
-                print(f"fastppo: interrupted; {_how_to_go_on(options, command, output_dir)}", file=sys.stderr)
-        _settle_stdout()
-        return end.code if isinstance(end, SystemExit) else 130
-    if not first:
-        return 0
-    if not metrics:
-        _settle_stdout(f"nothing to do: {output_dir} {_why_over(trainer.stopped, length)}")
-        return 0
-    title, *names = result
-    found = next(metrics[name] for name in names if name in metrics)
-    _settle_stdout(f"done: {title} {found:.3f}; model, metrics and curve in {output_dir}")
-    return 0
+        if not trainer.ranks.first:
+            return None
+        if not metrics:
+            return f"nothing to do: {output_dir} {_why_over(trainer.stopped, length)}"
+        title, *names = result
+        found = next(metrics[name] for name in names if name in metrics)
+        return f"done: {title} {found:.3f}; model, metrics and curve in {output_dir}"
+
+    words = ["fastppo", command, options.recipe, *options.overrides]
+    return complete(train, words, lambda: _newest_checkpoint(output_dir), first=trainer.ranks.first)
 
 
 def _require_set(recipe: object, *settings: tuple[str, str]) -> None:
@@ -365,16 +351,11 @@ def _why_over(stopped: str | None, length: str) -> str:
     return f"has ended early, {stopped}; to go on, raise evaluation.patience"
 
 
-def _how_to_go_on(options: argparse.Namespace, command: str, output_dir: str) -> str:
-    """Where the newest checkpoint is, and the command that resumes from it: the same one, overrides included."""
+def _newest_checkpoint(output_dir: str) -> Path | None:
     from fastppo.checkpoint import list_checkpoints
     from fastppo.run_folder import CHECKPOINTS
 
-    checkpoints = list(list_checkpoints(f"{output_dir}/{CHECKPOINTS}").values())
-    if not checkpoints:
-        return "no step is done, so there is no checkpoint yet"
-    command = shlex.join(["fastppo", command, options.recipe, *options.overrides, "--resume"])
-    return f"the last checkpoint is {checkpoints[-1]}; go on with: {command}"
+    return next(reversed(list_checkpoints(Path(output_dir).expanduser() / CHECKPOINTS).values()), None)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -423,13 +404,18 @@ def _sft_trainer(recipe: SFTRecipe, options: argparse.Namespace, ranks: Ranks) -
 def _reward_model(options: argparse.Namespace) -> int:
     from fastppo.distributed import refuse_several
     from fastppo.recipe import load_recipe
+    from fastppo.reward_model_checkpoints import newest_checkpoint
     from fastppo.reward_model_config import RewardModelRecipe
     from fastppo.reward_model_training import report, train_reward_model
 
     recipe = load_recipe(options.recipe, options.overrides, RewardModelRecipe)
     refuse_several("fastppo reward-model")
-    _settle_stdout(report(train_reward_model(recipe), recipe.output_dir))
-    return 0
+
+    def train() -> str:
+        return report(train_reward_model(recipe, resume=options.resume), recipe.output_dir)
+
+    words = ["fastppo", "reward-model", options.recipe, *options.overrides]
+    return complete(train, words, lambda: newest_checkpoint(recipe.output_dir), first=True)
 
 
 def _critic(options: argparse.Namespace) -> int:
@@ -440,8 +426,14 @@ def _critic(options: argparse.Namespace) -> int:
     refuse_several("fastppo critic")
     recipe = load_recipe(options.recipe, options.overrides)
     out = options.out or f"{recipe.output_dir.rstrip('/')}-critic"
-    _settle_stdout(report(train_critic(recipe, options.rollouts, out), options.recipe))
-    return 0
+
+    def train() -> str:
+        return report(train_critic(recipe, options.rollouts, out, resume=options.resume), options.recipe)
+
+    rollouts = [word for path in options.rollouts for word in ("--rollouts", path)]
+    where = [] if options.out is None else ["-o", options.out]
+    words = ["fastppo", "critic", options.recipe, *options.overrides, *rollouts, *where]
+    return complete(train, words, lambda: _newest_checkpoint(out), first=True)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from fastppo.evaluation_config import CheckpointConfig
 from fastppo.setting_types import STRICT, Count, NonNegative, OptionalCount, PathText, Positive
 
 
@@ -77,11 +78,19 @@ class RewardTrainingConfig:
 
 
 @dataclass(config=STRICT)
+class RewardCheckpointConfig(CheckpointConfig):
+    """Checkpoints."""
+
+    every: OptionalCount = 100
+    """Steps between checkpoints, so what a crash or a power cut can cost; 0 saves only at the end and when the training is interrupted."""
+
+
+@dataclass(config=STRICT)
 class RewardModelRecipe:
     """A reward model: `fastppo reward-model RECIPE.yaml section.key=value ...`."""
 
     output_dir: PathText = "runs/reward_model"
-    """Folder that receives model/, metrics.json and calibration.png; new or empty."""
+    """Folder that receives model/, metrics.json, calibration.png, settings and checkpoints; new or empty, unless a training is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the new head and the order of the pairs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -89,3 +98,4 @@ class RewardModelRecipe:
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     data: PreferencesConfig = field(default_factory=PreferencesConfig)
     training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
+    checkpoint: RewardCheckpointConfig = field(default_factory=RewardCheckpointConfig)

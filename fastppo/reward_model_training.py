@@ -11,41 +11,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.calibration import agreement, looks_swapped, plot_calibration
 from fastppo.data.preferences import Preference, load_preferences
 from fastppo.errors import TrainingError
+from fastppo.interruption import Interrupted, Interruption, end
 from fastppo.model import load_reward_model, load_tokenizer, resolve_device
+from fastppo.reward_model_checkpoints import Sealed, SealedCheckpoints
 from fastppo.reward_model_config import RewardModelRecipe
 from fastppo.rewards.reward_model import RewardModel, most_tokens
-from fastppo.run_folder import CONFIG, MODEL, check_usable
-from fastppo.yaml_numbers import NumberDumper
+from fastppo.run_folder import MODEL, RunFolder, check_usable
+from fastppo.run_state import model_shape, require_same, token_sha256
 
 METRICS, PICTURE = "metrics.json", "calibration.png"
-MARK = "# Settings of a reward model of fastppo\n"
 
 Note = Callable[[str], None]
 
 
-def train_reward_model(recipe: RewardModelRecipe, note: Note = print) -> dict[str, float]:
+def train_reward_model(recipe: RewardModelRecipe, note: Note = print, *, resume: bool = False) -> dict[str, float]:
     """Train as `recipe` says, write `config.yaml`, `model/`, `metrics.json` and `calibration.png` to its `output_dir`, return the metrics.
 
     The loss is -log sigmoid(chosen score - rejected score - margin) (Bradley and Terry 1952; the margin of Touvron et al. 2023, arXiv:2307.09288,
     equation 2), plus `training.center_coef` * (chosen score + rejected score)². The metrics are those of `fastppo.calibration.agreement` on the
     held-out pairs, scored by the `RewardModel` that PPO would use, with the number of pairs and the mean and standard deviation of the scores.
-    Nothing but an empty folder is written before the model is trained.
+    Nothing is written before model and data are found to fit. Checkpoints are written as `checkpoint` says, and where SIGINT (Ctrl-C), SIGTERM or
+    SIGHUP comes: the step in hand is finished and saved.
 
     note: is told of the progress, of pairs that were left out, and of an accuracy so low that chosen and rejected look swapped.
+    resume: go on from the newest checkpoint in `output_dir`; on a CPU to the same bits.
 
     Raises:
         ImportError: TRL is not installed.
         ValueError, TypeError: a setting, a model, a row of the data that cannot be used, or an `output_dir` that holds something.
+        CheckpointError: the newest checkpoint is of other settings, or of other numbers of pairs.
         TrainingError: the scores are no longer finite.
+        KeyboardInterrupt, SystemExit: a signal has ended it.
     """
     _require_trl()
-    check_usable(recipe.output_dir)
+    check_usable(recipe.output_dir, resume=resume)
     if not recipe.model.name:
         raise ValueError("model.name is empty; the recipe has to set it")
     tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
@@ -59,17 +63,19 @@ def train_reward_model(recipe: RewardModelRecipe, note: Note = print) -> dict[st
         vocab_size=model.get_input_embeddings().weight.shape[0],
         note=note,
     )
-    _train(recipe, model, tokenizer, train, note)
-    scores = _scores(model, tokenizer, held_out)
-    margins = (scores[0] - scores[1]).tolist()
-    metrics = {"train_pairs": len(train), "held_out_pairs": len(held_out), **agreement(margins)}
-    metrics |= {"mean_score": scores.mean().item(), "std_score": scores.std(correction=0).item()}
-    if looks_swapped(metrics["accuracy"], len(held_out)):
-        note(
-            f"accuracy {metrics['accuracy']:.2f} on the held-out pairs is far below one half: chosen and rejected look swapped, in these pairs or in "
-            "those that it was trained on"
-        )
-    _write(recipe, model, tokenizer, metrics, margins, note)
+    folder = RunFolder(recipe.output_dir, resume=resume)
+    with folder.lock(note):
+        checkpoints = SealedCheckpoints(folder.checkpoints, recipe.checkpoint.keep, _identity(recipe, model, train))
+        begun = _begin(folder, checkpoints, recipe, resume=resume, note=note)
+        with Interruption() as interruption:
+            try:
+                _train(recipe, model, tokenizer, train, checkpoints, begun, interruption, note)
+                with interruption.at_once():
+                    metrics, margins = _judged(model, tokenizer, held_out, note)
+            except Interrupted as interrupted:
+                end(interrupted)
+        metrics = {"train_pairs": len(train), **metrics}
+        _write(folder.path, model, tokenizer, metrics, margins, note)
     return metrics
 
 
@@ -96,11 +102,50 @@ def _require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+# A checkpoint holds the optimizer with its rates, and counts steps of so many pairs in an order that the seed decides. The rest may change.
+_MAY_CHANGE = ("epochs", "microbatch_size", "gradient_checkpointing")
+_PAIRS = "pairs_sha256"
+
+
+def _identity(recipe: RewardModelRecipe, model: PreTrainedModel, pairs: list[Preference]) -> dict[str, Any]:
+    """Setting -> value of what a checkpoint is bound to."""
+    training = {name: value for name, value in dataclasses.asdict(recipe.training).items() if name not in _MAY_CHANGE}
+    return {
+        "model": model_shape(model),
+        "seed": recipe.seed,
+        **{f"training.{name}": value for name, value in training.items()},
+        "number of pairs": len(pairs),
+        _PAIRS: token_sha256(ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)),
+    }
+
+
+def _begin(
+    folder: RunFolder, checkpoints: SealedCheckpoints, recipe: RewardModelRecipe, *, resume: bool, note: Note
+) -> Sealed | None:
+    """The checkpoint that the training goes on from, with the folder's records put there; None where it begins."""
+    settings, mine = dataclasses.asdict(recipe), checkpoints.identity
+    found = checkpoints.newest() if resume else None
+    if found is not None:
+        require_same(found.identity, mine, found.path)
+        changes = folder.resume(settings, found.step)
+        changes += ["other pairs"] if found.identity[_PAIRS] != mine[_PAIRS] else []
+        note(f"resumed from {found.path}" + (f", with changes: {'; '.join(changes)}" if changes else ""))
+    else:
+        folder.start(settings)
+        if resume:
+            note(f"no checkpoint in {folder.checkpoints}: starting from step 0")
+    checkpoints.remove_after(0 if found is None else found.step)
+    return found
+
+
 def _train(
     recipe: RewardModelRecipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Preference],
+    checkpoints: SealedCheckpoints,
+    begun: Sealed | None,
+    interruption: Interruption,
     note: Note,
 ) -> None:
     """TRL encodes and filters nothing: it gets token ids."""
@@ -113,23 +158,23 @@ def _train(
         rows = [row | {"margin": pair.margin} for row, pair in zip(rows, pairs, strict=True)]
     trainer = RewardTrainer(
         model,
-        args=_trl_config(recipe, model.device),
+        args=_trl_config(recipe, checkpoints.root, model.device),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[_progress(note)],
+        callbacks=[_progress(note), _saving(recipe.checkpoint.every, checkpoints, interruption)],
     )
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if begun is None else str(begun.path))
 
 
-def _trl_config(recipe: RewardModelRecipe, device: torch.device) -> Any:
+def _trl_config(recipe: RewardModelRecipe, checkpoints: Path, device: torch.device) -> Any:
     from trl import RewardConfig
 
     training = recipe.training
     microbatch = min(training.microbatch_size, training.batch_size)
     return RewardConfig(
-        output_dir=recipe.output_dir,
+        output_dir=str(checkpoints),
         num_train_epochs=training.epochs,
         learning_rate=training.lr,
         lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
@@ -144,7 +189,7 @@ def _trl_config(recipe: RewardModelRecipe, device: torch.device) -> Any:
         seed=recipe.seed,
         use_cpu=device.type == "cpu",
         bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        save_strategy="no",
+        save_strategy="no",  # `_saving` says when
         report_to="none",
         logging_steps=10,
         logging_first_step=True,
@@ -166,6 +211,40 @@ def _progress(note: Note) -> Any:
     return Progress()
 
 
+def _saving(every: int, checkpoints: SealedCheckpoints, interruption: Interruption) -> Any:
+    from transformers import TrainerCallback
+
+    class Saving(TrainerCallback):
+        """Has a checkpoint written every so many steps, after the last one, and where a signal has come, which ends the training."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            if interruption.number is not None:
+                control.should_training_stop = True
+            due = every > 0 and state.global_step % every == 0
+            control.should_save = due or control.should_training_stop
+
+        def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            checkpoints.seal(state.global_step)
+
+    return Saving()
+
+
+def _judged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: list[Preference], note: Note
+) -> tuple[dict[str, float], list[float]]:
+    """(metrics, the chosen scores less the rejected ones) of the held-out pairs."""
+    scores = _scores(model, tokenizer, held_out)
+    margins = (scores[0] - scores[1]).tolist()
+    metrics = {"held_out_pairs": len(held_out), **agreement(margins)}
+    metrics |= {"mean_score": scores.mean().item(), "std_score": scores.std(correction=0).item()}
+    if looks_swapped(metrics["accuracy"], len(held_out)):
+        note(
+            f"accuracy {metrics['accuracy']:.2f} on the held-out pairs is far below one half: chosen and rejected look swapped, in these pairs or in "
+            "those that it was trained on"
+        )
+    return metrics, margins
+
+
 def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Preference]) -> torch.Tensor:
     """fp64 [2, pairs], of the chosen and of the rejected answers. Raises TrainingError where one is not finite."""
     reward, prompts = RewardModel(model, tokenizer), [pair.prompt for pair in pairs]
@@ -176,17 +255,13 @@ def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: l
 
 
 def _write(
-    recipe: RewardModelRecipe,
+    folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, float],
     margins: list[float],
     note: Note,
 ) -> None:
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.dump(dataclasses.asdict(recipe), Dumper=NumberDumper, sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(MARK + settings, encoding="utf-8")
     model.save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")

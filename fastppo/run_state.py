@@ -132,7 +132,7 @@ class RunState:
         if "identity" not in state:
             raise CheckpointError(f"{path} was written by an earlier version of fastppo, expected one of this version")
         saved = state["identity"]
-        _require_same(saved, self._identity, path)
+        require_same(saved, self._identity, path)
         self.whole = False
         self._learner.load_state_dict(tensors, state)
         if self._algorithm is not None:
@@ -207,8 +207,12 @@ class RunState:
                 self._write(own, keep)
 
 
-_REFERENCE, _PROMPTS, _EXAMPLES, _BASE = "reference_sha256", "prompts_sha256", "examples_sha256", "base_sha256"
-_DATA = {_PROMPTS: "other prompts", _EXAMPLES: "other examples"}
+_REFERENCE, _PROMPTS, _BASE = "reference_sha256", "prompts_sha256", "base_sha256"
+_DATA = {
+    _PROMPTS: "other prompts",
+    "examples_sha256": "other examples",
+    "completions_sha256": "other completions or scores",
+}
 # Of a model's configuration: where it came from, how it is stored, who wrote it, how it is sampled from.
 _IRRELEVANT = re.compile(r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|\w+_token_id")
 
@@ -256,7 +260,7 @@ def token_sha256(token_lists: Iterable[list[int]]) -> str:
     return digest.hexdigest()
 
 
-def _require_same(saved: Mapping[str, Any], mine: Mapping[str, Any], checkpoint: Path) -> None:
+def require_same(saved: Mapping[str, Any], mine: Mapping[str, Any], checkpoint: Path) -> None:
     """Raises CheckpointError naming every setting that is not the one that `checkpoint` was written with."""
     found = _changes(saved, mine)
     changes = [f"{name} is {new!r}, was {old!r}" for name, (old, new) in found.items() if "sha256" not in name]

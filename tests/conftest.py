@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,17 @@ def _fixed_seed():
 def _offline(monkeypatch):
     """No test may reach a model or data hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def plain_signal_handlers():
+    """Those of a Python process in a terminal, whoever runs the tests."""
+    from fastppo.interruption import ENDING  # the kernels' processes need no trainer
+
+    before = {number: signal.signal(number, usual) for number, usual in ENDING.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # Two more backends run the tests of ops in a process of their own, in place of `cpu`: `triton` through Triton's interpreter, which must be

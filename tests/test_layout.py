@@ -75,6 +75,7 @@ FLOORS = [
         "fastppo.sharded_checkpoint",
         "fastppo.stored_shards",
         "fastppo.reward_model_training",
+        "fastppo.reward_model_checkpoints",
         "fastppo.sft",
         "fastppo.samples",
         "fastppo.critics",

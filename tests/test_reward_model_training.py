@@ -71,7 +71,8 @@ def test_it_learns_and_writes_what_it_learned(train, tmp_path):
     assert (metrics["train_pairs"], metrics["held_out_pairs"]) == (400, 100)
     assert notes[0].startswith("step 1 of 65: loss 0.") and "step 60 of 65" in notes[-1]
     folder = tmp_path / "rm"
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "model", "metrics.json", "calibration.png"}
+    written = {path.name for path in folder.iterdir()} - {".lock", "history.jsonl"}
+    assert written == {"config.yaml", "model", "metrics.json", "calibration.png", "checkpoints"}
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert load_recipe(folder / "config.yaml", (), RewardModelRecipe).training.lr == 3e-3
     written = RewardModel(folder / "model", device="cpu")

@@ -11,7 +11,7 @@ import pytest
 
 from fastppo import cli
 from fastppo.recipe import load_recipe, resolve_rewards
-from fastppo.reward_model_config import RewardTrainingConfig
+from fastppo.reward_model_config import RewardCheckpointConfig, RewardTrainingConfig
 from fastppo.rewards import RewardModel, RewardRunner
 from tests.tiny import make_reward_model, make_tokenizer
 
@@ -78,3 +78,5 @@ def test_the_commands(stories_model, tmp_path, monkeypatch, capsys):
 def test_its_figures_are_the_defaults():
     assert re.search(rf"`training.center_coef` \({RewardTrainingConfig.center_coef}\)", TEXT)
     assert re.search(rf"`training.max_length` \({RewardTrainingConfig.max_length}\)", TEXT)
+    assert f"`checkpoint.every` ({RewardCheckpointConfig.every})" in TEXT
+    assert f"`checkpoint.keep` ({RewardCheckpointConfig.keep})" in TEXT

@@ -22,16 +22,8 @@ from tests.tiny_trainer import PROMPTS, count_a, tiny_config
 from tests.trainer.test_resume import stable
 
 SETTINGS = {"total_steps": 3, "evaluation__every": 2, "checkpoint__every": 0, "learner__epochs": 2}
+pytestmark = pytest.mark.usefixtures("plain_signal_handlers")
 CODES = {signal.SIGINT: None, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
-@pytest.fixture(autouse=True)
-def _plain_handlers():
-    """Those of a Python process in a terminal, whoever runs the tests."""
-    before = {number: signal.signal(number, usual) for number, usual in ENDING.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
