@@ -12,10 +12,10 @@ from torch import nn
 
 from fastppo.checkpoint import list_checkpoints, load_checkpoint
 from fastppo.errors import CheckpointError
-from fastppo.evaluation_config import EvaluationConfig
+from fastppo.evaluation_config import BestConfig
 from fastppo.run_folder import BEST, RunFolder
 
-SMALLER_IS_BETTER = ("failures", "mean_length")
+SMALLER_IS_BETTER = ("failures", "mean_length", "nll", "perplexity")
 """Metrics whose names end so are to become small where `evaluation.goal` does not say otherwise."""
 
 
@@ -26,7 +26,7 @@ class Best:
         config: `metric`, `goal`, `patience`, `min_improvement` and `keep_best` are read.
     """
 
-    def __init__(self, config: EvaluationConfig) -> None:
+    def __init__(self, config: BestConfig) -> None:
         self._metric, self._patience, self._least = config.metric, config.patience, config.min_improvement
         goal = config.goal or ("min" if config.metric.endswith(SMALLER_IS_BETTER) else "max")
         self._sign, self._keep = (1 if goal == "max" else -1), config.keep_best

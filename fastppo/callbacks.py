@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What a run calls between its steps: `PPOTrainer(..., callbacks=[MyCallback()])`. Override what is needed.
+    """What a run calls between its steps: `PPOTrainer(..., callbacks=[MyCallback()])`, and `SFTTrainer` likewise. Override what is
+    needed.
 
     `trainer.step` is the number of steps that are done; `trainer.stop(reason)` ends the run after the step in hand, as its last step would.
     Metrics are those that `metrics.jsonl` has got already; changing them changes nothing. What a callback raises ends the run, and the steps
@@ -23,7 +24,7 @@ class Callback:
         """`train` begins, or goes on from a checkpoint."""
 
     def on_evaluation(self, trainer: RunLoop, metrics: dict[str, float]) -> None:
-        """The held-out prompts were evaluated: before the first step (`trainer.step` is 0), and as `evaluation.every` says."""
+        """The held-out prompts or examples were evaluated: before the first step (`trainer.step` is 0), and as `evaluation.every` says."""
 
     def on_step(self, trainer: RunLoop, metrics: dict[str, float]) -> None:
         """A step is done; its metrics, with those of its evaluation where it had one."""

@@ -18,11 +18,38 @@ def _one_or_more(value: Any) -> Any:
 
 
 @dataclass(config=STRICT)
-class EvaluationConfig:
-    """Held-out prompts, and what their numbers decide. docs/evaluation.md has the metrics."""
+class BestConfig:
+    """When a run is evaluated, and what that decides."""
 
     every: OptionalCount = 0
     """Steps between evaluations; 0 evaluates only before and after training."""
+    metric: str = ""
+    """The metric of an evaluation by which the best step is chosen (`keep_best`) and a run ends early (`patience`)."""
+    goal: Literal["max", "min"] | None = None
+    """Which values of it are better; by default small ones where its name ends in `failures`, `mean_length`, `nll` or `perplexity`, else large
+    ones."""
+    keep_best: bool = False
+    """Keep a checkpoint of the best step, beside the newest ones; in the end its model is written to `best` in the run folder."""
+    patience: Count | None = None
+    """The run ends after this many evaluations in a row without an improvement; `None` is off."""
+    min_improvement: NonNegative = 0.0
+    """Only a change by more than this, since the last one that was, is an improvement for `patience`."""
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> BestConfig:
+        if self.patience is not None and self.every == 0:
+            raise ValueError(
+                f"patience is {self.patience}, expected None with every 0, which evaluates no step between"
+            )
+        return self
+
+
+@dataclass(config=STRICT)
+class EvaluationConfig(BestConfig):
+    """Held-out prompts, and what their numbers decide. docs/evaluation.md has the metrics."""
+
+    metric: str = "eval/scores"
+    """The metric of an evaluation by which the best step is chosen (`keep_best`) and a run ends early (`patience`)."""
     temperature: float = 0.0
     """Sampling temperature of the evaluation; 0 is greedy."""
     samples: Count = 1
@@ -32,16 +59,6 @@ class EvaluationConfig:
     arXiv:2107.03374, section 2.1); at most `samples`."""
     greedy: bool = False
     """The greedy completion of each prompt besides, as `eval/greedy/...`."""
-    metric: str = "eval/scores"
-    """The metric of an evaluation by which the best step is chosen (`keep_best`) and a run ends early (`patience`)."""
-    goal: Literal["max", "min"] | None = None
-    """Which values of it are better; by default small ones where its name ends in `failures` or `mean_length`, else large ones."""
-    keep_best: bool = False
-    """Keep a checkpoint of the best step, beside the newest ones; in the end its model is written to `best` in the run folder."""
-    patience: Count | None = None
-    """The run ends after this many evaluations in a row without an improvement; `None` is off."""
-    min_improvement: NonNegative = 0.0
-    """Only a change by more than this, since the last one that was, is an improvement for `patience`."""
 
     @model_validator(mode="after")
     def _check_samples(self) -> EvaluationConfig:
@@ -55,10 +72,6 @@ class EvaluationConfig:
         if self.pass_at_k and max(self.pass_at_k) > self.samples:
             raise ValueError(
                 f"pass_at_k is {list(self.pass_at_k)}, expected at most samples = {self.samples}, the completions of a prompt"
-            )
-        if self.patience is not None and self.every == 0:
-            raise ValueError(
-                f"patience is {self.patience}, expected None with every 0, which evaluates no step between"
             )
         return self
 

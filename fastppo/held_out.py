@@ -6,10 +6,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastppo.config import PPOConfig
 from fastppo.data import Row
+from fastppo.evaluation_config import BestConfig
 from fastppo.rewards import RewardResult
 from fastppo.rewards.result import solved_counts
 from fastppo.rollout import Rollout, SamplingParams
@@ -19,6 +20,7 @@ SEED_OFFSET = 0x5EED
 ONLY = ""
 """What the only set of a run that gives it no name is called: its metrics are `eval/...`, those of others `eval/NAME/...`."""
 
+Rows = TypeVar("Rows")
 Complete = Callable[[Sequence[Row], SamplingParams], tuple[Rollout, RewardResult, Mapping[str, float]]]
 """(prompts, how to sample) -> (completions of all of them, their scores, what else is measured of them)"""
 
@@ -26,26 +28,39 @@ Complete = Callable[[Sequence[Row], SamplingParams], tuple[Rollout, RewardResult
 def load_held_out(
     eval_prompts: Any, load: Callable[[Any, str], Sequence[Row]], config: PPOConfig, max_seed: int
 ) -> HeldOut | None:
-    """What `PPOTrainer` is given as `eval_prompts`; None where that is None.
+    """What `PPOTrainer` is given as `eval_prompts`; None where that is None. load, and what is raised: as in `named_sets`."""
+    sets = named_sets(eval_prompts, "eval_prompts", load, config.evaluation)
+    return None if sets is None else HeldOut(sets, config, max_seed)
 
-    load: makes rows of prompts in any form; it is told what to call them in errors. Raises what `load` raises; ValueError for a name that
+
+def named_sets(
+    given: Any, argument: str, load: Callable[[Any, str], Rows], config: BestConfig
+) -> dict[str, Rows] | None:
+    """name -> rows of the held-out sets that a trainer is given, `ONLY` -> rows where it is given one without a name; None where it is given None.
+
+    load: makes rows of what is given in any form; it is told what to call them in errors. Raises what `load` raises; ValueError for a name that
     cannot stand in a metric's, and for settings that need an evaluation where there is none.
     """
-    if eval_prompts is None:
+    if given is None:
         for name in ("patience", "keep_best"):
-            if value := getattr(config.evaluation, name):
-                raise ValueError(f"eval_prompts is None, expected held-out prompts with evaluation.{name} {value}")
+            if value := getattr(config, name):
+                raise ValueError(f"{argument} is None, expected held-out rows with evaluation.{name} {value}")
         return None
-    if not isinstance(eval_prompts, Mapping):
-        return HeldOut({ONLY: load(eval_prompts, "eval_prompts")}, config, max_seed)
-    if not eval_prompts:
-        raise ValueError("eval_prompts is an empty mapping, expected at least one set of prompts, or None")
-    for name in eval_prompts:
+    if not isinstance(given, Mapping):
+        return {ONLY: load(given, argument)}
+    if not given:
+        raise ValueError(f"{argument} is an empty mapping, expected at least one set, or None")
+    for name in given:
         if not isinstance(name, str) or not re.fullmatch(SET_NAME, name):
             raise ValueError(
-                f"eval_prompts has a set named {name!r}, expected letters, digits, '_', '.' and '-': it stands in the names of metrics"
+                f"{argument} has a set named {name!r}, expected letters, digits, '_', '.' and '-': it stands in the names of metrics"
             )
-    return HeldOut({name: load(p, f"eval_prompts[{name!r}]") for name, p in eval_prompts.items()}, config, max_seed)
+    return {name: load(rows, f"{argument}[{name!r}]") for name, rows in given.items()}
+
+
+def prefix_of(name: str) -> str:
+    """What the metrics of a set begin with."""
+    return f"eval/{name}/" if name else "eval/"
 
 
 class HeldOut:
@@ -65,7 +80,7 @@ class HeldOut:
         """The metrics of every set; of several, `eval/scores` is the mean of theirs. `note` is told of completions without a valid score."""
         metrics: dict[str, float] = {}
         for name, prompts in self._sets.items():
-            metrics |= self._evaluate_set(f"eval/{name}/" if name else "eval/", list(prompts), complete, note)
+            metrics |= self._evaluate_set(prefix_of(name), list(prompts), complete, note)
         if ONLY not in self._sets:
             scores = [metrics[f"eval/{name}/scores"] for name in self._sets]
             metrics["eval/scores"] = sum(scores) / len(scores)

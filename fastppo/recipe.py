@@ -130,8 +130,8 @@ def load_recipe(
             _located(tool, "function", f"environment.tools.{index}", start)
             for index, tool in enumerate(environment.tools)
         ]
-        for name, held_out in recipe.data.eval_sets.items():
-            _locate(held_out, "path", f"data.eval_sets.{name}.path", start_of("data", "eval_sets"))
+    for name, held_out in getattr(recipe.data, "eval_sets", {}).items():
+        _locate(held_out, "path", f"data.eval_sets.{name}.path", start_of("data", "eval_sets"))
     return recipe
 
 

@@ -28,7 +28,7 @@ class ModelConfig:
 
 @dataclass(config=STRICT)
 class EvalSetConfig:
-    """One of a recipe's several sets of held-out prompts."""
+    """One of a recipe's several sets of held-out prompts or examples."""
 
     path: PathText | None = None
     """As `data.path`, which it is when not given, with another `split`; no task."""
@@ -36,6 +36,13 @@ class EvalSetConfig:
     """Split of a hub data set; `data.split` when not given."""
     size: Count | None = None
     """How many of its first rows are taken; all when not given."""
+
+
+def refuse_eval_set_beside(data: Any) -> None:
+    """Raises ValueError where a recipe's data have `eval_sets`, and one held-out set besides."""
+    for name, off in {"eval_path": None, "eval_split": None, "eval_size": 0}.items():
+        if data.eval_sets and getattr(data, name) != off:
+            raise ValueError(f"{name} is {getattr(data, name)!r}, expected {off} with eval_sets, which have their own")
 
 
 @dataclass(config=STRICT)
@@ -74,11 +81,7 @@ class DataConfig:
 
     @model_validator(mode="after")
     def _check_eval_sets(self) -> DataConfig:
-        for name, off in {"eval_path": None, "eval_split": None, "eval_size": 0}.items():
-            if self.eval_sets and getattr(self, name) != off:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected {off} with eval_sets, which have their own"
-                )
+        refuse_eval_set_beside(self)
         return self
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.best import Best
+from fastppo.callbacks import Callback, Callbacks
 from fastppo.config import CriticConfig, LearnerConfig
 from fastppo.console import Reporter
 from fastppo.data import PromptSampler
@@ -17,6 +19,7 @@ from fastppo.data.example_writer import Example
 from fastppo.data.examples import ExampleDataset, load_examples
 from fastppo.distributed import device_of, ranks_of, sharding_of
 from fastppo.errors import TrainingError
+from fastppo.held_out import ONLY, named_sets, prefix_of
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, Losses, NonFiniteUpdates
 from fastppo.metrics import Clock
@@ -47,7 +50,8 @@ class SFTTrainer(RunLoop):
             has settings for them, what `fastppo.data.examples.load_examples(source, tokenizer, ExamplesConfig(...))` makes of these.
         config: every setting; see `SFTConfig`.
         tokenizer: needed with a loaded model; else the model's own by default.
-        eval_examples: held-out examples, in the same forms.
+        eval_examples: held-out examples, in the same forms; or several sets of them, a mapping from name to examples.
+        callbacks: called between the steps; see `Callback`.
         reporter: where progress is shown; by default a table on a terminal, plain lines elsewhere.
         dtype: weight type when `model` is a name: "auto" is float32 on the CPU, bfloat16 on a GPU.
         recipe: what to write to the run folder's `config.yaml`; by default the settings and the model's name.
@@ -66,6 +70,7 @@ class SFTTrainer(RunLoop):
         config: SFTConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_examples: Any = None,
+        callbacks: Sequence[Callback] = (),
         reporter: Reporter | None = None,
         dtype: str = "auto",
         recipe: dict[str, Any] | None = None,
@@ -74,11 +79,12 @@ class SFTTrainer(RunLoop):
         device = device_of(config.device)
         refuse_autocast("SFTTrainer is made", device)
         check_installed(config.tracking)
+        self.callbacks = Callbacks(callbacks)
         self.recipe = recipe or default_recipe(config, model)
         self.ranks = ranks_of(config.distributed, device)
         self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
         self.examples = self._load(examples, "examples")
-        self.eval_examples = None if eval_examples is None else self._load(eval_examples, "eval_examples")
+        self.held_out = named_sets(eval_examples, "eval_examples", self._load, config.evaluation)
         self._lengths = _lengths(self.examples)
         self.steps_per_epoch = -(-len(self.examples) // config.learner.minibatch_size)
         self.total_steps = config.learner.epochs * self.steps_per_epoch
@@ -102,32 +108,43 @@ class SFTTrainer(RunLoop):
             ranks=self.ranks,
         )
         self.sampler = PromptSampler(len(self.examples), config.learner.minibatch_size, config.seed)
-        self.state = RunState(self.learner, None, self.sampler, self._identity)
+        self.best = Best(config.evaluation)
+        more = {"best": self.best, "callbacks": self.callbacks}
+        self.state = RunState(self.learner, None, self.sampler, self._identity, **more)
         self._interruption = Interruption()
 
     def evaluate(self) -> dict[str, float]:
-        """`eval/nll`, nats a token over all imitated tokens of the held-out examples, and `eval/perplexity`, its exponential."""
-        if self.eval_examples is None:
+        """Of each set of held-out examples `nll`, nats a token over all its imitated tokens, and `perplexity`, its exponential: as `eval/nll`, or
+        of a set with a name as `eval/NAME/nll`, and `eval/nll` is then the mean of the sets'."""
+        if self.held_out is None:
             raise ValueError("eval_examples is None, expected held-out examples to evaluate on")
+        with self.ranks.together("evaluation of the held-out examples"):
+            found = {name: self._nll(examples) for name, examples in self.held_out.items()}
+        metrics: dict[str, float] = {}
+        for name, nll in (found | {ONLY: sum(found.values()) / len(found)}).items():
+            perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()
+            metrics |= {f"{prefix_of(name)}nll": nll, f"{prefix_of(name)}perplexity": perplexity}
+        return metrics
+
+    @torch.no_grad()
+    def _nll(self, examples: ExampleDataset) -> float:
         total = count = 0.0
-        with torch.no_grad(), self.ranks.together("evaluation of the held-out examples"):
-            for indices in self.ranks.own(self._microbatches(self.eval_examples, range(len(self.eval_examples)))):
-                if not self.roles.is_sharded:
-                    self._interruption.check()
-                elif not indices:
-                    self._logprobs([self.eval_examples[0]])  # other ranks wait for this one's part of a layer
-                if indices:
-                    logprobs = self._logprobs([self.eval_examples[i] for i in indices])
-                    total, count = total - logprobs.double().sum().item(), count + len(logprobs)
-            found = self.ranks.exchange("held-out loss", (total, count))
-        nll = sum(total for total, _ in found) / sum(count for _, count in found)
-        return {"eval/nll": nll, "eval/perplexity": torch.tensor(nll, dtype=torch.float64).exp().item()}
+        for indices in self.ranks.own(self._microbatches(examples, range(len(examples)))):
+            if not self.roles.is_sharded:
+                self._interruption.check()
+            elif not indices:
+                self._logprobs([examples[0]])  # other ranks wait for this one's part of a layer
+            if indices:
+                logprobs = self._logprobs([examples[i] for i in indices])
+                total, count = total - logprobs.double().sum().item(), count + len(logprobs)
+        found = self.ranks.exchange("held-out loss", (total, count))
+        return sum(total for total, _ in found) / sum(count for _, count in found)
 
     # One step
 
     @property
     def _evaluates(self) -> bool:
-        return self.eval_examples is not None
+        return self.held_out is not None
 
     def _train_step(self, folder: RunFolder) -> None:
         clock = Clock(self.model.device)

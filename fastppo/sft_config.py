@@ -20,7 +20,9 @@ from fastppo.config import (
     TrackingConfig,
 )
 from fastppo.distributed_config import DistributedConfig
-from fastppo.recipe_config import DataConfig, ModelConfig
+from fastppo.evaluation_config import BestConfig
+from fastppo.recipe_config import DataConfig, EvalSetConfig, ModelConfig, refuse_eval_set_beside
+from fastppo.setting_types import SetName
 
 
 @dataclass(config=STRICT)
@@ -37,6 +39,8 @@ class ExamplesConfig:
     """Split of the held-out examples, where they come from a hub data set: `eval_path`, or `path` when that is not given."""
     eval_size: OptionalCount = 0
     """Number of held-out rows to evaluate on; 0 evaluates on none."""
+    eval_sets: dict[SetName, EvalSetConfig] = field(default_factory=dict)
+    """Several sets of held-out examples by their names, in place of the one of `eval_path`, `eval_split` and `eval_size`: docs/sft.md."""
     columns: dict[str, Literal["int", "float", "bool", "json"]] = field(default_factory=dict)
     """What the texts of a column stand for, such as `{messages: json}` of a CSV file."""
     prompt_template: str = "{prompt}"
@@ -54,6 +58,11 @@ class ExamplesConfig:
     cut off, since its end would be wrong."""
     drop_long_rows: bool = False
     """Leave longer examples out (their number is printed) instead of stopping."""
+
+    @model_validator(mode="after")
+    def _check_eval_sets(self) -> ExamplesConfig:
+        refuse_eval_set_beside(self)
+        return self
 
     def prompts(self) -> DataConfig:
         """The settings that prompts have too."""
@@ -91,11 +100,11 @@ class SFTOptimizerConfig(OptimizerConfig):
 
 
 @dataclass(config=STRICT)
-class SFTEvaluationConfig:
-    """Held-out examples."""
+class SFTEvaluationConfig(BestConfig):
+    """Held-out examples, and what their numbers decide."""
 
-    every: OptionalCount = 0
-    """Steps between evaluations; 0 evaluates only before and after training."""
+    metric: str = "eval/nll"
+    """The metric of an evaluation by which the best step is chosen (`keep_best`) and a run ends early (`patience`)."""
 
 
 @dataclass(config=STRICT)

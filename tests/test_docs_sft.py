@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastppo import cli
+from fastppo.recipe import load_recipe
 from fastppo.recipe_names import Names
 from fastppo.run_folder import read_metrics
 from fastppo.sft_config import ExamplesConfig, SFTCheckpointConfig, SFTLearnerConfig, SFTRecipe
@@ -40,6 +41,13 @@ def test_its_recipe(demo_model):
     rows = read_metrics("runs/my_sft")
     assert [row["step"] for row in rows if "eval/perplexity" in row] == [0, 5, 10]
     assert rows[-1]["eval/nll"] < rows[0]["eval/nll"]
+
+
+def test_its_several_held_out_sets(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(blocks("yaml")[1])
+    recipe = load_recipe(tmp_path / "recipe.yaml", (), SFTRecipe)
+    assert recipe.data.eval_sets["long"].size == 2 and recipe.evaluation.metric == "eval/nll"
+    assert recipe.data.eval_sets["short"].path == str(tmp_path / "short.jsonl")
 
 
 def test_its_python(demo_model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,29 @@ def test_an_interruption_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch
     finally:
         signal.signal(signal.SIGINT, handler)
     assert f"step-000002; go on with: fastppo sft {recipe} --resume" in capsys.readouterr().err
+
+
+def test_several_held_out_sets_and_the_best_step_in_a_recipe(recipe, tmp_path, capsys):
+    """Paths of sets start beside the recipe."""
+    (tmp_path / "held.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    with open(recipe, "a") as file:
+        file.write("evaluation: {every: 2, keep_best: true}\n")
+    text = (
+        Path(recipe)
+        .read_text()
+        .replace(
+            "data: {path: rows.jsonl}",
+            "data: {path: rows.jsonl, eval_sets: {all: {path: held.jsonl}, two: {path: held.jsonl, size: 2}}}",
+        )
+    )
+    Path(recipe).write_text(text)
+    assert cli.main(["sft", recipe]) == 0
+    last = read_metrics(tmp_path / "run")[-1]
+    assert {"eval/all/nll", "eval/two/perplexity", "eval/nll"} <= last.keys()
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--best"]) == 0, capsys.readouterr().err
+    assert cli.main(["sft", recipe, "eval_size=3", f"output_dir={tmp_path / 'other'}"]) == 2
+    assert "data.eval_size is 3, expected 0 with eval_sets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

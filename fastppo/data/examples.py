@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.data.example_writer import Example, ExampleWriter
-from fastppo.data.prompts import hold_out
+from fastppo.data.prompts import eval_set_rows, hold_out
 from fastppo.data.sources import Row, check_rows, rows_of
 from fastppo.sft_config import ExamplesConfig
 
@@ -113,8 +113,8 @@ def load_examples(
 
 def load_train_and_eval_examples(
     config: ExamplesConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ExampleDataset, ExampleDataset | None]:
-    """(examples to train on, those of `eval_size` held-out rows or None).
+) -> tuple[ExampleDataset, ExampleDataset | dict[str, ExampleDataset] | None]:
+    """(examples to train on, those of `eval_size` held-out rows, or of the `eval_sets` by their names, or None).
 
     The held-out rows are the first of `eval_path` or of the split `eval_split`, or, without either, the last of `path`, which are then not
     trained on. Raises what `load_examples` raises; ValueError where `path` is empty or there are fewer rows than `eval_size` asks for.
@@ -122,6 +122,9 @@ def load_train_and_eval_examples(
     if not config.path:
         raise ValueError("path is empty, expected a data file or a hub name")
     rows = rows_of(config.path, config.prompts())
+    if config.eval_sets:
+        sets = {name: ExampleDataset(own, tokenizer, config) for name, own in eval_set_rows(config.prompts()).items()}
+        return ExampleDataset(rows, tokenizer, config), sets
     if not config.eval_size:
         return ExampleDataset(rows, tokenizer, config), None
     train, held_out, first = hold_out(rows, config.prompts())

@@ -158,7 +158,7 @@ def load_train_and_eval(
         )
     rows = rows_of(config.path, config)
     if config.eval_sets:
-        sets = {name: _eval_set(name, chosen, tokenizer, config) for name, chosen in config.eval_sets.items()}
+        sets = {name: PromptDataset(own, tokenizer, config) for name, own in eval_set_rows(config).items()}
         return PromptDataset(rows, tokenizer, config), sets
     if not config.eval_size:
         return PromptDataset(rows, tokenizer, config), None
@@ -167,24 +167,25 @@ def load_train_and_eval(
     return train, PromptDataset(eval_rows, tokenizer, config, first_row=first)
 
 
-def _eval_set(
-    name: str, chosen: EvalSetConfig, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> PromptDataset:
+def eval_set_rows(config: DataConfig) -> dict[str, list[Row]]:
+    """The rows of each of `eval_sets`. Raises ValueError naming one that cannot be had, or that would be trained on."""
+    return {name: _rows_of_set(name, chosen, config) for name, chosen in config.eval_sets.items()}
+
+
+def _rows_of_set(name: str, chosen: EvalSetConfig, config: DataConfig) -> list[Row]:
     where, source = f"eval_sets.{name}", chosen.path or config.path
     if is_task(source):
         raise ValueError(
             f"{where}.path is {source!r}, expected no task: its problems would be those that are trained on"
         )
     if chosen.path is None and chosen.split in (None, config.split):
-        raise ValueError(
-            f"{where} has neither a path nor a split of its own, expected other prompts than those of path"
-        )
+        raise ValueError(f"{where} has neither a path nor a split of its own, expected other rows than those of path")
     if chosen.split is not None and Path(source).expanduser().is_file():
         raise ValueError(f"{where}.split is {chosen.split!r}, but {source} is a file, which has no splits")
     rows = rows_of(source, dataclasses.replace(config, task_arguments={}), chosen.split)
     if chosen.size is not None and len(rows) < chosen.size:
         raise ValueError(f"{where}.size is {chosen.size}, expected at most {len(rows)}, the number of rows in {source}")
-    return PromptDataset(rows[: chosen.size], tokenizer, config)
+    return rows[: chosen.size]
 
 
 def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row], int]:

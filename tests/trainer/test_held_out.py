@@ -139,11 +139,11 @@ def test_a_set_without_any_score_leaves_no_mean_that_could_be_compared(make_trai
         ({"eval_prompts": {"easy": [""]}}, "eval_prompts['easy']: "),
         (
             {"evaluation__keep_best": True},
-            "eval_prompts is None, expected held-out prompts with evaluation.keep_best True",
+            "eval_prompts is None, expected held-out rows with evaluation.keep_best True",
         ),
         (
             {"evaluation__patience": 2, "evaluation__every": 1},
-            "eval_prompts is None, expected held-out prompts with evaluation.patience 2",
+            "eval_prompts is None, expected held-out rows with evaluation.patience 2",
         ),
     ],
 )

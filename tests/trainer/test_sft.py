@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from fastppo import Engine, PPOTrainer, SamplingParams, SFTConfig, SFTTrainer
+from fastppo import Callback, Engine, PPOTrainer, SamplingParams, SFTConfig, SFTTrainer
+from fastppo.checkpoint import list_checkpoints
 from fastppo.console import Reporter
 from fastppo.errors import CheckpointError, TrainingError
+from fastppo.held_out import ONLY
 from fastppo.learner import accumulate_gradients
 from fastppo.run_folder import read_metrics
 from tests.tiny import LETTERS, make_model, make_tokenizer
 from tests.tiny_trainer import count_a, tiny_config
 from tests.tolerance import assert_as_exact_as_model
+from tests.trainer.test_callbacks import StopAt
 from tests.trainer.test_resume import stable
 
 # The second letter, as many times as the first one says.
@@ -29,9 +32,9 @@ UNEVEN = [{"prompt": "ab" * (n % 3 + 1), "completion": "cd" * (n % 5) + "e"} for
 
 @pytest.fixture
 def make(tmp_path):
-    """make(rows, model=..., output_dir=..., eval_examples=..., **settings by section)"""
+    """make(rows, model=..., output_dir=..., eval_examples=..., callbacks=..., **settings by section)"""
 
-    def act(rows=ROWS, *, model=None, output_dir=tmp_path / "run", eval_examples=None, **settings):
+    def act(rows=ROWS, *, model=None, output_dir=tmp_path / "run", eval_examples=None, callbacks=(), **settings):
         defaults = {"minibatch_size": 16}
         learner = defaults | settings.pop("learner", {})
         config = SFTConfig(output_dir=output_dir, device="cpu", learner=learner, **settings)
@@ -39,6 +42,7 @@ def make(tmp_path):
             make_model() if model is None else model,
             examples=rows,
             eval_examples=eval_examples,
+            callbacks=callbacks,
             config=config,
             tokenizer=make_tokenizer(),
             reporter=Reporter(0, quiet=True),
@@ -80,7 +84,7 @@ def test_the_gradient_is_that_of_plain_cross_entropy_whatever_the_split(make, lo
 
 
 def trainer_nll(trainer, loss_tokens):
-    trainer.eval_examples = trainer.examples
+    trainer.held_out = {ONLY: trainer.examples}
     return trainer.evaluate()["eval/nll"]
 
 
@@ -255,6 +259,83 @@ def test_gradient_checkpointing_changes_no_more_than_roundings(make):
         [parameter.grad.double() for parameter in trainer.model.parameters()] for trainer in trainers
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+# What evaluations decide, callbacks
+
+EVERY_STEP = {"evaluation": {"every": 1}, "checkpoint": {"every": 1, "keep": 1}, "learner": {"epochs": 2}}
+
+
+def test_several_held_out_sets_each_have_their_numbers(make, tmp_path):
+    """What a set's are alone; `eval/nll` is the mean of the sets'."""
+    sets = {"short": ROWS[:8], "long": ROWS[48:]}
+    found = make(eval_examples=sets).evaluate()
+    alone = {name: make(eval_examples=rows).evaluate() for name, rows in sets.items()}
+    for name, metrics in alone.items():
+        assert {key: found[f"eval/{name}/{key}"] for key in ("nll", "perplexity")} == {
+            key: metrics[f"eval/{key}"] for key in ("nll", "perplexity")
+        }
+    assert found["eval/nll"] == sum(metrics["eval/nll"] for metrics in alone.values()) / 2
+    assert found["eval/perplexity"] == torch.tensor(found["eval/nll"], dtype=torch.float64).exp().item()
+    with pytest.raises(ValueError, match=r"eval_examples\['long'\]: the completion of row 0 is empty"):
+        make(eval_examples={"short": ROWS, "long": [{"prompt": "a", "completion": ""}]})
+    with pytest.raises(ValueError, match="eval_examples has a set named 'a b'"):
+        make(eval_examples={"a b": ROWS})
+
+
+def test_a_run_that_no_longer_improves_ends_and_goes_on_with_more_patience(make, tmp_path):
+    """At learning rate 0 nothing ever does: small values of `eval/nll` are better without being told."""
+    settings = EVERY_STEP | {"optimizer": {"lr": 0.0}, "eval_examples": ROWS[:8]}
+    trainer = make(**settings | {"evaluation": {"every": 1, "patience": 2}})
+    trainer.train()
+    assert trainer.step == 2 and "eval/nll was best after step 0" in trainer.stopped
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    trainer = make(**settings | {"evaluation": {"every": 1, "patience": 4}})
+    trainer.train(resume=True)
+    assert trainer.step == 4
+    with pytest.raises(ValueError, match="eval_examples is None, expected held-out rows with evaluation.patience 2"):
+        make(evaluation={"every": 1, "patience": 2})
+
+
+class Spoil(Callback):
+    """Keeps the weights of each evaluation, and spoils the head once step `at` is saved; a resumed run knows what it has done."""
+
+    def __init__(self, at):
+        self.at, self.weights, self.calls = at, {}, []
+
+    def on_evaluation(self, trainer, metrics):
+        self.weights[trainer.step] = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    def on_step(self, trainer, metrics):
+        self.calls.append(trainer.step)
+
+    @torch.no_grad()
+    def on_checkpoint(self, trainer, path):
+        if trainer.step == self.at:
+            trainer.model.lm_head.weight.mul_(-100)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = list(state["calls"])
+
+
+def test_the_best_step_is_kept_and_callbacks_go_on_after_a_resume(make, tmp_path):
+    """Every step makes it better until the head is spoiled after the third."""
+    settings = EVERY_STEP | {"optimizer": {"lr": 1e-2, "schedule": "constant"}, "eval_examples": ROWS}
+    settings["evaluation"] = {"every": 1, "keep_best": True}
+    callback = Spoil(at=3)
+    stopping = make(callbacks=[callback, StopAt("on_step", 5)], **settings)
+    stopping.train()
+    assert stopping.step == 5 and stopping.stopped == "seen enough" and stopping.best.step == 3
+    again = Spoil(at=None)
+    make(callbacks=[again], **settings).train(resume=True)
+    assert again.calls == list(range(1, 9))
+    assert list(list_checkpoints(tmp_path / "run" / "checkpoints")) == [3, 8]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best").state_dict()
+    assert all(torch.equal(value, written[name]) for name, value in callback.weights[3].items())
+    assert not torch.equal(written["lm_head.weight"], again.weights[8]["lm_head.weight"])
 
 
 # Arguments
