@@ -203,7 +203,7 @@ class CriticTrainer(RunLoop):
         metrics = self.learner.start_step(self.step)
         done = self.step % self.steps_per_epoch * self._size
         rows = [self._rows[i] for i in self.sampler.next(min(self._size, len(self._rows) - done))]
-        self.state.whole = False
+        self.state.begin_update()
         metrics |= self._update(rows, seed=self.config.seed + self.step)
         self.state.step_done(metrics)
 

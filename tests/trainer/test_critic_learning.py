@@ -1,4 +1,5 @@
-"""PPO learns with each kind of critic, whose values come to explain the returns; from shuffled rewards neither learns anything."""
+"""PPO learns with each kind of critic, whose values come to explain the returns; from shuffled rewards, and at learning rate 0, neither learns
+anything."""
 
 from __future__ import annotations
 
@@ -58,3 +59,12 @@ def test_nothing_is_learned_from_shuffled_rewards(make_trainer, tmp_path, kind):
     first, last, explained = learn_with(kind, make_trainer, tmp_path, reward=shuffled)
     assert first < 0.15 and last < 0.2
     assert explained < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["frozen attention", "SAO"])
+def test_nothing_is_learned_at_learning_rate_zero(make_trainer, tmp_path, kind):
+    still = {"optimizer__lr": 0.0, "critic__lr": 0.0, "total_steps": 8}
+    first, last, explained = learn_with(kind, make_trainer, tmp_path, **still)
+    assert first < 0.15 and last < 0.15
+    assert explained == 0, "a new head says 0 of every state"

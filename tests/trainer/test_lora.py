@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from pathlib import Path
 
@@ -221,15 +222,18 @@ def test_export_asks_for_the_model_that_damaged_settings_do_not_name(make_traine
         export_run(tmp_path / "run", tmp_path / "exported")
 
 
-def learn(make_trainer, lr: float, seed: int = 0) -> tuple[float, float]:
-    """Score of the first step, and the mean of the last three. The head, which no adapter is on, is large enough to say anything at all."""
+def learn(make_trainer, lr: float, seed: int = 0, deal=lambda scores: scores) -> tuple[float, float]:
+    """Score of the first step, and the mean of the last three. The head, which no adapter is on, is large enough to say anything at all.
+
+    deal: which sample gets which of a step's scores for its reward.
+    """
     model, scores = make_model(), []
     model.lm_head.weight.data.mul_(15)
 
     def reward(prompts, completions, **_):
         found = copies_of_first(prompts, completions)
         scores.append(sum(found) / len(found))
-        return found
+        return deal(found)
 
     changes = {"lora__r": 4, "lora__alpha": 16, "optimizer__lr": lr, "critic__lr": lr, "seed": seed}
     trainer = make_trainer(reward, model=model, prompts=PROMPTS, reward__kl_coef=0.001, **SETTINGS | changes)
@@ -249,3 +253,10 @@ def test_adapters_on_one_trunk_learn(make_trainer, tmp_path):
 def test_nothing_is_learned_at_learning_rate_zero(make_trainer):
     first, last = learn(make_trainer, 0.0)
     assert first < 0.2 and last < 0.2
+
+
+@pytest.mark.slow
+def test_adapters_learn_nothing_from_shuffled_rewards(make_trainer):
+    draw = random.Random(0)
+    first, last = learn(make_trainer, 1e-2, deal=lambda scores: draw.sample(scores, len(scores)))
+    assert first < 0.2 and last < 0.3
