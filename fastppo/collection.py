@@ -23,11 +23,12 @@ from fastppo.rollout import Engine, SamplingParams
 
 class Collector:
     """Of R ranks each samples for every R-th prompt, and scores what it has sampled. A completion does not depend on where it is sampled; whatever
-    compares completions (a normalised reward) sees all of them.
+    compares completions (a normalised reward) sees all of them. Ranks that sample together do so for every prompt of the team, and score each
+    its own.
 
     Args:
         source: of the completions. engine: that it samples with. rewards: of their scores. chat: what rendered the prompts.
-        device: of the records. note: hears what the user should know.
+        device: of the records. note: hears what the user should know. team: how many ranks sample together.
     """
 
     def __init__(
@@ -40,35 +41,39 @@ class Collector:
         device: torch.device,
         ranks: Ranks,
         note: Callable[[str], None] = lambda sentence: None,
+        team: int = 1,
     ) -> None:
         self.engine, self._note = engine, note
         self._source, self._rewards, self._tokenizer, self._chat = source, rewards, tokenizer, chat
-        self._device, self._ranks = device, ranks
+        self._device, self._ranks, self._team = device, ranks, team
 
     def sample(
         self, rows: Sequence[Row], sampling: SamplingParams, check: Callable[..., None], **options: Any
     ) -> Answers:
-        """`sampling.n` completions of each row: all of the first, all of the second, ... options: as `AnswerSource.sample` takes them."""
+        """`sampling.n` completions of each row: all of the first, all of the second, ... check: is called often, but by a team, which none of its
+        ranks may leave. options: as `AnswerSource.sample` takes them."""
         return self.gather(self.share(rows, sampling, check, **options))
 
     def share(
         self, rows: Sequence[Row], sampling: SamplingParams, check: Callable[..., None], **options: Any
     ) -> Answers | None:
-        """What `sample` samples on this rank, which meets no other for it; None where that is nothing."""
-        numbers = self._ranks.own(range(len(rows)))
+        """What `sample` samples on this rank, which meets none but its team for it; None where that is nothing."""
+        ranks, together = self._ranks, self._team > 1
+        numbers = list(range(len(rows))[ranks.rank // self._team :: ranks.size // self._team])
         if not numbers:
             return None
-        given = rows, sampling, self._chat, check
+        given = rows, sampling, self._chat, _hear_nothing if together else check
         attempt = partial(self._source.sample, *given, numbers=numbers, **options)
-        return sample_within_memory(attempt, self.engine, len(numbers) * sampling.n, self._note)
+        return sample_within_memory(attempt, self.engine, len(numbers) * sampling.n, self._note, together=together)
 
     def gather(self, share: Answers | None) -> Answers:
         """What `sample` returns, of the shares of all ranks."""
-        if self._ranks.size == 1:
+        ranks = self._ranks
+        if ranks.size == 1:
             here = share.rollout.tokens.device.type == self._device.type
             return share if here else share.to(self._device)
-        on_host = None if share is None else share.to(torch.device("cpu"))
-        shares = [found for found in self._ranks.exchange("rollout", on_host) if found is not None]
+        on_host = None if share is None or ranks.rank % self._team else share.to(torch.device("cpu"))
+        shares = [found for found in ranks.exchange("rollout", on_host) if found is not None]
         return type(shares[0]).of_shares(shares).to(self._device)
 
     def score(
@@ -104,3 +109,7 @@ class Collector:
                 texts[place] = text
         whole = RewardAnswers.of_shares([answered for _, _, answered in shares], [places for places, _, _ in shares])
         return answers.scored(self._rewards.result(whole, normalise)), texts
+
+
+def _hear_nothing(*_: Any) -> None:
+    """A check that ends no sampling."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastppo.distributed_config import DistributedConfig
 from fastppo.errors import TrainingError, is_users
@@ -318,6 +318,23 @@ def sharding_of(config: DistributedConfig, ranks: Ranks, device: torch.device) -
     mesh = init_device_mesh(device.type, (ranks.size,))
     options = {"reduce_dtype": getattr(torch, config.reduce_dtype), "cpu_offload": config.cpu_offload}
     return Sharding(mesh, **options, meet=lambda: ranks.exchange("part of a layer"))
+
+
+def team_of_ranks(config: DistributedConfig, ranks: Ranks, device: torch.device) -> DeviceMesh | None:
+    """Those that sample together with this rank, which stand side by side; None where it samples alone. Every rank has to call it.
+
+    Raises ValueError where the ranks are no multiple of `tensor_parallel`.
+    """
+    size = config.tensor_parallel
+    if ranks.size % size:
+        raise ValueError(
+            f"distributed.tensor_parallel is {size}, expected a divisor of the number of processes, {ranks.size} (torchrun)"
+        )
+    if size == 1:
+        return None
+    patience = timedelta(seconds=config.timeout)
+    teams = [dist.new_group(list(range(first, first + size)), timeout=patience) for first in range(0, ranks.size, size)]
+    return DeviceMesh.from_group(teams[ranks.rank // size], device.type)
 
 
 def refuse_several(what: str) -> None:

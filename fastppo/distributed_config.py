@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from fastppo.setting_types import STRICT, Positive
+from fastppo.setting_types import STRICT, Count, Positive
 
 UNDIVIDED = {
     "optimizer.name": ("adamw", "moments of 8 bits are not divided"),
@@ -20,6 +20,8 @@ UNDIVIDED = {
     ),
 }
 """Settings of a run -> what they have to be with sharding full, and why."""
+SAMPLED_TOGETHER = {"algorithm": "ppo", "lora.r": 0}
+"""Settings of a run -> what they have to be where ranks sample together."""
 
 
 @dataclass(config=STRICT)
@@ -36,10 +38,14 @@ class DistributedConfig:
     """The type in which the gradients of sharded half-precision weights are summed over the ranks."""
     cpu_offload: bool = False
     """Keep the parts of sharded weights and their optimizer's state in the host's memory."""
+    tensor_parallel: Count = 1
+    """How many ranks sample together, with sharding `full`: each has a part of the weights that are sampled from, and of the keys and values, by the
+    plan that Transformers has for the model's family (`tp_plan`). A divisor of the number of ranks and of the model's numbers of heads. 1: each rank
+    samples from a whole copy."""
 
     @model_validator(mode="after")
     def _check_sharding(self) -> DistributedConfig:
-        for name, off in {"reduce_dtype": "float32", "cpu_offload": False}.items():
+        for name, off in {"reduce_dtype": "float32", "cpu_offload": False, "tensor_parallel": 1}.items():
             if self.sharding == "none" and getattr(self, name) != off:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {off} with sharding none")
         return self
@@ -47,8 +53,20 @@ class DistributedConfig:
     def require_divisible(self, config: Any) -> None:
         """Raises ValueError for a setting of a run's `config` that sharding does not go with."""
         for name, (expected, why) in UNDIVIDED.items() if self.sharding == "full" else ():
-            section, setting = name.split(".")
-            value = getattr(getattr(config, section, None), setting, expected)
+            value = _setting(config, name, expected)
             if value != expected:
                 said, wanted = ({None: "null"}.get(x, str(x).lower()) for x in (value, expected))
                 raise ValueError(f"{name} is {said}, expected {wanted} with distributed.sharding full: {why}")
+        for name, expected in SAMPLED_TOGETHER.items() if self.tensor_parallel > 1 else ():
+            if (value := _setting(config, name, None)) != expected:
+                ranks = f"distributed.tensor_parallel is {self.tensor_parallel}, expected 1"
+                raise ValueError(
+                    f"{ranks} with {name} {value}" if value else f"{ranks}: supervised fine-tuning samples nothing"
+                )
+
+
+def _setting(config: Any, name: str, default: Any) -> Any:
+    """Of a dotted name; `default` where a run has no such setting."""
+    for part in name.split("."):
+        config = getattr(config, part, default)
+    return config

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from fastppo.checkpoint import flatten_optimizer, restore_optimizer
 from fastppo.config import OptimizerConfig
 from fastppo.low_bit import drawn_from, make_adamw
+from fastppo.model.divided import as_divided, local_part
 from fastppo.model.host import on_host
-from fastppo.model.sharding import as_sharded, local_part
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -184,7 +184,7 @@ class Optimizer:
 
     def _as_its_parameter(self, name: str, tensor: Tensor) -> Tensor:
         """name: "exp_avg/<parameter>", or of another tensor of its size, or a count."""
-        return tensor if tensor.dim() == 0 else as_sharded(tensor, self.parameters[name.split("/", 1)[1]])
+        return tensor if tensor.dim() == 0 else as_divided(tensor, self.parameters[name.split("/", 1)[1]])
 
     def empty_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors for what `state_dict` has given, whose numbers are to come."""

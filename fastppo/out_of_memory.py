@@ -28,10 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def sample_within_memory(
-    attempt: Callable[[], Found], engine: Engine, count: int, note: Callable[[str], None]
+    attempt: Callable[[], Found], engine: Engine, count: int, note: Callable[[str], None], *, together: bool = False
 ) -> Found:
     """`count` sequences that `attempt` samples with the engine: from the first again, half as many side by side, each time that memory runs out.
-    The engine keeps to that. Raises TrainingError where one sequence stands alone already."""
+    The engine keeps to that. Raises TrainingError where one sequence stands alone already, and at once where other ranks sample `together` with
+    this one: they are in the middle of a step."""
     while True:
         try:
             return attempt()
@@ -41,6 +42,11 @@ def sample_within_memory(
             reason = " ".join(str(error).split())
         _give_back()
         before = min(engine.max_batch_size, count)
+        if together:
+            raise TrainingError(
+                f"memory ran out while {before} sequences were sampled side by side ({reason}): rollout.batch_size is {engine.max_batch_size}, "
+                "expected less; with distributed.tensor_parallel a run does not go on with fewer by itself"
+            )
         if before == 1:
             raise TrainingError(
                 f"memory ran out while one sequence alone was sampled ({reason}): shorter ones (rollout.max_new_tokens, data.max_prompt_tokens) need "

@@ -24,6 +24,7 @@ from fastppo.learner import Learner
 from fastppo.model import load_model, load_tokenizer, prepare_model
 from fastppo.model.adapters import Adapters
 from fastppo.model.sharding import WholeCopy
+from fastppo.model.tensor_parallel import SplitCopy
 from fastppo.model.writing import require_writable, write_model
 from fastppo.plot import plot_run
 from fastppo.roles import Roles, weights_sha256
@@ -43,8 +44,8 @@ class RunLoop(ABC):
     model: PreTrainedModel
     adapters: Adapters | None = None
     """Of the model, where they alone learn."""
-    whole: WholeCopy | None = None
-    """A copy of the model that each rank samples from and writes, where its weights are divided among the ranks."""
+    whole: WholeCopy | SplitCopy | None = None
+    """A copy of the model that each rank samples from, alone or as one of a team, and writes, where its weights are divided among the ranks."""
     tokenizer: PreTrainedTokenizerBase
     reporter: Reporter
     learner: Learner
@@ -136,6 +137,8 @@ class RunLoop(ABC):
                         end(error)
                     raise
             self._gather()
+            if isinstance(self.whole, SplitCopy):
+                self.whole.collect(self.model, keep=self.ranks.first)
             if self.ranks.first:
                 self._write_model(folder)
                 self._plot(folder)
@@ -144,14 +147,16 @@ class RunLoop(ABC):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model and the tokenizer in Transformers' format, its configurations as they came; adapters are merged. Of sharded weights those
-        after the last step."""
+        after the last step; where ranks sample together, rank 0 has them once `train` has ended."""
         Path(path).mkdir(parents=True, exist_ok=True)  # an error where it is a file, which Transformers passes over
         holder = self.whole or self
         merged = {} if holder.adapters is None else {"state_dict": holder.adapters.merged_state()}
+        if isinstance(holder, SplitCopy):
+            merged = {"state_dict": holder.state_dict()}
         write_model(holder.model, self.tokenizer, path, **merged)
 
     def _gather(self) -> None:
-        """Let the whole copy of sharded weights have what they are now; every rank has to call it."""
+        """Let the copy of sharded weights have what they are now; every rank has to call it."""
         if self.whole is not None:
             self.whole.refresh(self.model)
 

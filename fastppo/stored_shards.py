@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastppo.errors import CheckpointError
+from fastppo.model.divided import local_part, part_of
 
 _ALONE = (
     "torch.distributed is disabled"  # what torch says to whoever reads without the other ranks, as everyone does here
@@ -75,15 +75,7 @@ def read_into(targets: Mapping[str, Tensor], stored: Mapping[str, Mapping[str, T
         return
     _require_fitting(targets, {name: tensor.shape for name, tensor in stored[group].items()}, group)
     for name, target in targets.items():
-        target.copy_(_as_divided(stored[group][name], target))
-
-
-def _as_divided(whole: Tensor, target: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, as the target is divided; no rank is asked for anything."""
-    if not isinstance(target, DTensor):
-        return whole
-    here = whole.to(target.to_local().device)
-    return distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
+        local_part(target).copy_(part_of(stored[group][name], target))
 
 
 def _require_fitting(targets: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], group: str) -> None:

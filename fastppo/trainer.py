@@ -27,7 +27,7 @@ from fastppo.critics import histogram_of, separate_critic
 from fastppo.data import PromptDataset, PromptSampler, Row, load_prompts
 from fastppo.data.difficulty import DifficultyPools
 from fastppo.debate_config import Debate
-from fastppo.distributed import device_of, ranks_of, sharding_of
+from fastppo.distributed import device_of, ranks_of, sharding_of, team_of_ranks
 from fastppo.envs import AgentProgram
 from fastppo.envs.episodes import Factory
 from fastppo.envs.source import Answers, AnswerSource, reward_columns, rewards_of, seat_adapters, source_of
@@ -41,7 +41,8 @@ from fastppo.model import context_length, make_exact
 from fastppo.model.adapters import Adapters, adapters_of, add_adapters
 from fastppo.model.frozen_copy import FrozenCopy
 from fastppo.model.host import on_device, require_gpu
-from fastppo.model.sharding import WholeCopy
+from fastppo.model.loading import default_type
+from fastppo.model.tensor_parallel import copy_to_sample_from
 from fastppo.model.writing import odd_generation_config
 from fastppo.rewards import RewardResult
 from fastppo.rewards.runner import Reward
@@ -120,7 +121,10 @@ class PPOTrainer(RunLoop):
         self.ranks = ranks_of(config.distributed, device)
         self.adapters = adapters_of(model, config.lora)
         model = model if self.adapters is None else self.adapters.model
-        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, device, self.ranks)
+        team = team_of_ranks(config.distributed, self.ranks, device)
+        # What needs a team for its samples is divided from the host's memory.
+        start, dtype = (device, dtype) if team is None else (torch.device("cpu"), default_type(dtype, device))
+        self.model, self.tokenizer = ready_model(model, tokenizer, dtype, start, self.ranks)
         if config.rollout.exact:
             with naming("rollout"):
                 make_exact(self.model)
@@ -140,7 +144,7 @@ class PPOTrainer(RunLoop):
             require_gpu("learner.offload_reference", device)
         sharding = sharding_of(config.distributed, self.ranks, device)
         if sharding is not None:
-            self.whole = WholeCopy(self.model, self.adapters)
+            self.whole = copy_to_sample_from(self.model, self.adapters, team, device)
         self.roles = Roles(
             self.model,
             critic=config.critic.kind,
@@ -426,7 +430,7 @@ class PPOTrainer(RunLoop):
         chat = self.prompts.chat
         source = source_of(self.environment, engine, self.tokenizer, chat, self.config.environment, adapters)
         given = source, engine, self.rewards, self.tokenizer, chat, model.device, self.ranks, self.reporter.note
-        return source, Collector(*given)
+        return source, Collector(*given, team=self.config.distributed.tensor_parallel)
 
     def _algorithm(self) -> PPO:
         if self.config.algorithm == "expert_iteration":
@@ -454,8 +458,12 @@ class PPOTrainer(RunLoop):
 
 
 def _require_whole_answers(environment: Factory | AgentProgram | Debate | None, config: PPOConfig) -> None:
-    """Raises ValueError where a search would have to be one of episodes."""
-    kind = config.search.kind
+    """Raises ValueError where a search would have to be one of episodes, or ranks would have to hold them together."""
+    kind, team = config.search.kind, config.distributed.tensor_parallel
+    if environment is not None and team > 1:
+        raise ValueError(
+            f"distributed.tensor_parallel is {team}, expected 1: ranks that sample together sample single answers"
+        )
     if environment is not None and config.algorithm == "expert_iteration" and kind != "best-of-n":
         raise ValueError(
             f"search.kind is {kind}, expected best-of-n with an environment, whose episodes have many turns"

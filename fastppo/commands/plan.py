@@ -36,8 +36,12 @@ def run(options: argparse.Namespace) -> int:
     setup = _setup(options, 1 if options.gpus is None else options.gpus)
     console.print(_heading(setup))
     if options.gpus is None:
+        team = setup.config.distributed.tensor_parallel
+        counts = [ranks for ranks in COUNTS if ranks % team == 0]
+        if not counts:
+            raise ValueError(f"distributed.tensor_parallel is {team}, expected a power of two without --gpus")
         table = _table_of_counts(
-            [_sharded(setup.changed(ranks=ranks), options.sharding) for ranks in COUNTS], options.price
+            [_sharded(setup.changed(ranks=ranks), options.sharding) for ranks in counts], options.price
         )
         console.print(table)
         return 0
@@ -65,6 +69,9 @@ def _setup(options: argparse.Namespace, ranks: int) -> Setup:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}, expected a number above 0")
     recipe, device = load_recipe(path, overrides), device_named(options.gpu)
+    team = recipe.distributed.tensor_parallel
+    if options.gpus is not None and ranks % team:
+        raise ValueError(f"distributed.tensor_parallel is {team}, expected a divisor of --gpus {ranks}")
     dtype = weights_type(recipe.model.dtype, device.name == "cpu")
     networks = networks_of(recipe, options.model, dtype)
     prompt = _prompt_tokens(options.prompt_tokens or recipe.data.max_prompt_tokens, recipe, networks.policy.context)
@@ -106,13 +113,17 @@ def _heading(setup: Setup) -> str:
 def _memory_table(setup: Setup) -> Table:
     found, title = (
         memory_of(setup),
-        f"\nMemory of each of {setup.ranks} x {setup.device.name}, sharding {setup.sharding}",
+        f"\nMemory of each of {setup.ranks} x {setup.device.name}, sharding {setup.sharding}{_together(setup)}",
     )
     table = Table("part", "GiB", "share", title=title, title_justify="left", box=None)
     for name, size in sorted(found.parts.items(), key=lambda part: -part[1]):
         table.add_row(name, _gib(size), f"{size / found.peak:.0%}")
     table.add_row(f"peak ({found.peak_moment})", _gib(found.peak), "100%")
     return table
+
+
+def _together(setup: Setup) -> str:
+    return "" if setup.team == 1 else f", {setup.team} sampling together"
 
 
 def _gib(size: float) -> str:

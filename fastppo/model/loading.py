@@ -60,8 +60,7 @@ def _load(
     """With `num_labels`, its head is new where it has another."""
     name_or_path = _as_text(name_or_path)
     device = torch.device(device)
-    if dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = default_type(dtype, device)
     if not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected auto or the name of a torch type")
     with _named_errors(what, name_or_path):
@@ -83,6 +82,13 @@ def _load(
             f"{what} {name_or_path!r} lacks weights, or has them in another shape: {', '.join(lost[:5])}{more}"
         )
     return model.to(device)
+
+
+def default_type(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    """Of weights that run on the device, where `dtype` is "auto"; else itself."""
+    if dtype != "auto":
+        return dtype
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_outline(name_or_path: str | Path) -> PreTrainedModel:

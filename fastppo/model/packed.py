@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import IMPLEMENTATION, PackedContext, run_trunk
+from fastppo.model.divided import local_part, whole_columns
 from fastppo.model.parts import is_exact
 from fastppo.model.parts_trunk import trunk_of
 from fastppo.model.shared_prompts import SharedPrompts, SharedPromptsContext
@@ -24,7 +25,8 @@ from fastppo.ops._backends import choose
 
 
 class LMHead(NamedTuple):
-    """logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap); views of the model's own parameters."""
+    """logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap); views of the model's own parameters, of which a team of ranks
+    has its parts."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -36,7 +38,8 @@ class LMHead(NamedTuple):
         """hidden [N, H] -> [N, V] in fp32 (fp64 for fp64), never rounded to a narrower type on the way."""
         if self.exact and not torch.is_grad_enabled():
             return _exact_logits(hidden, self.weight, self.bias)
-        logits = _linear_fp32(hidden, self.weight, self.bias)
+        bias = None if self.bias is None else local_part(self.bias)
+        logits = whole_columns(_linear_fp32(hidden, local_part(self.weight), bias), self.weight)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fastppo.model import attention
 from fastppo.model.attention import ObservingContext, check_windows, run_trunk
+from fastppo.model.divided import has_own_rows
 from fastppo.model.packed import context_length, evaluating, lm_head
 
 # Relative error (Frobenius norm) between packed and plain logits above which a model is refused. Far above the rounding noise (in fp64
@@ -121,7 +122,8 @@ def _require_supported_config(model: PreTrainedModel) -> None:
         raise ValueError(f"it has layers of type {', '.join(odd)}, expected full_attention or sliding_attention only")
     lm_head(model)
     for name, module in (("its output head", model.get_output_embeddings()), ("it", model)):
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        own = "forward" in vars(module) and not has_own_rows(getattr(module, "weight", None))
+        if own or module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{name} has hooks or a forward of its own, which would be passed over: remove them")
 
 
@@ -134,16 +136,33 @@ def _probe(model: PreTrainedModel) -> None:
     model.set_attn_implementation(attention.IMPLEMENTATION)
     if model.config._attn_implementation != attention.IMPLEMENTATION:
         raise ValueError("it does not use Transformers' attention interface")
-    bounds = [0, len(sequences[0]), len(expected)]
-    context = ObservingContext(bounds, model.device)
-    positions = torch.cat([torch.arange(len(ids), dtype=torch.int64, device=model.device) for ids in sequences])
     model.train()  # whatever noise training adds must show here
     try:
-        hidden = run_trunk(model, torch.cat(sequences), positions, context)
+        hidden, context = _packed_states(model, sequences)
     except attention.MissingContextError as error:
         raise ValueError("it drops keyword arguments on the way from its forward to its attention") from error
     check_windows(model.config.get_text_config(), context.calls)
     _check_logits(lm_head(model).logits(hidden), expected, hidden.dtype)
+
+
+def _packed_states(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, ObservingContext]:
+    """[T, H] of two sequences side by side, and how the layers attended."""
+    bounds = [0, len(sequences[0]), sum(map(len, sequences))]
+    context = ObservingContext(bounds, model.device)
+    positions = torch.cat([torch.arange(len(ids), dtype=torch.int64, device=model.device) for ids in sequences])
+    return run_trunk(model, torch.cat(sequences), positions, context), context
+
+
+def require_same_logits(model: PreTrainedModel, whole: PreTrainedModel, what: str) -> None:
+    """Raises ValueError where the parts of a prepared model do not give what the whole of it does. what: divides it, in errors."""
+    with torch.no_grad(), evaluating(model), evaluating(whole):
+        try:
+            found, expected = (
+                lm_head(each).logits(_packed_states(each, _probe_sequences(each))[0]).cpu() for each in (model, whole)
+            )
+            _check_logits(found, expected, whole.dtype)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{type(whole).__name__} is not supported with {what}: {error}") from error
 
 
 @contextmanager

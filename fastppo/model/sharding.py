@@ -8,7 +8,7 @@ A sharded network runs by its own modules, on a CPU too: FSDP gathers and frees 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,19 +107,6 @@ def decoder_layers(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; another tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def as_sharded(part: Tensor, like: Tensor) -> Tensor:
-    """`part` as this rank's part of a tensor that is divided as `like` is; itself where that is whole."""
-    if not isinstance(like, DTensor):
-        return part
-    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **layout)
-
-
 def _widen(network: nn.Module) -> torch.dtype | None:
     """Make what learns fp32, and return the type that it had where that was a narrower one."""
     learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -207,7 +194,9 @@ class WholeCopy:
         self.adapters = copy.deepcopy(adapters)
         self.model: PreTrainedModel = copy.deepcopy(model) if self.adapters is None else self.adapters.model
         self.model.requires_grad_(False)
-        _lay_flat(self.model)
+        parameters = list(self.model.parameters())
+        for parameter, room in zip(parameters, flat_room(parameters, self.model.device), strict=True):
+            parameter.data = room.copy_(parameter.data)
 
     @property
     def policy(self) -> nn.Module | TrainedAdapter:
@@ -221,20 +210,25 @@ class WholeCopy:
         learned = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         for name, own in self.model.named_parameters():
             if name in learned:
-                own.copy_(learned[name].detach().to(device=own.device, dtype=own.dtype).full_tensor())
+                own.copy_(gathered_as(learned[name], own))
 
 
-def _lay_flat(network: nn.Module) -> None:
-    """Put the parameters of each type side by side into one block of memory, each at a multiple of 64 bytes."""
-    parameters = list(network.parameters())
-    for dtype in {parameter.dtype: None for parameter in parameters}:
-        own = [parameter for parameter in parameters if parameter.dtype == dtype]
+def gathered_as(tensor: DTensor, like: Tensor) -> Tensor:
+    """The whole of a sharded tensor, with the type and on the device of `like`. Every rank has to call it."""
+    return tensor.detach().to(device=like.device, dtype=like.dtype).full_tensor()
+
+
+def flat_room(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Room for each of the tensors: those of one type lie side by side in one block of memory, each at a multiple of 64 bytes."""
+    rooms: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
         step = 64 // dtype.itemsize
-        sizes = [-(-parameter.numel() // step) * step for parameter in own]
-        block = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
-        for parameter, part in zip(own, block.split(sizes), strict=True):
-            flat = part[: parameter.numel()].view(parameter.shape)
-            parameter.data = flat.copy_(parameter.data)
+        sizes = [-(-tensors[place].numel() // step) * step for place in places]
+        block = torch.empty(sum(sizes), dtype=dtype, device=device)
+        for place, part in zip(places, block.split(sizes), strict=True):
+            rooms[place] = part[: tensors[place].numel()].view(tensors[place].shape)
+    return [rooms[place] for place in range(len(tensors))]
 
 
 class Traffic(NamedTuple):

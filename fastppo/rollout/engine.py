@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.model.divided import team_of
 from fastppo.model.packed import context_length, require_prepared
 from fastppo.model.prepare import prepare_model
 from fastppo.ops import _checks
@@ -48,7 +49,8 @@ class Engine:
         """Takes a model to sample from.
 
         Args:
-            model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied.
+            model: any causal LM that `prepare_model` accepts (it is called here); its weights are shared, never copied. Of one that ranks run
+                together (Transformers' `tp_plan`) every rank has an engine, and calls `generate` with the same arguments.
             tokenizer: needed for prompts given as text and for stop strings; what it and its chat template end a text with ends completions.
             max_batch_size: most sequences side by side.
             kv_memory: most GiB for keys and values; "auto" takes from what is free (a GPU's memory: 80 %, a CPU's: half, within the limit of
@@ -136,8 +138,11 @@ class Engine:
             on_tokens, value_head: as `generate` takes them.
 
         Raises:
-            ValueError: stop strings without a tokenizer; a `max_length` beyond the model's context, or none where that has no limit.
+            ValueError: stop strings without a tokenizer; a `max_length` beyond the model's context, or none where that has no limit; a model that
+            several ranks run together.
         """
+        if team_of(self.model) is not None:
+            raise ValueError("the model is run by several ranks together, expected one alone: they can `generate`")
         self._check(sampling)
         context = context_length(self.model)
         longest = context if max_length is None else max_length

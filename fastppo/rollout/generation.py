@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastppo.model.divided import local_part
 from fastppo.model.host import on_device
 from fastppo.model.packed import lm_head
 from fastppo.ops import SampledTokens, sample_tokens, token_logprobs
@@ -374,7 +375,7 @@ def _drawing(sampling: SamplingParams) -> tuple[float, ...]:
 
 
 def _bytes_read_a_step(model: PreTrainedModel) -> int:
-    """All weights but an input embedding of its own, of which a step reads a few lines."""
+    """All weights that this rank has but an input embedding of its own, of which a step reads a few lines."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    read = (p for p in model.parameters() if p is not embedding or embedding is head)
-    return sum(p.numel() * p.element_size() for p in read)
+    read = (local_part(p) for p in model.parameters() if p is not embedding or embedding is head)
+    return sum(p.nbytes for p in read)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastppo.model.attention import ObservingContext, run_trunk
+from fastppo.model.divided import least_in, team_of
 from fastppo.model.packed import evaluating
 from fastppo.model.parts import LlamaParts, is_exact, parts_of
 from fastppo.rollout.decoder import Decoder, ModuleDecoder
@@ -28,6 +29,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, kv_memory: float | Literal["auto"], keep_cache: bool | float) -> None:
         self.model, self.kv_memory, self.keep_cache = model, kv_memory, keep_cache
+        self._team = team_of(model)  # all of which sample from it at once
         self._seen: dict[tuple[torch.dtype, torch.device], ObservingContext] = {}
         self._agrees: bool | None = None  # whether steps of our own give what the model's modules give, once known
         self.kept_cache: PagedCache | None = None
@@ -69,7 +71,7 @@ class ModelRunner:
         budget = kv_budget(self.kv_memory, self.model.device) // bytes_per_page(shapes)
         if self.kv_memory == "auto" and cache is not None:
             budget += cache.pages
-        pages = min(pages, budget)
+        pages = min(pages, least_in(self._team, budget))
         if cache is None or cache.pages < pages:
             cache = self.kept_graphs = None  # their memory is free before the new one takes some
             cache = PagedCache(shapes, pages, self.model.device)
@@ -98,7 +100,7 @@ class ModelRunner:
         if parts is not None:
             sizes = {"rows": rows, "positions": blocks * PAGE_SIZE}
             decoder = parts_decoder(parts, decoder, cache, self.look(), **sizes, exact=is_exact(self.model))
-        if self.model.device.type not in GRAPHED:
+        if self.model.device.type not in GRAPHED or self._team is not None:
             return decoder
         return GraphDecoder(decoder, parameters, cache, rows=rows, blocks=blocks, device=self.model.device)
 

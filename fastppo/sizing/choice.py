@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastppo.sizing.devices import MOST_DEVICES
 from fastppo.sizing.memory import fits
@@ -29,7 +29,12 @@ class Change(NamedTuple):
 def fitting_settings(setup: Setup) -> list[Setup]:
     """Of each way to shard and checkpoint that fits one, with the most tokens in a micro-batch and sequences side by side; fastest first."""
     found = [
-        _largest(setup.changed(sharding, learner__gradient_checkpointing=again)) for sharding, again in _ways(setup)
+        _largest(
+            _in_this_way(
+                setup, sharding, setup.config.distributed.tensor_parallel, learner__gradient_checkpointing=again
+            )
+        )
+        for sharding, again in _ways(setup)
     ]
     return sorted((each for each in found if each is not None), key=lambda each: step_time(each).total)
 
@@ -37,6 +42,28 @@ def fitting_settings(setup: Setup) -> list[Setup]:
 def _ways(setup: Setup) -> Iterator[tuple[Sharding, bool]]:
     shardings: tuple[Sharding, ...] = ("none", "full") if setup.ranks > 1 else ("none",)
     return product(shardings, (False, True))
+
+
+def _teams(setup: Setup, sharding: Sharding) -> list[int]:
+    """How many ranks may sample together: first as many as do so already."""
+    fitting = [size for size in setup.networks.policy.teams if setup.ranks % size == 0]
+    sizes = dict.fromkeys([setup.config.distributed.tensor_parallel, 1, *fitting])
+    return [size for size in sizes if size == 1 or (sharding == "full" and _may_be_together(setup, size))]
+
+
+def _may_be_together(setup: Setup, team: int) -> bool:
+    """Whether the other settings allow it."""
+    try:
+        _in_this_way(setup, "full", team)
+    except ValueError:
+        return False
+    return True
+
+
+def _in_this_way(setup: Setup, sharding: Sharding, team: int, **settings: Any) -> Setup:
+    team = team if sharding == "full" else 1
+    together = {"distributed__sharding": "full"} if team > 1 else {}
+    return setup.changed(sharding, distributed__tensor_parallel=team, **together, **settings)
 
 
 def _largest(setup: Setup) -> Setup | None:
@@ -86,16 +113,22 @@ def _others(setup: Setup) -> Iterator[Change]:
     if not setup.config.lora.r:
         kind = {"critic__kind": "lora"} if separate else {}
         words = [f"lora.r={LORA_RANK}", *(["critic.kind=lora"] if separate else [])]
-        yield Change(words, setup.changed(lora__r=LORA_RANK, **kind, **own))
+        if setup.config.distributed.tensor_parallel > 1:
+            words.append("distributed.tensor_parallel=1")
+        changed = {"lora__r": LORA_RANK, "distributed__tensor_parallel": 1}
+        yield Change(words, setup.changed(**changed, **kind, **own))
 
 
 def _alike(change: Change) -> Iterator[Change]:
     """The change with every way to shard and checkpoint, and with less at a time."""
     setup = change.setup
-    for sharding, again in _ways(setup):
-        words, way = list(change.words), setup.changed(sharding, learner__gradient_checkpointing=again)
+    ways = ((sharding, team, again) for sharding, again in _ways(setup) for team in _teams(setup, sharding))
+    for sharding, team, again in ways:
+        words, way = list(change.words), _in_this_way(setup, sharding, team, learner__gradient_checkpointing=again)
         if sharding != setup.sharding:
             words.append(f"distributed.sharding={sharding}")
+        if team != setup.config.distributed.tensor_parallel:
+            words.append(f"distributed.tensor_parallel={team}")
         if again != setup.config.learner.gradient_checkpointing:
             words.append(f"learner.gradient_checkpointing={str(again).lower()}")
         tokens = [way.microbatch, *_halves(way.microbatch, way.longest)]

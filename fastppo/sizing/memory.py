@@ -71,7 +71,8 @@ def _held(setup: Setup) -> Parts:
         "records": RECORD * setup.tokens * setup.ranks,
     }
     if setup.shards > 1:
-        parts["whole policy to sample from"] = setup.policy_bytes
+        which = "whole policy" if setup.team == 1 else "part of the policy"
+        parts[f"{which} to sample from"] = setup.sampled_bytes
     if setup.config.rollout.staleness:
         parts["copy of what learns to sample from"] = FP32 * setup.policy_learns if lora else setup.policy_bytes
     return parts
@@ -88,25 +89,26 @@ def _reference(setup: Setup) -> float:
 
 
 def _cache(setup: Setup) -> int:
-    """Keys and values of the sequences that are decoded side by side, in pages; the samples of a prompt share its full ones."""
+    """Keys and values of the sequences that are decoded side by side, in pages; the samples of a prompt share its full ones. A team divides heads."""
     samples = setup.config.rollout.samples_per_prompt
     shared = setup.prompt // PAGE_SIZE
-    prompts = min(-(-setup.side_by_side // samples), setup.prompts)
+    prompts = min(-(-setup.side_by_side // samples), setup.sampled_prompts)
     pages = prompts * shared + setup.side_by_side * (pages_for(setup.longest) - shared) + 1
-    return pages * PAGE_SIZE * setup.networks.policy.cached * setup.dtype.itemsize
+    return pages * PAGE_SIZE * setup.networks.policy.cached * setup.dtype.itemsize // setup.team
 
 
 def _sampling(setup: Setup) -> Parts:
     policy, size = setup.networks.policy, setup.dtype.itemsize
     rows, widths = setup.side_by_side, policy.widths
-    parts: Parts = {"logits of the tokens drawn": 2 * FP32 * rows * policy.vocabulary}
+    copies = 2 if setup.team == 1 else 3  # those that the ranks of a team give each other
+    parts: Parts = {"logits of the tokens drawn": copies * FP32 * rows * policy.vocabulary}
     if setup.config.lora.r and widths is not None and not setup.config.lora.quantization:
         parts["layers with the adapter merged in"] = policy.trunk * size
-    if setup.by_kernels(policy):
+    if setup.by_kernels(policy) and setup.team == 1:
         width = 2 * (policy.hidden + widths.query + widths.key + widths.inner)
         parts["layers' results"] = FP32 * max(rows, PREFILL_ROWS) * width
     else:
-        tokens = min(PREFILL_TOKENS, max(setup.prompts * setup.prompt, rows))
+        tokens = min(PREFILL_TOKENS, max(setup.sampled_prompts * setup.prompt, rows))
         parts["layers' results"] = tokens * policy.kept / policy.layers
     return parts
 

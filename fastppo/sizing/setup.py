@@ -10,6 +10,7 @@ import torch
 
 from fastppo.config import CRITIC_ESTIMATORS, PPOConfig
 from fastppo.model import context_length, load_outline
+from fastppo.model.tensor_parallel import require_divisible
 from fastppo.sizing.devices import Device
 from fastppo.sizing.shapes import ModelShape, shape_of
 
@@ -35,7 +36,8 @@ def networks_of(config: PPOConfig, model: str, dtype: torch.dtype) -> Networks:
             f"algorithm is {config.algorithm}, expected ppo: what another one needs is not known to a plan"
         )
     critic = config.critic.model
-    return Networks(_shape(model, dtype), None if critic is None else _shape(critic, dtype))
+    policy = _shape(model, dtype, config.distributed.tensor_parallel)
+    return Networks(policy, None if critic is None else _shape(critic, dtype))
 
 
 def weights_type(name: str, on_cpu: bool) -> torch.dtype:
@@ -43,8 +45,10 @@ def weights_type(name: str, on_cpu: bool) -> torch.dtype:
     return getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
-def _shape(model: str, dtype: torch.dtype) -> ModelShape:
+def _shape(model: str, dtype: torch.dtype, team: int = 1) -> ModelShape:
     outline = load_outline(model)
+    if team > 1:
+        require_divisible(outline, team)
     return shape_of(outline, dtype, context_length(outline))
 
 
@@ -81,6 +85,11 @@ class Setup:
         return self.ranks if self.sharding == "full" else 1
 
     @property
+    def team(self) -> int:
+        """How many ranks sample together."""
+        return self.config.distributed.tensor_parallel if self.shards > 1 else 1
+
+    @property
     def on_cpu(self) -> bool:
         return self.device.name == "cpu"
 
@@ -110,9 +119,19 @@ class Setup:
         return -(-self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt // self.ranks)
 
     @property
+    def sampled_prompts(self) -> int:
+        """That a rank, or the team that it is one of, samples for in a step."""
+        return -(-self.config.rollout.prompts_per_step * self.team // self.ranks)
+
+    @property
+    def sampled(self) -> int:
+        """Sequences of these prompts."""
+        return self.sampled_prompts * self.config.rollout.samples_per_prompt
+
+    @property
     def side_by_side(self) -> int:
         """Sequences that a rank decodes together."""
-        return min(self.config.rollout.batch_size, self.sequences)
+        return min(self.config.rollout.batch_size, self.sampled if self.team > 1 else self.sequences)
 
     @property
     def tokens(self) -> int:
@@ -161,6 +180,14 @@ class Setup:
     @property
     def has_values(self) -> bool:
         return self.config.advantage.estimator in CRITIC_ESTIMATORS
+
+    @property
+    def sampled_bytes(self) -> float:
+        """Of the copy of sharded weights that a rank samples from: all of them, or its part in a team's."""
+        policy, size = self.networks.policy, self.dtype.itemsize
+        if self.team == 1:
+            return self.policy_bytes
+        return size * (policy.parameters - policy.divided + policy.divided / self.team)
 
     @property
     def policy_bytes(self) -> float:

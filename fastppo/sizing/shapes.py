@@ -13,9 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.model.attention import IMPLEMENTATION, AttentionOptions, ObservingContext, register, run_trunk
 from fastppo.model.parts import LlamaParts, UnlikeLlama
+from fastppo.model.tensor_parallel import divided_parameters, require_divisible
 
 PROBES = 64, 192
 """Tokens of two passes, whose difference says what a token adds."""
+
+
+TEAMS = 2, 4, 8
+"""Ranks that may sample together: those of one node."""
 
 
 class Widths(NamedTuple):
@@ -34,6 +39,7 @@ class ModelShape(NamedTuple):
     goes through a share of, `expert_share`. linears: (name, inputs, outputs, how many such) of linear layers but the head.
     cached: numbers that a token leaves in the key-value cache. query: width of all query heads of all layers.
     kept: bytes that the layers keep of a token for a backward pass, by the model's own modules. widths: None where they must run.
+    divided: parameters that ranks which sample together divide among them. teams: how many such ranks there may be, but for one.
     """
 
     name: str
@@ -51,6 +57,8 @@ class ModelShape(NamedTuple):
     kept: float
     widths: Widths | None
     context: int | None
+    divided: int = 0
+    teams: tuple[int, ...] = ()
 
     @property
     def head(self) -> int:
@@ -96,7 +104,17 @@ def shape_of(outline: PreTrainedModel, dtype: torch.dtype, context: int | None) 
         kept=kept,
         widths=_widths(outline),
         context=context,
+        divided=divided_parameters(outline),
+        teams=tuple(size for size in TEAMS if _is_divisible(outline, size)),
     )
+
+
+def _is_divisible(outline: PreTrainedModel, ranks: int) -> bool:
+    try:
+        require_divisible(outline, ranks)
+    except ValueError:
+        return False
+    return True
 
 
 def _linears(modules: Mapping[str, nn.Module], head: Tensor) -> tuple[tuple[str, int, int, int], ...]:

@@ -47,14 +47,19 @@ def _sampling(setup: Setup) -> float:
     """Prompts once, then as many decode steps as there are waves of sequences side by side times new tokens; each step reads the weights that a
     token goes through and every sequence's keys and values, half of them on average."""
     policy, size, rows = setup.networks.policy, setup.dtype.itemsize, setup.side_by_side
-    steps = -(-setup.sequences // rows) * setup.new
+    steps = _decode_steps(setup)
     weights = policy.trunk + policy.head  # many rows go to all experts together
     read = size * (weights + rows * policy.cached * (setup.prompt + setup.new / 2))
     multiplied = 2 * rows * (policy.used_trunk + policy.head)
-    prompts = 2 * policy.used_trunk * setup.prompts * setup.prompt + _attention(
-        setup, policy, setup.prompts * setup.prompt
-    )
-    return prompts / _flops(setup) + steps * max(read / _bandwidth(setup), multiplied / _flops(setup))
+    tokens = setup.sampled_prompts * setup.prompt
+    prompts = 2 * policy.used_trunk * tokens + _attention(setup, policy, tokens)
+    seconds = prompts / _flops(setup) + steps * max(read / _bandwidth(setup), multiplied / _flops(setup))
+    return seconds / setup.team
+
+
+def _decode_steps(setup: Setup) -> int:
+    sequences = setup.sequences if setup.team == 1 else setup.sampled
+    return -(-sequences // setup.side_by_side) * setup.new
 
 
 def _attention(setup: Setup, shape: ModelShape, tokens: float) -> float:
@@ -120,7 +125,16 @@ def communicated(setup: Setup) -> float:
     scored = trained + (policy.parameters if setup.has_reference else 0)
     scoring, updating = setup.microbatches * setup.config.learner.num_minibatches, setup.microbatches * setup.updates
     gathered = size * (policy.parameters + scoring * scored + 2 * updating * trained)
-    return ring * (gathered + FP32 * learns * updating)
+    return ring * (gathered + FP32 * learns * updating) + _sent_to_team(setup)
+
+
+def _sent_to_team(setup: Setup) -> float:
+    """Of ranks that sample together: two sums of hidden states a layer for each token, and the logits of each that is drawn."""
+    policy, ring = setup.networks.policy, (setup.team - 1) / setup.team
+    drawn = _decode_steps(setup) * setup.side_by_side
+    tokens = setup.sampled_prompts * setup.prompt + drawn
+    sums = 2 * 2 * policy.layers * policy.hidden * setup.dtype.itemsize
+    return ring * (tokens * sums + drawn * FP32 * policy.vocabulary)
 
 
 def _link(setup: Setup) -> float:

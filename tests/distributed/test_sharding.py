@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastppo.errors import TrainingError
-from fastppo.model.sharding import Sharding, Traffic, local_part, shard_network
+from fastppo.model.divided import local_part
+from fastppo.model.sharding import Sharding, Traffic, shard_network
 from fastppo.plan import Lengths, Plan
 from fastppo.rollout import Engine, SamplingParams
 from fastppo.sft_config import SFTConfig
