@@ -123,6 +123,34 @@ def test_shards_divide_what_is_spread_and_nothing_else():
     assert fits(spread) and not fits(whole)
 
 
+def test_ranks_that_sample_together_divide_weights_and_heads():
+    """Of what a team of four has as each rank alone: the plan divides all but embedding and norms, and the cache is for four ranks' sequences."""
+    settings = {"distributed": {"sharding": "full"}, "rollout": {"prompts_per_step": 8, "batch_size": 64}}
+    alone = setup_on("h200", llama_8b(), ranks=8, sharding="full", **settings)
+    team = alone.changed(distributed__tensor_parallel=4)
+    policy = team.networks.policy
+    norms = 4096 * (2 * 32 + 1)
+    assert policy.divided == policy.parameters - policy.head - norms and policy.teams == (2, 4, 8)
+    one, other = (memory_of(each).moments["sampling"] for each in (alone, team))
+    assert other["part of the policy to sample from"] == 2 * (policy.head + norms + policy.divided / 4)
+    assert (alone.side_by_side, team.side_by_side) == (1, 4)
+    assert other["keys and values"] == pytest.approx(one["keys and values"], rel=0.1)
+    assert step_time(team).sampling < step_time(alone).sampling
+    sent = communicated(team) - communicated(alone)
+    tokens, drawn = 4 * (team.prompt + team.new), 4 * team.new
+    assert sent == pytest.approx(3 / 4 * (tokens * 4 * 32 * 4096 * 2 + drawn * 4 * policy.vocabulary))
+
+
+def test_what_does_not_fit_whole_is_sampled_together():
+    """The copy of 16 GB leaves no room on two devices of 24; other devices would not help."""
+    setup = setup_on("l4", llama_8b(), ranks=64, critic={"kind": "shared"}, rollout={"max_new_tokens": 64})
+    small = replace(setup, device=setup.device._replace(memory=18e9))
+    change = cheapest_change(small)
+    assert change.learns_alike and fits(change.setup)
+    assert any(word.startswith("distributed.tensor_parallel=") for word in change.words)
+    assert not any(fits(each) for each in (small.changed("full"), small.changed("full", ranks=1024)))
+
+
 @pytest.mark.parametrize(
     ("change", "falls"),
     [
