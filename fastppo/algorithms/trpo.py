@@ -20,7 +20,8 @@ from fastppo.distributed import ALONE, Ranks
 from fastppo.evaluation import Evaluation
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.model import LMHead, lm_head
-from fastppo.model.sharding import gathered, local_part
+from fastppo.model.divided import local_part
+from fastppo.model.sharding import gathered
 from fastppo.plan import Lengths, Microbatch, Plan, first_epoch
 from fastppo.roles import Roles
 from fastppo.rollout.record import on_device, places_in

@@ -205,8 +205,10 @@ def test_a_compressed_file_that_breaks_off(tmp_path):
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
 def test_files_without_rows(tmp_path, name, content):
-    assert rows(save(tmp_path / name, content)) == []
-    assert rows(save(tmp_path / "header.csv", "prompt,answer\n")) == rows(save(tmp_path / "b.json", "[]")) == []
+    files = [(name, content), ("header.csv", "prompt,answer\n"), ("b.json", "[]")]
+    for path in (save(tmp_path / name, content) for name, content in files):
+        with pytest.raises(ValueError, match=rf"{path.name} holds no row, expected at least one"):
+            rows(path)
 
 
 # Declared columns

@@ -132,7 +132,7 @@ def test_files_without_a_pair_to_learn_from(load):
         load([PAIR | {"chosen": "c"}] * 2 + [PAIR])
     with pytest.raises(ValueError, match="eval_size is 3, expected less than 3"):
         load([PAIR] * 3, eval_size=3)
-    with pytest.raises(ValueError, match="is empty, expected rows with 'chosen'"):
+    with pytest.raises(ValueError, match="holds no row, expected at least one"):
         load([])
     with pytest.raises(ValueError, match="row 0: a conversation needs a chat template"):
         load([{"chosen": said("a", "b"), "rejected": said("a", "c")}] * 2)
