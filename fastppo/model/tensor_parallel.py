@@ -1,7 +1,7 @@
 """A network to sample from that a team of ranks runs together, each its part of every layer, by the plan that Transformers has for its family.
 
 Linear layers are cut by output (heads of queries, keys and values; the gate) or by input (what these flow back through), whose sums the team adds up
-twice a layer; the output head by its vocabulary. Embedding and norms are whole on every rank.
+twice a layer; the output head by its vocabulary, and with it an embedding that is tied to it. Norms and other embeddings are whole on every rank.
 """
 
 from __future__ import annotations
@@ -158,18 +158,21 @@ def _slots(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 @torch.no_grad()
 def _lay_parts_flat(network: PreTrainedModel, team: DeviceMesh, device: torch.device) -> None:
     """Copies of a network's parameters, which another may share, and of this rank's parts, in one block of memory for each type. The part of a head
-    that is tied to a whole embedding lies in that."""
+    that is tied to the embedding lies in that, or is its part."""
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     slots = list(_slots(network))
+    whole = not isinstance(embedding.weight, DTensor)
     tied = network.config.get_text_config().tie_word_embeddings and has_own_rows(head.weight)
-    tied = tied and not isinstance(embedding.weight, DTensor)
+    tied = tied and (whole or has_own_rows(embedding.weight))
     unique = {id(p): p for module, name, p in slots if not (tied and module is head and name == "weight")}
     rooms = flat_room([local_part(p) for p in unique.values()], device)
     laid = {}
     for (key, parameter), room in zip(unique.items(), rooms, strict=True):
         room.copy_(local_part(parameter))
         laid[key] = nn.Parameter(as_divided(room, parameter), requires_grad=False)
-    if tied:
+    if tied and not whole:
+        laid[id(head.weight)] = laid[id(embedding.weight)]
+    elif tied:
         rows = embedding.weight.shape[0] // team.size()
         part = laid[id(embedding.weight)].detach()[team.get_local_rank() * rows :][:rows]
         laid[id(head.weight)] = nn.Parameter(as_divided(part, head.weight), requires_grad=False)
