@@ -106,6 +106,24 @@ def test_a_pretrained_critic_explains_the_first_step_of_a_run(recipe, make_train
     assert abs(first["untrained"]) < 0.05 and first["pretrained"] > 0.7
 
 
+def early_completions(prompts, completions, **_):
+    return [early(completion) for completion in completions]
+
+
+def test_a_policy_learns_beside_a_pretrained_critic(recipe, make_trainer, tmp_path):
+    """Half of the letters are early ones by chance; at learning rate 0 they stay it."""
+    rows = rows_of(300, score=lambda draw, prompt, text: early(text))
+    done = train_critic(recipe(), [write(tmp_path / "rollouts.jsonl", rows)], tmp_path / "out", note=lambda text: None)
+    settings = FIRST | {"rollout__max_new_tokens": LENGTH, "rollout__samples_per_prompt": 4, "learner__epochs": 2}
+    settings |= {"total_steps": 12, "optimizer__lr": 4e-3, "critic__lr": 1e-3, "critic__model": str(done.folder)}
+    last = {}
+    for name, changes in {"learns": {}, "rate 0": {"optimizer__lr": 0.0}}.items():
+        folder = tmp_path / name
+        make_trainer(early_completions, prompts=PROMPTS, output_dir=folder, **settings | changes).train()
+        last[name] = sum(row["objective/scores"] for row in read_metrics(folder)[-3:]) / 3
+    assert last["learns"] > 0.85 and 0.3 < last["rate 0"] < 0.65, last
+
+
 def test_nothing_is_explained_after_shuffled_scores(recipe, tmp_path):
     """The control: the critic has learned what the completions scored, and not something else."""
     rows = rows_of(600, score=lambda draw, *texts: draw.choice((0.0, 0.2, 0.6)))
