@@ -389,7 +389,7 @@ class TestHead:
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(1)
         assert torch.equal(lm_head(model).weight, head.weight)
-        assert head[1:] == (None, None, 1.0)
+        assert head[1:] == (None, None, 1.0, False)
 
     @pytest.mark.parametrize(
         "family, softcap, scale",
