@@ -1,7 +1,7 @@
 """A network to sample from that a team of ranks runs together, each its part of every layer, by the plan that Transformers has for its family.
 
 Linear layers are cut by output (heads of queries, keys and values; the gate) or by input (what these flow back through), whose sums the team adds up
-twice a layer; the output head by its vocabulary, and with it an embedding that is tied to it. Norms and other embeddings are whole on every rank.
+twice a layer; the output head by its vocabulary. Norms, and of most families the embedding, are whole on every rank.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from fastppo.model.prepare import require_same_logits
 from fastppo.model.sharding import WholeCopy, flat_room, gathered_as
 
 SETTING = "distributed.tensor_parallel"
-WHOLE = {"replicated_with_grad_allreduce", "sequence_parallel"}
-"""Styles of a plan whose parameters every rank has whole."""
 
 
 class SplitCopy:
@@ -50,7 +48,20 @@ class SplitCopy:
         self.model: PreTrainedModel = copy.deepcopy(model, {id(p): p for _, p in named})  # shares the parameters as yet
         _plans().apply_tensor_parallelism(self.model, team)
         _lay_parts_flat(self.model, team, device)
+        self._require_shared_parts()
         require_same_logits(self.model, model, f"{SETTING} {team.size()}")
+
+    def _require_shared_parts(self) -> None:
+        """Raises ValueError where tied weights have parts of their own, which would not follow what is learned."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, first in self._names.items():
+            if (
+                local_part(own[name]).untyped_storage().data_ptr()
+                != local_part(own[first]).untyped_storage().data_ptr()
+            ):
+                raise ValueError(
+                    f"{SETTING} is above 1, expected 1: {name} is {first}, which the plan divides otherwise"
+                )
 
     @property
     def policy(self) -> SplitCopy:
@@ -114,26 +125,32 @@ def require_divisible(model: PreTrainedModel, ranks: int) -> None:
     config = model.config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
     sizes["vocab_size"] = model.get_output_embeddings().weight.shape[0]
-    widths = [shape for name, p in model.named_parameters() if _is_divided(name, model.tp_plan) for shape in p.shape]
     for name, size in sizes.items():
         if size is not None and size % ranks:
             raise ValueError(f"{SETTING} is {ranks}, expected a divisor of {kind}'s {name}, {size}")
-    if odd := [width for width in widths if width % ranks and width > 1]:
-        raise ValueError(f"{SETTING} is {ranks}, expected a divisor of the widths of {kind}'s layers, such as {odd[0]}")
+    for name, parameter in model.named_parameters():
+        dimension = _divided_dimension(name, parameter, model.tp_plan)
+        if dimension is not None and parameter.shape[dimension] % ranks:
+            size = parameter.shape[dimension]
+            raise ValueError(f"{SETTING} is {ranks}, expected a divisor of {size}, a width of {kind}'s {name}")
 
 
 def divided_parameters(model: PreTrainedModel) -> int:
     """How many of a model's parameters its family's plan divides among ranks, each once; it may be an outline."""
-    return sum(p.numel() for name, p in model.named_parameters() if _is_divided(name, model.tp_plan))
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if _divided_dimension(name, p, model.tp_plan) is not None)
 
 
-def _is_divided(parameter: str, plan: Mapping[str, str]) -> bool:
-    """Of a parameter's name; a plan knows it by its own or by its module's, with a star for each number."""
-    generic = re.sub(r"\.\d+(?=\.|$)", ".*", parameter)
-    style = plan.get(generic) or plan.get(generic.rpartition(".")[0])
-    if style is None or style in WHOLE:
-        return False
-    return not (style.startswith("rowwise") and parameter.endswith(".bias"))  # is added after the sum
+def _divided_dimension(name: str, parameter: Tensor, plan: Mapping[str, str]) -> int | None:
+    """Which dimension of a parameter the plan divides, which knows it by its name or by its module's, with a star for each number; None where every
+    rank has it whole, as the bias that is added after a sum."""
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    style = plan.get(generic) or plan.get(generic.rpartition(".")[0]) or ""
+    if style == "embedding_rowwise":
+        return 0
+    if "rowwise" in style:
+        return parameter.dim() - 1 if parameter.dim() > 1 else None
+    return max(parameter.dim() - 2, 0) if "colwise" in style else None
 
 
 def _plans() -> ModuleType:
@@ -158,23 +175,22 @@ def _slots(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 @torch.no_grad()
 def _lay_parts_flat(network: PreTrainedModel, team: DeviceMesh, device: torch.device) -> None:
     """Copies of a network's parameters, which another may share, and of this rank's parts, in one block of memory for each type. The part of a head
-    that is tied to the embedding lies in that, or is its part."""
-    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    that is tied to the embedding lies in that."""
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings().weight
     slots = list(_slots(network))
-    whole = not isinstance(embedding.weight, DTensor)
     tied = network.config.get_text_config().tie_word_embeddings and has_own_rows(head.weight)
-    tied = tied and (whole or has_own_rows(embedding.weight))
+    tied = tied and (has_own_rows(embedding) or not isinstance(embedding, DTensor))
     unique = {id(p): p for module, name, p in slots if not (tied and module is head and name == "weight")}
     rooms = flat_room([local_part(p) for p in unique.values()], device)
     laid = {}
     for (key, parameter), room in zip(unique.items(), rooms, strict=True):
         room.copy_(local_part(parameter))
         laid[key] = nn.Parameter(as_divided(room, parameter), requires_grad=False)
-    if tied and not whole:
-        laid[id(head.weight)] = laid[id(embedding.weight)]
-    elif tied:
-        rows = embedding.weight.shape[0] // team.size()
-        part = laid[id(embedding.weight)].detach()[team.get_local_rank() * rows :][:rows]
+    if tied:
+        laid[id(head.weight)] = laid[id(embedding)]
+    if tied and not isinstance(embedding, DTensor):
+        rows = embedding.shape[0] // team.size()
+        part = laid[id(embedding)].detach()[team.get_local_rank() * rows :][:rows]
         laid[id(head.weight)] = nn.Parameter(as_divided(part, head.weight), requires_grad=False)
     for module, name, parameter in slots:
         setattr(module, name, laid[id(parameter)])

@@ -53,6 +53,7 @@ FAMILIES = {
     "gemma2": lambda: _made(Gemma2Config(**SMALL, head_dim=8, sliding_window=8)),
     "olmo2": lambda: _made(Olmo2Config(**SMALL)),
 }
+TIED = ["tied", "gemma2"]
 WAYS = {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0, "n": 3}}
 
 
@@ -102,8 +103,8 @@ def _scaled(model: PreTrainedModel) -> None:
             local_part(parameter).mul_(1.5)
 
 
-def _refreshed() -> dict[str, Any]:
-    model = prepare_model(FAMILIES["tied"]())
+def _refreshed(family: str) -> dict[str, Any]:
+    model = prepare_model(FAMILIES[family]())
     split = SplitCopy(model, _mesh(), CPU)
     with pytest.raises(ValueError, match="no rank has the whole weights with distributed.tensor_parallel"):
         split.state_dict()
@@ -142,7 +143,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> Together:
     calls: dict[str, tuple] = {family: (_sampled, family) for family in FAMILIES}
-    return Together({2: calls | {"loaded": (_loaded, str(folder)), "refreshed": (_refreshed,), "refused": (_refused,)}})
+    calls |= {f"refreshed {family}": (_refreshed, family) for family in TIED}
+    return Together({2: calls | {"loaded": (_loaded, str(folder)), "refused": (_refused,)}})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,8 +161,8 @@ def test_ranks_that_sample_together_draw_what_one_does(together: Together, famil
         (block,) = each["blocks"]
         assert 0 <= block - 4 * (whole - divided + divided // 2) < 64 * len(list(model.parameters()))
     assert divided > 0.8 * (whole - model.get_input_embeddings().weight.numel())
-    heads = 2 if family == "olmo2" else 1  # its norms span all heads of keys: every rank has both
-    assert all(each["heads"] == {heads} for each in told)
+    keys = 2 if family == "olmo2" else 1  # a norm over all heads needs them all on every rank
+    assert all(each["heads"] == {keys} for each in told)
 
 
 def test_a_model_that_transformers_has_divided_is_sampled_from(together: Together) -> None:
@@ -169,11 +171,14 @@ def test_a_model_that_transformers_has_divided_is_sampled_from(together: Togethe
         _same(samples, alone, "loaded in parts")
 
 
-def test_parts_follow_the_sharded_weights_in_their_place(together: Together) -> None:
-    model = prepare_model(FAMILIES["tied"]())
+@pytest.mark.parametrize("family", TIED)
+def test_parts_follow_the_sharded_weights_in_their_place(together: Together, family: str) -> None:
+    """Also where head and embedding are one, and the plan divides the head alone or both."""
+    model = prepare_model(FAMILIES[family]())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     before = _samples(model)["drawn"].tokens
     _scaled(model)
-    alone, told = _samples(model), together.run(2, "refreshed")
+    alone, told = _samples(model), together.run(2, f"refreshed {family}")
     assert not torch.equal(before, alone["drawn"].tokens)
     for each in told:
         assert each["same places"]
@@ -181,9 +186,7 @@ def test_parts_follow_the_sharded_weights_in_their_place(together: Together) -> 
     written, expected = told[0]["written"], model.state_dict()
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], x) for name, x in expected.items())
-    assert written["lm_head.weight"] is written["model.embed_tokens.weight"] or torch.equal(
-        written["lm_head.weight"], written["model.embed_tokens.weight"]
-    )
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 
 def test_what_cannot_be_divided_is_refused_by_name(together: Together, tmp_path: Path) -> None:
@@ -193,9 +196,9 @@ def test_what_cannot_be_divided_is_refused_by_name(together: Together, tmp_path:
         (make_model(), 4, "LlamaForCausalLM's num_key_value_heads, 2"),
         (make_model(num_key_value_heads=4), 4, "LlamaForCausalLM's vocab_size, 18"),
         (
-            make_model(hidden_size=24, num_attention_heads=3, num_key_value_heads=3, head_dim=8),
+            make_model(hidden_size=36, num_attention_heads=3, num_key_value_heads=3),
             3,
-            "widths of LlamaForCausalLM's layers",
+            "64, a width of LlamaForCausalLM's model.layers.0.mlp.gate_proj",
         ),
         (GPT2LMHeadModel(GPT2Config(**small)), 2, "no tensor-parallel plan for GPT2LMHeadModel"),
     ):
