@@ -72,7 +72,7 @@ def _largest(setup: Setup) -> Setup | None:
     if not fits(smallest):
         return None
     tokens = _most(smallest, "learner__tokens_per_microbatch", setup.longest, setup.minibatch)
-    return _most(tokens, "rollout__batch_size", 1, setup.sequences)
+    return _most(tokens, "rollout__batch_size", 1, setup.decoded)
 
 
 def _most(setup: Setup, setting: str, least: int, most: int) -> Setup:

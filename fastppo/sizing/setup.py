@@ -129,9 +129,14 @@ class Setup:
         return self.sampled_prompts * self.config.rollout.samples_per_prompt
 
     @property
+    def decoded(self) -> int:
+        """Sequences that a rank decodes in a step: its own, or those of its team."""
+        return self.sampled if self.team > 1 else self.sequences
+
+    @property
     def side_by_side(self) -> int:
         """Sequences that a rank decodes together."""
-        return min(self.config.rollout.batch_size, self.sampled if self.team > 1 else self.sequences)
+        return min(self.config.rollout.batch_size, self.decoded)
 
     @property
     def tokens(self) -> int:

@@ -58,8 +58,7 @@ def _sampling(setup: Setup) -> float:
 
 
 def _decode_steps(setup: Setup) -> int:
-    sequences = setup.sequences if setup.team == 1 else setup.sampled
-    return -(-sequences // setup.side_by_side) * setup.new
+    return -(-setup.decoded // setup.side_by_side) * setup.new
 
 
 def _attention(setup: Setup, shape: ModelShape, tokens: float) -> float:

@@ -141,6 +141,14 @@ def test_ranks_that_sample_together_divide_weights_and_heads():
     assert sent == pytest.approx(3 / 4 * (tokens * 4 * 32 * 4096 * 2 + drawn * 4 * policy.vocabulary))
 
 
+def test_a_team_is_advised_to_decode_all_that_it_samples():
+    """The sequences of four ranks side by side, not of one."""
+    settings = {"distributed": {"sharding": "full"}, "rollout": {"prompts_per_step": 32, "batch_size": 4}}
+    team = setup_on("h200", llama_8b(), ranks=8, sharding="full", **settings).changed(distributed__tensor_parallel=4)
+    best = next(each for each in fitting_settings(team) if each.team == 4)
+    assert (best.sequences, best.decoded, best.side_by_side) == (4, 16, 16)
+
+
 def test_what_does_not_fit_whole_is_sampled_together():
     """The copy of 16 GB leaves no room on two devices of 24; other devices would not help."""
     setup = setup_on("l4", llama_8b(), ranks=64, critic={"kind": "shared"}, rollout={"max_new_tokens": 64})
