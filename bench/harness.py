@@ -2,7 +2,7 @@
 
 Providers take turns (A B, B A, A B ...), so that a slow minute of the machine falls on all of them alike. A turn is as
 many calls as fill a few milliseconds: one call of a fast op after a slow one would time how the other left the caches of
-instructions and the sleeping threads. Each call gets the next of several input sets, together larger than the
+instructions and the sleeping threads. Each call gets the next of several copies of the inputs, together larger than the
 last-level cache, so the data always come from memory. A ratio is one of medians.
 
 On a GPU a turn is the replay of a CUDA graph of its calls, where they can be captured: what the kernels take, with the host out of the
@@ -214,9 +214,9 @@ class Row:
         )
 
 
-def make_inputs(case: Case, device: torch.device, index: int = 0) -> Tensors:
-    """Input set `index` of a case on `device`; leaves that need a gradient keep that wish."""
-    generator = torch.Generator(device).manual_seed(index)
+def make_inputs(case: Case, device: torch.device) -> Tensors:
+    """An input set of a case on `device`, always the same; leaves that need a gradient keep that wish."""
+    generator = torch.Generator(device).manual_seed(0)
     with device:
         return {name: moved(x, device) for name, x in case.inputs(generator).items()}
 
@@ -229,18 +229,22 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> 
     return x.detach().to(device, dtype).requires_grad_(x.requires_grad)
 
 
+def copied(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
 def in_fp64(inputs: Tensors) -> Tensors:
     return {name: moved(x, x.device, torch.float64) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def input_sets(case: Case, device: torch.device, schedule: Schedule) -> list[Tensors]:
-    """As many input sets as exceed twice the cache, so that a set read again comes from memory; at most one a call."""
+    """As many copies of an input set as exceed twice the cache, so that one read again comes from memory; at most one a call."""
     first = make_inputs(case, device)
     size = max(1, sum(x.numel() * x.element_size() for x in first.values()))
     count = min(math.ceil(2 * floors.cache_bytes(device) / size), max(1, MAX_INPUT_BYTES // size))
     if not schedule.turn_seconds:
         count = min(count, schedule.most_rounds * len(case.providers))
-    return [first, *(make_inputs(case, device, index) for index in range(1, count))]
+    return [first, *({name: copied(x) for name, x in first.items()} for _ in range(1, count))]
 
 
 class Call(NamedTuple):
