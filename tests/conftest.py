@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,23 @@ def _fixed_seed():
 def _offline(monkeypatch):
     """No test may reach a model or data hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curve():
+    """Drawing takes longer than most runs here: they draw where a test asks for `curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if run_loop := sys.modules.get("fastppo.run_loop"):  # the kernels' processes have no trainer
+            patch.setattr(run_loop, "plot_run", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Each run of this process draws its curve.png."""
+    from fastppo.plot import plot_run
+
+    monkeypatch.setattr("fastppo.run_loop.plot_run", plot_run)
 
 
 @pytest.fixture

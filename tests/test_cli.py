@@ -393,6 +393,7 @@ def test_generate_names_mistakes(stories_model, capsys):
     assert "no such folder" in error_of(capsys, "generate", "./nowhere", "--prompt", "a")
 
 
+@pytest.mark.usefixtures("curves")
 def test_training_a_real_model_from_its_recipe(stories_model, tmp_path, capsys):
     """recipes/stories.yaml on the real pretrained Llama, shortened: runs, records, plots, resumes."""
     run = tmp_path / "run"

@@ -21,11 +21,6 @@ from tests.tiny import make_model, make_tokenizer
 pytestmark = pytest.mark.usefixtures("plain_signal_handlers")
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda folder: None)
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> Path:
     """A folder with a language model, `base`, and 60 completions that differ in what they score."""

@@ -19,12 +19,6 @@ BEYOND = 390
 SIZE = 400
 
 
-@pytest.fixture(autouse=True)
-def _no_curve(monkeypatch):
-    """Drawing takes longer than the runs of this file."""
-    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda _: None)
-
-
 class Bytes(ByT5Tokenizer):
     """Fails as other tokenizers written in Python do: that of `error`, or by a token that is None."""
 

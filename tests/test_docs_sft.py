@@ -56,6 +56,7 @@ def test_its_python(demo_model):
     assert read_metrics("runs/sums")[-1]["epoch"] == 2
 
 
+@pytest.mark.usefixtures("curves")
 def test_the_commands(stories_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)

@@ -23,12 +23,6 @@ CLOSE = "{% endif %}{% endfor %}"
 CHATML = QUESTION + "<|other|>{{ m.content }}<|im_end|>\n" + CLOSE
 
 
-@pytest.fixture(autouse=True)
-def _no_curve(monkeypatch):
-    """Drawing takes longer than the runs of this file."""
-    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda _: None)
-
-
 def chat_tokenizer(template: str | None = None, *, special: bool = True):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|other|>"], special_tokens=special)

@@ -28,6 +28,7 @@ def load_demo():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("curves")
 def test_the_demo_then_the_ten_lines(tmp_path, monkeypatch, capsys):
     """The demo, shortened, leaves the model that the README's example goes on with; the example is run word for word."""
     monkeypatch.chdir(tmp_path)

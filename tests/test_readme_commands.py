@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from fastppo import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ def test_make_has_the_targets():
     assert {"demo", "test"} <= set(targets)
 
 
+@pytest.mark.usefixtures("curves")
 def test_every_other_line_runs_in_the_order_shown(
     stories_model, gsm8k_train, gsm8k_test, tmp_path, monkeypatch, capsys
 ):

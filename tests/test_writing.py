@@ -30,12 +30,6 @@ ODD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_curve(monkeypatch):
-    """Drawing takes longer than the runs of this file."""
-    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda _: None)
-
-
 def _folder(path, generation_config: dict | None = None, config: dict | None = None) -> str:
     """A model's folder as the hub has it."""
     make_model().save_pretrained(path)

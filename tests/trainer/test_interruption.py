@@ -26,11 +26,6 @@ pytestmark = pytest.mark.usefixtures("plain_signal_handlers")
 CODES = {signal.SIGINT: None, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("fastppo.run_loop.plot_run", lambda folder: None)
-
-
 def build(output_dir, reward=count_a, **changes) -> PPOTrainer:
     config = tiny_config(output_dir, **(SETTINGS | changes))
     reporter = Reporter(config.total_steps, quiet=True)

@@ -51,11 +51,9 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    """No picture is drawn, handlers are those of a plain process, and no thread outlives a run."""
+    """Handlers are those of a plain process, and no thread outlives a run."""
     before = {number: signal.signal(number, usual) for number, usual in ENDING.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.run_loop.plot_run", lambda folder: None)
-        yield
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
     assert not sampling_threads()

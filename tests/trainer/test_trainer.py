@@ -24,6 +24,7 @@ from tests.tiny_trainer import PROMPTS, count_a
 from tests.tolerance import assert_rounds_to
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_writes_its_records(make_trainer, tmp_path):
     trainer = make_trainer(
         eval_prompts=["ab", "cd"], total_steps=3, checkpoint__every=1, evaluation__every=2, reward__kl_coef=0.05
@@ -63,6 +64,7 @@ def test_the_exported_model_loads_in_transformers(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("breakage", ["curve.png is a folder", "a display", "matplotlib"])
+@pytest.mark.usefixtures("curves")
 def test_what_only_shows_may_fail(make_trainer, tmp_path, monkeypatch, breakage):
     trainer = make_trainer(total_steps=1)
     if breakage == "curve.png is a folder":
