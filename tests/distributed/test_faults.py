@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,15 +199,26 @@ def _reporting(folder: str, gone: int):
     build_trainer(folder, callbacks=[callback], total_steps=5, checkpoint__every=0).train()
 
 
-def linger():
-    time.sleep(25)
-
-
 def test_a_rank_that_hangs_is_named_in_time(tmp_path):
-    found = run_ranks(3, _with_callback, str(tmp_path / "run"), 2, 1, linger, {"distributed__timeout": 8})
+    found = run_ranks(3, _beside_one_that_hangs, tmp_path)
     for kind, _, seconds in found[:2]:
         assert kind == "LostRank" and seconds < SOON
     assert any("rank 2 of 3 did not come to" in text and "distributed.timeout = 8 s" in text for _, text, _ in found)
+
+
+def _beside_one_that_hangs(folder: Path):
+    """Rank 2 hangs until the others have raised."""
+    ended = [folder / f"{other} has raised" for other in range(2)]
+
+    def hang():
+        deadline = time.monotonic() + SOON
+        while not all(path.exists() for path in ended) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    found = _with_callback(str(folder / "run"), 2, 1, hang, {"distributed__timeout": 8})
+    if rank() < 2:
+        ended[rank()].touch()
+    return found
 
 
 def end_me():
