@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -14,9 +15,22 @@ from tests.trainer.steps import Step
 A_MINIBATCH = Counter({"learner._numbers: _to_copy": 1})
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2"])
+FAMILIES, NUMBERS, CRITICS = ("llama", "mistral-window", "gemma2"), (1, 3), ("separate", "shared")
+# In which every family meets every n and every critic, and these meet each other; the rest is slow.
+PAIRS = {
+    ("llama", 1, "separate"),
+    ("llama", 3, "shared"),
+    ("mistral-window", 1, "shared"),
+    ("mistral-window", 3, "separate"),
+    ("gemma2", 1, "separate"),
+    ("gemma2", 3, "shared"),
+}
+STEPS = [
+    pytest.param(*step, marks=() if step in PAIRS else pytest.mark.slow) for step in product(FAMILIES, NUMBERS, CRITICS)
+]
+
+
+@pytest.mark.parametrize(("family", "n", "critic"), STEPS)
 def test_no_micro_batch_waits(family, n, critic):
     """Prompts of one sample, and shared ones; attention that a kernel knows, with a window, and written out."""
     step = Step(family, n, critic, DEVICE)
