@@ -49,7 +49,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+# In which weights, adapters, activations and logits are each the most of a step once; the rest is slow.
+QUICK = {"all weights", "adapters", "many tokens", "large vocabulary"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(row, marks=() if row in QUICK else pytest.mark.slow) for row in ROWS])
 def test_a_plan_agrees_with_what_is_measured(name):
     row = ROWS[name]
     if row.config.lora.r:
