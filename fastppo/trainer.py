@@ -476,6 +476,11 @@ def _mix(seed: int, step: int) -> int:
 
 
 def _dump_batch(path: Path, *records: object) -> None:
-    """Copies, because records share tensors, which safetensors refuses."""
-    fields = {f.name: getattr(record, f.name) for record in records for f in dataclasses.fields(record)}
+    """Each tensor under its record's name and its own: two records have log-probs. Copies, because records share tensors, which safetensors
+    refuses."""
+    fields = {
+        f"{type(record).__name__.lower()}.{f.name}": getattr(record, f.name)
+        for record in records
+        for f in dataclasses.fields(record)
+    }
     save_file({name: value.clone().contiguous() for name, value in fields.items() if isinstance(value, Tensor)}, path)
