@@ -279,10 +279,10 @@ def _ppo_trainer(recipe: Recipe, options: argparse.Namespace, ranks: Ranks) -> P
     reward = resolve_rewards(recipe.reward) or None
 
     from fastppo.data import load_train_and_eval
-    from fastppo.model import load_tokenizer
+    from fastppo.model import load_named_tokenizer
     from fastppo.trainer import PPOTrainer
 
-    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+    tokenizer = load_named_tokenizer(recipe.model.name, recipe.model.tokenizer)
     train, held_out = load_train_and_eval(recipe.data, tokenizer)
     if ranks.size == 1:
         _warn_of_memory(recipe, train)
@@ -385,10 +385,10 @@ def _sft_trainer(recipe: SFTRecipe, options: argparse.Namespace, ranks: Ranks) -
         check_usable(recipe.output_dir, resume=options.resume or ranks.restarted)
 
     from fastppo.data.examples import load_train_and_eval_examples
-    from fastppo.model import load_tokenizer
+    from fastppo.model import load_named_tokenizer
     from fastppo.sft import SFTTrainer
 
-    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+    tokenizer = load_named_tokenizer(recipe.model.name, recipe.model.tokenizer)
     train, held_out = load_train_and_eval_examples(recipe.data, tokenizer)
     return SFTTrainer(
         recipe.model.name,

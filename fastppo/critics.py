@@ -73,11 +73,7 @@ def write_critic(
 
 def require_same_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError where the model `name`, which `critic.model` is, reads other token ids than those of `tokenizer`, the policy's."""
-    try:
-        theirs, ours = load_tokenizer(name).get_vocab(), tokenizer.get_vocab()
-    except ValueError as error:
-        error.args = (f"critic.model: {error}",)
-        raise
+    theirs, ours = load_tokenizer(name, "critic.model").get_vocab(), tokenizer.get_vocab()
     if theirs == ours:
         return
     token = min(text for text in theirs.keys() | ours.keys() if theirs.get(text) != ours.get(text))

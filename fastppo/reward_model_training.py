@@ -17,7 +17,7 @@ from fastppo.calibration import agreement, looks_swapped, plot_calibration
 from fastppo.data.preferences import Preference, load_preferences
 from fastppo.errors import TrainingError
 from fastppo.interruption import Interrupted, Interruption, end
-from fastppo.model import load_reward_model, load_tokenizer, resolve_device
+from fastppo.model import load_named_tokenizer, load_reward_model, resolve_device
 from fastppo.reward_model_checkpoints import Sealed, SealedCheckpoints
 from fastppo.reward_model_config import RewardModelRecipe
 from fastppo.rewards.reward_model import RewardModel, most_tokens
@@ -52,7 +52,7 @@ def train_reward_model(recipe: RewardModelRecipe, note: Note = print, *, resume:
     check_usable(recipe.output_dir, resume=resume)
     if not recipe.model.name:
         raise ValueError("model.name is empty; the recipe has to set it")
-    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+    tokenizer = load_named_tokenizer(recipe.model.name, recipe.model.tokenizer)
     _require_pad_token(tokenizer)
     torch.manual_seed(recipe.seed)  # of the new head
     model = load_reward_model(recipe.model.name, dtype="float32", device=resolve_device(recipe.device), new_head=True)

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     prompts = options.prompt or [_piped()]
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, "model")
     if options.chat:
         prompts = [_as_message(tokenizer, text) for text in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"

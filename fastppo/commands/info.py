@@ -49,7 +49,7 @@ NOT_INSTALLED = "not installed"
 
 def _info_model(name: str) -> int:
     """From its configurations and tokenizer alone: the weights are not read."""
-    model, tokenizer = load_outline(name), load_tokenizer(name)
+    model, tokenizer = load_outline(name), load_tokenizer(name, "model")
     facts = Table(box=None, show_header=False)
     facts.add_row("architecture", type(model).__name__)
     facts.add_row("parameters", f"{model.num_parameters():,}")

@@ -5,7 +5,14 @@ from fastppo.model.critic import Critic, ValueHead, make_value_head
 from fastppo.model.endings import ending_ids
 from fastppo.model.exact import make_exact
 from fastppo.model.histogram_head import Histogram, HistogramHead
-from fastppo.model.loading import load_model, load_outline, load_reward_model, load_tokenizer, resolve_device
+from fastppo.model.loading import (
+    load_model,
+    load_named_tokenizer,
+    load_outline,
+    load_reward_model,
+    load_tokenizer,
+    resolve_device,
+)
 from fastppo.model.packed import LMHead, context_length, evaluating, lm_head, packed_hidden
 from fastppo.model.prepare import prepare_model
 from fastppo.model.shared_prompts import SharedPrompts
@@ -25,6 +32,7 @@ __all__ = [
     "evaluating",
     "lm_head",
     "load_model",
+    "load_named_tokenizer",
     "load_outline",
     "load_reward_model",
     "load_tokenizer",

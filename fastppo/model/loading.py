@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 
 
 def load_model(name_or_path: str | Path, *, dtype: str | torch.dtype, device: str | torch.device) -> PreTrainedModel:
@@ -106,11 +112,19 @@ def load_outline(name_or_path: str | Path) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name; ValueError where there is none."""
+def load_tokenizer(name_or_path: str | Path, called: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name; ValueError where there is none.
+
+    called: what the user knows the folder by, where that is more than a tokenizer's: "model", or a setting.
+    """
     name_or_path = _as_text(name_or_path)
-    with _named_errors("tokenizer", name_or_path):
+    with _named_errors(called, name_or_path, part="" if called == "tokenizer" else "the tokenizer of "):
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def load_named_tokenizer(name: str, tokenizer: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe: that of `model.tokenizer` where it is set, else that of `model.name`."""
+    return load_tokenizer(tokenizer, "model.tokenizer") if tokenizer else load_tokenizer(name, "model.name")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -131,14 +145,31 @@ def _as_text(name_or_path: str | Path) -> str:
 
 
 @contextmanager
-def _named_errors(what: str, name_or_path: str) -> Iterator[None]:
+def _named_errors(what: str, name_or_path: str, part: str = "") -> Iterator[None]:
+    """part: which part of `what` is read inside."""
+    if not name_or_path:
+        raise ValueError(f"{what} is empty, expected a folder in Transformers' format or a hub name")
     looks_local = name_or_path.startswith((".", "/"))
     if looks_local and not Path(name_or_path).is_dir():
         raise ValueError(
             f"{what} is {name_or_path!r}, expected a folder in Transformers' format: there is no such folder"
         )
     try:
+        _require_reachable(name_or_path)
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         where = "read from this folder" if Path(name_or_path).is_dir() else "found as a folder here or as a hub name"
-        raise ValueError(f"{what} {name_or_path!r} cannot be {where}: {error}") from error
+        raise ValueError(f"{part}{what} {name_or_path!r} cannot be {where}: {error}") from error
+
+
+def _require_reachable(name: str) -> None:
+    """Raises OSError where a model is neither a folder nor in the hub's cache, and one question to the hub gets no answer: Transformers would
+    repeat each of its own for half a minute at least. What the hub does answer, Transformers tells better."""
+    if Path(name).is_dir() or Path(hub.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).exists():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return
+    except httpx.TransportError as error:
+        raise OSError(f"there is no such folder, and the hub cannot be reached: {error}") from error

@@ -179,7 +179,7 @@ def _loaded(
         )
     if isinstance(model, str | os.PathLike):
         loaded = load_reward_model(model, dtype=dtype, device=resolve_device(device))
-        return loaded, load_tokenizer(model) if tokenizer is None else tokenizer
+        return loaded, load_tokenizer(model, "reward model") if tokenizer is None else tokenizer
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is {type(model).__name__}, expected a folder, a hub name or a loaded model")
     if tokenizer is None:
