@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from fastppo.evaluation_config import EvaluationConfig
 from fastppo.interruption import Interruption
 from fastppo.learner import Learner, NonFiniteUpdates
 from fastppo.metrics import explained_variance
-from fastppo.model import Critic, context_length, load_model, load_tokenizer, prepare_model, resolve_device
+from fastppo.model import Critic, context_length, load_model, load_named_tokenizer, prepare_model, resolve_device
 from fastppo.plan import Lengths, Microbatch, Minibatch, plan_epochs, split_microbatches
 from fastppo.recipe_config import Recipe
 from fastppo.roles import Outputs, critic_outputs
@@ -88,9 +89,10 @@ def train_critic(
 
 def report(done: Pretrained, recipe: str) -> str:
     """What a training comes to, and how to use it."""
+    use = shlex.join(["fastppo", "train", recipe, f"critic.model={done.folder}"])
     return (
         f"done: explained variance {done.after:.3f} on {done.held_out} held-out completions, {done.before:.3f} before; go on with: "
-        f"fastppo train {recipe} critic.model={done.folder}"
+        f"{use}"
     )
 
 
@@ -140,7 +142,7 @@ class CriticTrainer(RunLoop):
 
     @torch.inference_mode(mode=False)
     def __init__(self, recipe: Recipe, rollouts: Sequence[str | Path], out: str | Path, note: Note) -> None:
-        self.tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.name)
+        self.tokenizer = load_named_tokenizer(recipe.model.name, recipe.model.tokenizer)
         self.model = _trunk(recipe, self.tokenizer)
         limits = Limits(self.model.get_input_embeddings().weight.shape[0], context_length(self.model))
         stored, others = read_rollouts(rollouts, self.tokenizer, limits)

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from fastppo.checkpoint import list_checkpoints, load_checkpoint, load_latest_checkpoint
 from fastppo.errors import CheckpointError
-from fastppo.model import load_model, load_tokenizer
+from fastppo.model import load_model, load_named_tokenizer
 from fastppo.model.adapters import Adapters
 from fastppo.model.writing import write_model
 from fastppo.roles import weights_sha256
-from fastppo.run_folder import ADAPTER, BEST, CHECKPOINTS, MODEL, read_settings
+from fastppo.run_folder import ADAPTER, BEST, CHECKPOINTS, MODEL, read_settings, require_writable_folder
 
 
 def export_run(
@@ -50,7 +50,8 @@ def export_run(
         folder = run / (f"{kind}-{path.name}" if chosen else kind)
     elif (folder := Path(folder).expanduser()).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {str(folder)!r}, which is not empty, expected a new or an empty one")
-    tokenizer = load_tokenizer(model or settings.get("tokenizer") or name)
+    require_writable_folder(folder, "folder")
+    tokenizer = load_named_tokenizer(str(name), None if model else settings.get("tokenizer"))
     dtype = identity.get("model.dtype") or next(iter(policy.values())).dtype  # sharded weights are kept in a wider type
     trained = load_model(name, dtype=dtype, device="cpu")
     adapters = None if lora is None else policy_adapters_on(trained, path, identity)

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -234,7 +235,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def check_usable(path: str | Path, *, resume: bool = False) -> None:
     """Raises ValueError when a run cannot be recorded in `path`: it holds something else, a run that `resume` did not ask to continue, or a
-    file where a folder must be; or another process is at work there."""
+    file where a folder must be; nothing can be written there; or another process is at work there."""
     path = Path(path).expanduser()
     name = f"output_dir {str(path)!r}"
     if path.exists() and not path.is_dir():
@@ -248,6 +249,7 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
         raise ValueError(
             f"output_dir is {str(path)!r}, a link to {os.readlink(path)!r}, which does not exist: make that folder first"
         )
+    require_writable_folder(path, "output_dir")
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
     passing = {_temporary(path / file).name for file in (CONFIG, HISTORY, METRICS, SAMPLES, TRACKING)}
     is_run = _is_ours(path / CONFIG) or list_checkpoints(path / CHECKPOINTS)  # config.yaml may be damaged
@@ -258,10 +260,23 @@ def check_usable(path: str | Path, *, resume: bool = False) -> None:
         if is_folder != should_be:
             kinds = ("a file", "a folder") if should_be else ("a folder", "a file")
             raise ValueError(f"{path / entry} is {kinds[0]}, expected {kinds[1]}: move it away")
+        if is_folder:
+            require_writable_folder(path / entry, "output_dir's folder")
     if LOCK in content:
         _check_unlocked(path)
     if content & {METRICS, CHECKPOINTS} and not resume:
         raise ValueError(f"{name} holds a run already: resume it (--resume), or choose another output_dir")
+
+
+def require_writable_folder(path: str | Path, called: str) -> None:
+    """Raises ValueError where no file can be made in a folder, or in the one that it would be made in. Nothing is left there."""
+    path = Path(path).expanduser().absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        why = f"{there} is a file" if there.is_file() else f"nothing can be written in {there} ({error.strerror})"
+        raise ValueError(f"{called} is {str(path)!r}, expected a folder that can be written to: {why}") from error
 
 
 def _is_ours(config: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -220,19 +221,20 @@ class RunLoop(ABC):
         return every > 0 and self.step % every == 0
 
     def _write_model(self, folder: RunFolder) -> None:
-        name, option, which = MODEL, "", "newest"
+        name, option, which = MODEL, [], "newest"
         try:
             self.save_pretrained(folder.path / MODEL)
             if self.adapters is not None:
                 (self.whole or self).adapters.save(folder.path / ADAPTER)
             if self.best:
-                name, option, which = BEST, " --best", "best step's"
+                name, option, which = BEST, ["--best"], "best step's"
                 policy = self.learner.roles.trained()["policy"] if self.whole is None else self.whole.policy
                 self.best.write(policy, self.save_pretrained, folder)
         except Exception as error:  # Transformers and the disk have many
+            export = shlex.join(["fastppo", "export", str(folder.path), *option])
             raise TrainingError(
                 f"{folder.path / name} could not be written: {error}. The weights are in the {which} checkpoint of {folder.checkpoints}; "
-                f"once the cause is gone, `fastppo export {folder.path}{option}` writes them"
+                f"once the cause is gone, `{export}` writes them"
             ) from error
 
     def _reporter(self, reporter: Reporter) -> Reporter:
@@ -268,9 +270,12 @@ def ready_model(
     ranks: Ranks,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, loaded where it is a name, that fastppo runs and can write, and its tokenizer. Raises ValueError or TypeError where it cannot."""
+    if not is_name(model) and not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise TypeError(f"model is {kind}, expected a folder, a hub name or a loaded transformers.PreTrainedModel")
     if tokenizer is None and not is_name(model):
         raise ValueError("tokenizer is None, expected a tokenizer because model is a loaded model, not a name")
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, "model")
     loaded = load_model(model, dtype=dtype, device=device) if is_name(model) else model
     prepared = prepare_model(loaded, device)
     if ranks.first:  # Transformers writes nothing on the others

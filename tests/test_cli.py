@@ -117,7 +117,9 @@ def fake_trainer(monkeypatch):
     monkeypatch.setattr(cli, "_warn_of_memory", lambda recipe, prompts: None)
     monkeypatch.setitem(sys.modules, "fastppo.data", data)
     monkeypatch.setitem(
-        sys.modules, "fastppo.model", SimpleNamespace(load_tokenizer=lambda name: f"tokenizer of {name}")
+        sys.modules,
+        "fastppo.model",
+        SimpleNamespace(load_named_tokenizer=lambda name, tokenizer: f"tokenizer of {tokenizer or name}"),
     )
     return fake
 
@@ -145,6 +147,40 @@ def test_a_folder_that_is_taken_is_noticed_before_anything_is_loaded(tmp_path, f
     arguments = ("train", write_recipe(tmp_path))
     assert "--resume" in error_of(capsys, *arguments) and not fake_trainer.seen
     assert cli.main([*map(str, arguments), "--resume"]) == 0
+
+
+def unwritable(tmp_path) -> Path:
+    """A folder in which nobody can make a file: below a file, whatever the user may do."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "run"
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward-model", "critic"])
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_anything_is_loaded(tmp_path, capsys, command):
+    """The model's name alone would be an error too, as soon as it is looked at."""
+    recipe, folder = tmp_path / "recipe.yaml", unwritable(tmp_path)
+    reward = "reward: {functions: [{function: exact_answer}]}\n" if command in ("train", "critic") else ""
+    recipe.write_text(f"model: {{name: ./no-model}}\ndata: {{path: ./no-data.jsonl}}\n{reward}")
+    more = ["--rollouts", "none.jsonl", "-o", folder] if command == "critic" else [f"output_dir={folder}"]
+    printed = error_of(capsys, command, recipe, *more)
+    assert (
+        f"output_dir is '{folder}', expected a folder that can be written to: {tmp_path / 'file'} is a file" in printed
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward-model", "critic", "serve", "generate", "info"])
+def test_a_model_that_is_not_there_is_not_called_the_tokenizer(tmp_path, capsys, command):
+    recipe = tmp_path / "recipe.yaml"
+    reward = "reward: {functions: [{function: exact_answer}]}\n" if command in ("train", "critic", "serve") else ""
+    recipe.write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{name: ./no-model}}\ndata: {{path: ./no-data.jsonl}}\n{reward}"
+    )
+    more = {"critic": ["--rollouts", "none.jsonl"], "generate": ["--prompt", "a"]}.get(command, [])
+    by_name = command in ("generate", "info")
+    printed = error_of(capsys, command, "./no-model" if by_name else recipe, *more)
+    assert re.search(r"model(\.name)? is '.*no-model', expected a folder in Transformers' format", printed)
+    if not by_name:
+        assert "model.name is empty" in error_of(capsys, command, recipe, *more, "model.name=")
 
 
 def test_a_finished_run_has_nothing_to_resume(tmp_path, fake_trainer, capsys):
@@ -250,6 +286,8 @@ def test_export_writes_the_policy_of_a_checkpoint(tiny_run, tmp_path, capsys):
     capsys.readouterr()
     assert "step is 3, expected one that has a checkpoint: 1, 2" in error_of(capsys, "export", run, "--step", 3)
     assert "is not empty" in error_of(capsys, "export", run, tmp_path / "out")
+    beneath = unwritable(tmp_path)
+    assert f"folder is '{beneath}', expected a folder that can be" in error_of(capsys, "export", run, beneath)
     assert "no checkpoints" in error_of(capsys, "export", tmp_path / "model")
     other = other_model(tmp_path / "other")
     assert cli.main(["export", str(run), str(tmp_path / "new"), "--model", str(other)]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_only_a_critic_with_a_trunk_of_its_own_is_trained(recipe, tmp_path):
 
 def test_on_the_command_line(base, make_trainer, tmp_path, capsys):
     """Beside the recipe's output_dir; the last line is the command that goes on."""
-    recipe = tmp_path / "recipe.yaml"
+    recipe = tmp_path / "my recipe.yaml"
     recipe.write_text(f"output_dir: {tmp_path}/run\nmodel: {{name: {base}}}\ndevice: cpu\n")
     rollouts = write(tmp_path / "rollouts.jsonl", rows_of(40))
     arguments = [
@@ -285,7 +286,8 @@ def test_on_the_command_line(base, make_trainer, tmp_path, capsys):
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "run-critic" / "model"
-    assert "80 completions" not in printed and f"fastppo train {recipe} critic.model={folder}" in printed
+    goes_on = shlex.split(printed.split("go on with: ")[1])
+    assert "80 completions" not in printed and goes_on == ["fastppo", "train", str(recipe), f"critic.model={folder}"]
     assert (folder / "value_head.safetensors").exists() and (folder / "config.json").exists()
     make_trainer(count_a, critic__model=str(folder), total_steps=1).train()
     assert cli.main(arguments) == 2 and "holds a run already" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 import hmac
 import ipaddress
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port is {options.port}, expected 0 to {2**16 - 1}")
     policy = policy_of(options.model, options.overrides)
-    tokenizer = load_tokenizer(policy.tokenizer)
+    called = "model" if policy.tokenizer == policy.model else "model.tokenizer"
+    tokenizer = load_tokenizer(policy.tokenizer, called)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {policy.tokenizer} has no chat template, expected one: it is served messages"
@@ -101,7 +103,9 @@ def policy_of(name: str, overrides: list[str]) -> Policy:
         raise ValueError(f"{overrides[0]} is given with {name}, expected overrides with a recipe only")
     if (path / CONFIG).exists():
         if not (path / MODEL / "config.json").exists():
-            raise ValueError(f"{name} is a run that has not written its model yet: fastppo export {name}")
+            raise ValueError(
+                f"{name} is a run that has not written its model yet: {shlex.join(['fastppo', 'export', name])}"
+            )
         path = path / MODEL
     model = str(path) if path.exists() else name
     return Policy(model, model, "auto", "auto", 64, None)

@@ -66,9 +66,10 @@ def test_what_it_cannot_serve(model, tmp_path, capsys):
     make_tokenizer().save_pretrained(tmp_path / "plain")
     make_model().save_pretrained(tmp_path / "plain")
     assert "has no chat template, expected one: it is served messages" in error(tmp_path / "plain")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 1")
-    assert "is a run that has not written its model yet: fastppo export" in error(tmp_path / "run")
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 1")
+    assert f"is a run that has not written its model yet: fastppo export '{run}'" in error(run)
     assert "seed=1 is given with" in error(model, "seed=1")
     assert "--host is 'no.such.host.invalid', expected a name or an address" in error(
         model, "--host", "no.such.host.invalid"

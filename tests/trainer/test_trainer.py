@@ -6,11 +6,13 @@ import io
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from fastppo import PPOConfig, PPOTrainer, cli
 from fastppo.console import Reporter
@@ -84,15 +86,19 @@ def test_a_model_that_cannot_be_written_is_in_a_checkpoint(make_trainer, tmp_pat
     """And `fastppo export` writes it once it can be."""
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    trainer = make_trainer(total_steps=1, model=load_model(tmp_path / "base", dtype="auto", device="cpu"))
+    run, model = tmp_path / "a run", load_model(tmp_path / "base", dtype="auto", device="cpu")
+    trainer = make_trainer(total_steps=1, model=model, output_dir=run)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model, "save_pretrained", lambda path: 1 / 0)
-        with pytest.raises(TrainingError, match="model could not be written.*`fastppo export .*run` writes them"):
+        with pytest.raises(
+            TrainingError, match="model could not be written.*`fastppo export .*run'` writes them"
+        ) as said:
             trainer.train()
-    assert cli.main(["export", str(tmp_path / "run")]) == 0
+    program, *words = shlex.split(str(said.value).split("`")[1])
+    assert program == "fastppo" and cli.main(words) == 0
     trainer.save_pretrained(tmp_path / "expected")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "run" / "model" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+        assert (run / "model" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
 
 
 def test_a_model_is_never_written_to_nowhere(make_trainer, tmp_path):
@@ -249,7 +255,9 @@ def test_training_stops_when_updates_stay_nan(make_trainer, tmp_path, changes):
         trainer.roles.trained()["critic"].head.bias.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite.*offending-batch"):
         trainer.train()
-    assert list((tmp_path / "run").glob("offending-batch-*.safetensors"))
+    (dumped,) = (tmp_path / "run").glob("offending-batch-*.safetensors")
+    said = {"rollout.logprobs", "evaluation.logprobs", "evaluation.values", "targets.advantages"}
+    assert said <= load_file(dumped).keys(), "neither record's hide the other's"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +285,14 @@ def test_bad_arguments_name_themselves_and_write_nothing(make_trainer, tmp_path,
 def test_a_loaded_model_needs_its_tokenizer():
     with pytest.raises(ValueError, match="tokenizer is None"):
         PPOTrainer(make_model(), reward=count_a, prompts=PROMPTS, config=PPOConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(None, "^model is NoneType, expected a folder"), ("", "^model is empty, expected a folder")]
+)
+def test_a_call_without_a_model_is_told_so(model, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        PPOTrainer(model, reward=count_a, prompts=PROMPTS, config=PPOConfig(device="cpu"))
 
 
 def test_an_unknown_model_name_is_an_error():
