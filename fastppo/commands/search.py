@@ -53,7 +53,8 @@ def run(options: argparse.Namespace, engine: Engine, prompts: list[Any], samplin
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option that the search does not take, or one that it lacks."""
+    """Raises ValueError for an option that the search does not take, one that it lacks, and a pattern or a tree's number that is none: before a
+    model is loaded."""
     kind = options.search
     if kind is None:
         if names := given(options):
@@ -67,18 +68,31 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--search {kind} needs {_typed(needed)}")
     if kind in ("majority", "best-of-n") and options.n < 2:
         raise ValueError(f"-n is {options.n}, expected 2 or more answers for --search {kind}")
+    if kind == "majority":
+        _answer(options)
+    if kind == "puct":
+        _tree_params(options)
 
 
 def _typed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _majority(options: argparse.Namespace, engine: Engine, prompts: list[Any], sampling: SamplingParams) -> list[Found]:
+def _answer(options: argparse.Namespace) -> Callable[[str], Any]:
+    """What an answer says."""
     try:
-        said = last_match(options.answer)
+        return last_match(options.answer)
     except re.error as error:
         raise ValueError(f"--answer is {options.answer!r}, expected a regular expression: {error}") from error
-    return majority_vote(engine, prompts, sampling, said)
+
+
+def _tree_params(options: argparse.Namespace) -> TreeParams:
+    settings = {name: getattr(options, option) for option, name in TREE.items() if getattr(options, option) is not None}
+    return TreeParams(**settings)
+
+
+def _majority(options: argparse.Namespace, engine: Engine, prompts: list[Any], sampling: SamplingParams) -> list[Found]:
+    return majority_vote(engine, prompts, sampling, _answer(options))
 
 
 def _best(options: argparse.Namespace, engine: Engine, prompts: list[Any], sampling: SamplingParams) -> list[Found]:
@@ -95,8 +109,7 @@ def _guided(options: argparse.Namespace, engine: Engine, prompts: list[Any], sam
 
 def _tree(options: argparse.Namespace, engine: Engine, prompts: list[Any], sampling: SamplingParams) -> list[Found]:
     values = critic_values(load_critic(options.critic, engine.model))
-    settings = {name: getattr(options, option) for option, name in TREE.items() if getattr(options, option) is not None}
-    return puct(engine, prompts, sampling, values, TreeParams(**settings))
+    return puct(engine, prompts, sampling, values, _tree_params(options))
 
 
 _SEARCHES: dict[str, Callable[..., list[Found]]] = {

@@ -145,3 +145,17 @@ def test_mistakes_are_named(trainer, capsys, arguments, message):
     arguments = [trainer.config.output_dir if text == "RUN" else text for text in arguments]
     assert generate(trainer, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("majority", "-n", "3", "--answer", "("), "--answer is '('"),
+        (("puct", "--critic", "nowhere", "--simulations", "0"), "simulations is 0"),
+        (("puct", "--critic", "nowhere", "--c-puct", "nan"), "c_puct is nan"),
+    ],
+)
+def test_what_is_no_pattern_or_number_is_found_before_a_model_is_loaded(capsys, arguments, message):
+    """There is none here."""
+    assert cli.main(["generate", "./no-model", "--prompt", "a", "--search", *arguments]) == 2
+    assert message in capsys.readouterr().err
