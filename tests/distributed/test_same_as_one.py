@@ -42,6 +42,12 @@ KINDS = {
     "staleness": {"rollout__staleness": 1, "optimizer__lr": 1e-2, "total_steps": 3},
     "staleness_vtrace": {"rollout__staleness": 1, "advantage__estimator": "vtrace", "rollout__prompts_per_step": 3},
 }
+# Of four ranks those where some have nothing, or less than others; the rest is slow.
+FEW = {kind: KINDS[kind] for kind in ("micro_batches", "uneven", "one_prompt", "shared")}
+OTHERS = {kind: changes for kind, changes in KINDS.items() if kind not in FEW}
+TOGETHER = {1: [KINDS], 2: [KINDS], 4: [FEW, OTHERS]}
+SEVERAL = [(2, kind) for kind in KINDS] + [(4, kind) for kind in FEW]
+SEVERAL += [pytest.param(4, kind, marks=pytest.mark.slow) for kind in OTHERS]
 OF_THE_MACHINE = ("time/", "perf/", "distributed/", "rollout/occupancy", "rollout/shared_prompt_share")
 
 
@@ -100,21 +106,22 @@ def _train(folder: str, changes: dict) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """size -> kind -> the run of each rank; all kinds in one set of processes."""
-    found: dict[int, list[dict[str, Run | str]]] = {}
+    """size, kind -> the run of each rank; the kinds of `TOGETHER` in one set of processes."""
+    found: dict[tuple[int, str], list[Run | str]] = {}
 
     def of(size: int, kind: str) -> list[Run]:
-        if size not in found:
-            found[size] = run_ranks(size, train, str(tmp_path_factory.mktemp(f"ranks-{size}")), KINDS)
-        each = [by_kind[kind] for by_kind in found[size]]
+        if (size, kind) not in found:
+            kinds = next(kinds for kinds in TOGETHER[size] if kind in kinds)
+            ranks = run_ranks(size, train, str(tmp_path_factory.mktemp(f"ranks-{size}")), kinds)
+            found.update({(size, kind): [by_kind[kind] for by_kind in ranks] for kind in kinds})
+        each = found[size, kind]
         assert not any(isinstance(run, str) for run in each), "\n".join(map(str, each))
         return each
 
     return of
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "kind"), SEVERAL)
 def test_several_ranks_make_the_run_of_one(size, kind, runs):
     [alone], together = runs(1, kind), runs(size, kind)
     assert len(alone.gradients) == len(together[0].gradients) > 0
@@ -146,6 +153,7 @@ def learn(folder: str) -> list[dict]:
     return read_metrics(folder)
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_give_the_same_curve(tmp_path):
     """Roundings do not grow: the rewards are equal in every step, the losses to 1e-5. It learns to say nothing but the letter a."""
     alone, together = (run_ranks(size, learn, str(tmp_path / str(size)))[0] for size in (1, 2))

@@ -26,18 +26,31 @@ from tests.tolerance import assert_same_on_ranks
 STEPS = 2
 SAMPLED = [("separate", torch.float32), ("lora", torch.float32), ("shared", torch.bfloat16)]
 PARTS = ("forward", "backward")
+# Four ranks learn like two, on which every kind is tried; but for the first they are slow.
+RANKS_AND_KINDS = [(2, kind) for kind in KINDS] + [(4, "separate")]
+RANKS_AND_KINDS += [pytest.param(4, kind, marks=pytest.mark.slow) for kind in KINDS if kind != "separate"]
 REDUCED = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def together() -> Together:
-    kinds = [kind for kind in KINDS if kind != "lora" or importlib.util.find_spec("peft")]
+    kinds = _installed()
     by_all = {kind: (_told, kind, True) for kind in kinds} | {"measured": (_measured,)}
     by_two = {f"sampled {kind}": (_sampled, kind, dtype) for kind, dtype in SAMPLED if kind in kinds}
     by_two |= {f"reduced in {dtype}": (_reduced, dtype) for dtype in REDUCED}
     by_two |= {f"short of memory in the {part}": (_short_of_memory, part) for part in PARTS}
     by_two |= {"offloaded": (_told, "none", True, {"cpu_offload": True}), "refused": (_refused,)}
-    return Together({2: by_all | by_two, 4: by_all})
+    return Together({2: by_all | by_two, 4: {name: by_all[name] for name in ("separate", "measured")}})
+
+
+@pytest.fixture(scope="module")
+def four() -> Together:
+    """What is slow of four ranks."""
+    return Together({4: {kind: (_told, kind, True) for kind in _installed() if kind != "separate"}})
+
+
+def _installed() -> list[str]:
+    return [kind for kind in KINDS if kind != "lora" or importlib.util.find_spec("peft")]
 
 
 def _told(kind: str, sharded: bool, options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -61,20 +74,19 @@ def _same(ours: dict[str, Tensor], other: dict[str, Tensor], what: str) -> None:
         assert_same_on_ranks(ours[name] / scale, tensor / scale, f"{what} {name}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sharded_networks_learn_what_whole_ones_do(together: Together, kind: str) -> None:
+@pytest.mark.parametrize(("ranks", "kind"), RANKS_AND_KINDS)
+def test_sharded_networks_learn_what_whole_ones_do(together: Together, four: Together, ranks: int, kind: str) -> None:
     """Every kind of critic, the reference and adapters; evaluation, gradients, their norms and weights after four updates."""
     if kind == "lora":
         pytest.importorskip("peft")
     alone = _told_alone(kind)
-    for ranks in (2, 4):
-        everyone = together.run(ranks, kind)
-        for told in everyone:
-            for what in ("evaluation", "gradients", "weights", "later"):
-                _same(told[what], alone[what], f"{kind}, {ranks} ranks, {what}")
-        for step, metrics in enumerate(alone["metrics"]):
-            assert {"loss", "grad_norm/policy"} <= metrics.keys()
-            assert all(told["metrics"][step] == pytest.approx(metrics, abs=1e-5) for told in everyone)
+    everyone = (together if ranks == 2 or kind == "separate" else four).run(ranks, kind)
+    for told in everyone:
+        for what in ("evaluation", "gradients", "weights", "later"):
+            _same(told[what], alone[what], f"{kind}, {ranks} ranks, {what}")
+    for step, metrics in enumerate(alone["metrics"]):
+        assert {"loss", "grad_norm/policy"} <= metrics.keys()
+        assert all(told["metrics"][step] == pytest.approx(metrics, abs=1e-5) for told in everyone)
 
 
 def _sampled(kind: str, dtype: torch.dtype) -> dict[str, Any]:
