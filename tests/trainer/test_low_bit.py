@@ -18,6 +18,7 @@ from fastppo.optimizer import Optimizer
 TORCHAO = Path(sys.prefix) / "torchao"
 
 
+@pytest.mark.slow
 def test_with_torchao():
     """Apart from the other packages: it says on stderr, in every process that finds it, which of its libraries it could not load."""
     if not TORCHAO.is_dir():
