@@ -112,14 +112,11 @@ def fake_trainer(monkeypatch):
                 raise fake.outcome
             return fake.outcome
 
-    data = SimpleNamespace(load_train_and_eval=lambda *arguments: ("train", "held out"))
-    monkeypatch.setitem(sys.modules, "fastppo.trainer", SimpleNamespace(PPOTrainer=Trainer))
+    monkeypatch.setattr("fastppo.trainer.PPOTrainer", Trainer)
     monkeypatch.setattr(cli, "_warn_of_memory", lambda recipe, prompts: None)
-    monkeypatch.setitem(sys.modules, "fastppo.data", data)
-    monkeypatch.setitem(
-        sys.modules,
-        "fastppo.model",
-        SimpleNamespace(load_named_tokenizer=lambda name, tokenizer: f"tokenizer of {tokenizer or name}"),
+    monkeypatch.setattr("fastppo.data.load_train_and_eval", lambda *arguments: ("train", "held out"))
+    monkeypatch.setattr(
+        "fastppo.model.load_named_tokenizer", lambda name, tokenizer: f"tokenizer of {tokenizer or name}"
     )
     return fake
 
