@@ -68,6 +68,20 @@ def test_only_adapters_get_gradients():
     }
 
 
+def test_a_pass_without_gradients_leaves_the_weights_as_they_are(monkeypatch):
+    """bitsandbytes packs them for processors with AVX512-BF16: scales are rounded to bfloat16, and the products have no gradient from then on."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    model, adapters = quantized()
+    tokens, before = torch.tensor([[3, 4, 5]]), adapters.merged_state()
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    expected = torch.autograd.grad(model(inputs_embeds=embedded).logits.sum(), embedded)[0]
+    with torch.no_grad():
+        model.eval()(tokens)
+    found = torch.autograd.grad(model(inputs_embeds=embedded).logits.sum(), embedded)[0]
+    assert torch.equal(found, expected)
+    assert all(torch.equal(x, before[name]) for name, x in adapters.merged_state().items())
+
+
 def test_a_run_samples_learns_resumes_and_is_written_at_full_width(tmp_path):
     """Sampling's log-probs are those of training; two runs, one of them in two parts, end in the same bits."""
     source = tmp_path / "source"

@@ -197,6 +197,8 @@ class Adapters:
             made.weight = nn4.Params4bit(plain.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
             made.weight = made.weight.to(plain.weight.device)
             made.bias = plain.bias
+            # Else a pass without gradients packs the weights for AVX512-BF16, for good: scales in bfloat16, and products without a gradient.
+            made.support_avx512bf16_for_cpu = False
             layer.base_layer = made
 
     def description(self) -> dict[str, Any]:
