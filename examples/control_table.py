@@ -162,15 +162,18 @@ RUNNERS = SIDES | {TRPO: partial(run_ours, algorithm="trpo")}
 def read_record() -> dict[str, Any]:
     if RECORD.exists():
         return json.loads(RECORD.read_text())
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "machine": processor[1] if processor else platform.processor(),
         "torch": torch.__version__,
         "gymnasium": control.gym.__version__,
         "stable_baselines3": stable_baselines3.__version__,
         "envpool": version("envpool") if control.in_envpool("CartPole-v1") else None,
         "runs": [],
     }
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor()
 
 
 def run(env: str, sides: list[str], seeds: int) -> None:
@@ -180,7 +183,7 @@ def run(env: str, sides: list[str], seeds: int) -> None:
             key = {"env": env, "side": side, "seed": seed, "total_steps": total_steps}
             if any(key.items() <= found.items() for found in record["runs"]):
                 continue
-            record["runs"].append(key | RUNNERS[side](env, seed, total_steps))
+            record["runs"].append(key | {"machine": processor()} | RUNNERS[side](env, seed, total_steps))
             print({name: x for name, x in record["runs"][-1].items() if name != "curve"}, flush=True)
             RECORD.write_text(json.dumps(record) + "\n")
 
@@ -215,13 +218,21 @@ def speed(runs: list[dict[str, Any]]) -> float:
     return statistics.median(run["steps"] / run["cpu_seconds"] for run in runs)
 
 
+def tasks_on(machine: str, record: dict[str, Any]) -> list[str]:
+    return [env for env in GOALS if any((run["env"], run["machine"]) == (env, machine) for run in record["runs"])]
+
+
 def write() -> None:
     """Table and curves into docs/."""
     record = read_record()
     docs = ROOT / "docs" / "control.md"
     packages = ("torch", "gymnasium", "stable_baselines3", "envpool")
     versions = ", ".join(f"{name.replace('_', '-')} {record[name]}" for name in packages if record[name])
-    note = f"{record['machine']}, one thread, {versions}; record: `{RECORD.relative_to(ROOT)}`."
+    machines = {
+        machine: tasks_on(machine, record) for machine in dict.fromkeys(run["machine"] for run in record["runs"])
+    }
+    where = "; ".join(f"{machine}: {', '.join(tasks)}" for machine, tasks in machines.items())
+    note = f"{where}. One thread, {versions}; record: `{RECORD.relative_to(ROOT)}`."
     marked = f"<!-- control: begin -->\n{table(record)}\n\n{note}\n<!-- control: end -->"
     docs.write_text(
         re.sub(r"<!-- control: begin -->.*<!-- control: end -->", marked, docs.read_text(), flags=re.DOTALL)
