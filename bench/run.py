@@ -124,9 +124,6 @@ def run(plan: Plan, console: Console) -> record.Record:
 @contextmanager
 def imports_left_alone() -> Iterator[None]:
     """The collections between cases do not look through the half a million objects that imports have made."""
-    if gc.get_freeze_count():  # whoever froze them unfreezes them
-        yield
-        return
     gc.collect()
     gc.freeze()
     try:
